@@ -1,0 +1,1 @@
+"""One consistent snapshot of a virtual machine whose disks lie on several storage systems."""

@@ -1,0 +1,119 @@
+"""The contract between the workflow and a storage driver. Not how drivers are found or hosted (`drivers`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol, runtime_checkable
+
+from vmsnapshot_operator.core.volumes import Handle, Layer, Seconds, Volume, VolumeId
+
+
+class CutKind(StrEnum):
+    """INSTANT may run under a freeze; COPY (copies in `wait_ready`) and REMOTE (as CSI) need an overlay."""
+
+    INSTANT = "Instant"
+    COPY = "Copy"
+    REMOTE = "Remote"
+
+
+class Hold(StrEnum):
+    """What a cut needs until `wait_ready` returned: nothing, or a base that stays still (the guest runs in both cases)."""
+
+    NOTHING = "Nothing"
+    BASE = "Base"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capabilities:
+    """What a driver promises for its parameters; shown in the class's status."""
+
+    cut: CutKind
+    atomic: bool
+    revert: bool
+    revert_newest_only: bool = False
+    clone: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fit:
+    """A yes or no with its reason (a stable CamelCase word), shown for every candidate, chosen or not."""
+
+    ok: bool
+    reason: str
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SnapshotRequest:
+    """An idempotent order; `name` holds installation, object and attempt, so no older cut can answer it.
+
+    `timeout` is what the caller gives the whole call, in seconds; the host of the driver enforces it.
+    """
+
+    name: str
+    volumes: tuple[Volume, ...]
+    timeout: Seconds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CutResult:
+    """What was cut; handles keyed by volume, never by position. `atomic`: all handles are of one instant."""
+
+    handles: Mapping[VolumeId, Handle]
+    atomic: bool
+    hold: Hold = Hold.NOTHING
+    group: Handle | None = None
+
+
+@runtime_checkable
+class StorageDriver(Protocol):
+    """A storage system: plain blocking code in its own process, killed by its host at the deadline.
+
+    An implementation is a class registered under the entry point group `vmsnapshot_operator.drivers`. It has the class
+    attributes `Parameters` and `Credentials` (pydantic models of the class's parameters and of its Secret) and is made
+    by calling it with one instance of each. Every method may raise `errors.DriverError`; any other exception is
+    reported by its type and text as a failure of the driver. All methods may be called from several threads or
+    processes at once for different names.
+    """
+
+    def capabilities(self) -> Capabilities:
+        """Probe the storage system and say what it can; raises when it does not answer."""
+        ...
+
+    def can_handle(self, volumes: Sequence[Volume]) -> Fit:
+        """Say whether all these volumes can be cut by this driver, and why not. Changes nothing."""
+        ...
+
+    def prepare(self, request: SnapshotRequest) -> None:
+        """Do what is slow or may fail while the VM runs untouched; refuse a name already cut."""
+        ...
+
+    def cut(self, request: SnapshotRequest) -> CutResult:
+        """Make one point in time of all volumes, or of none."""
+        ...
+
+    def wait_ready(self, request: SnapshotRequest, cut: CutResult) -> None:
+        """Return once it can be restored. Repeatable."""
+        ...
+
+    def check_revert(self, cut: CutResult, onto: Sequence[Volume]) -> Sequence[Fit]:
+        """Only look: one answer per volume, in order."""
+        ...
+
+    def revert(self, cut: CutResult, onto: Sequence[Volume]) -> None:
+        """Set the volumes back to the cut. Repeatable: twice equals once."""
+        ...
+
+    def clone(self, cut: CutResult, name: str) -> Mapping[VolumeId, Layer]:
+        """Make new volumes from the cut; the originals stay untouched."""
+        ...
+
+    def delete(self, name: str) -> None:
+        """Delete everything held under a request name, complete or not. Missing is success."""
+        ...
+
+    def list(self, prefix: str) -> Sequence[str]:
+        """Name the requests (not their members) whose names start so and of which anything is held."""
+        ...

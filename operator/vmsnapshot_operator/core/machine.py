@@ -1,0 +1,123 @@
+"""What a domain is, as far as snapshots care: parsed once from libvirt's XML and state into these types.
+
+Not how it is read (`hypervisors`) and not what follows from it (`plan`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from vmsnapshot_operator.core.journal import Journal
+from vmsnapshot_operator.core.volumes import Layer
+
+
+class PowerState(StrEnum):
+    """A domain's state in the words of the API."""
+
+    RUNNING = "Running"
+    PAUSED = "Paused"
+    SHUT_OFF = "ShutOff"
+    CRASHED = "Crashed"
+    SUSPENDED = "Suspended"  # the guest sleeps (pmsuspended)
+    UNKNOWN = "Unknown"
+
+
+class DiskDevice(StrEnum):
+    """What the guest sees."""
+
+    DISK = "disk"
+    CDROM = "cdrom"
+    FLOPPY = "floppy"
+    LUN = "lun"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Disk:
+    """One disk of the domain. `layers` is the backing chain, the writable one first; empty for an empty drive."""
+
+    target: str
+    device: DiskDevice = DiskDevice.DISK
+    layers: tuple[Layer, ...] = ()
+    size_bytes: int = 0
+    read_only: bool = False
+    shareable: bool = False
+    transient: bool = False
+    encrypted: bool = False
+    cache: str = ""
+    in_block_job: bool = False
+
+
+class DeviceKind(StrEnum):
+    """State-bearing things that are no disk."""
+
+    HOSTDEV = "hostdev"        # a passed-through PCI, USB or SCSI device
+    FILESYSTEM = "filesystem"  # virtiofs or 9p: a directory of the host
+    NVRAM = "nvram"            # UEFI variables in a file
+    TPM = "tpm"                # an emulated TPM's state
+    PMEM = "pmem"              # NVDIMM or virtio-pmem memory backed by a file
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """A device that bears state outside any disk. `name` is what a user would recognise it by."""
+
+    kind: DeviceKind
+    name: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileSystem:
+    """A mounted file system as the guest's agent tells, with the disk targets that it lies on."""
+
+    mountpoint: str
+    device: str
+    type: str
+    targets: tuple[str, ...]
+
+
+class AgentState(StrEnum):
+    """What the guest's agent answered when it was asked for its freeze state."""
+
+    ABSENT = "Absent"          # no channel in the domain, or it is not connected
+    SILENT = "Silent"          # connected and did not answer in time
+    UNSUPPORTED = "Unsupported"  # answers, but knows no freeze
+    THAWED = "Thawed"
+    FROZEN = "Frozen"          # by somebody else: we were not there yet
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Agent:
+    """The guest's agent. `message` is its own (sanitised) text if it said no."""
+
+    state: AgentState
+    version: str = ""
+    os_id: str = ""
+    filesystems: tuple[FileSystem, ...] = ()
+    message: str = ""
+
+    @property
+    def is_windows(self) -> bool:
+        """Windows holds writes for ten seconds at most (VSS), hence another budget."""
+        return self.os_id == "mswindows"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """One domain at one moment. `run_id` is libvirt's id of this run (-1 when shut off): another one is another boot."""
+
+    name: str
+    uuid: str
+    endpoint: str
+    run_id: int
+    power: PowerState
+    power_reason: str = ""
+    shut_down_from_within: bool = False
+    persistent: bool = True
+    migrating: bool = False
+    disks: tuple[Disk, ...] = ()
+    devices: tuple[Device, ...] = ()
+    agent: Agent | None = None
+    journal: Journal | None = None
+    journal_error: str = ""
+    definition: str = ""
