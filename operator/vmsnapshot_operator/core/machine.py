@@ -51,11 +51,11 @@ class Disk:
 class DeviceKind(StrEnum):
     """State-bearing things that are no disk."""
 
-    HOSTDEV = "hostdev"        # a passed-through PCI, USB or SCSI device
+    HOSTDEV = "hostdev"  # a passed-through PCI, USB or SCSI device
     FILESYSTEM = "filesystem"  # virtiofs or 9p: a directory of the host
-    NVRAM = "nvram"            # UEFI variables in a file
-    TPM = "tpm"                # an emulated TPM's state
-    PMEM = "pmem"              # NVDIMM or virtio-pmem memory backed by a file
+    NVRAM = "nvram"  # UEFI variables in a file
+    TPM = "tpm"  # an emulated TPM's state
+    PMEM = "pmem"  # NVDIMM or virtio-pmem memory backed by a file
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,11 +79,11 @@ class FileSystem:
 class AgentState(StrEnum):
     """What the guest's agent answered when it was asked for its freeze state."""
 
-    ABSENT = "Absent"          # no channel in the domain, or it is not connected
-    SILENT = "Silent"          # connected and did not answer in time
+    ABSENT = "Absent"  # no channel in the domain, or it is not connected
+    SILENT = "Silent"  # connected and did not answer in time
     UNSUPPORTED = "Unsupported"  # answers, but knows no freeze
     THAWED = "Thawed"
-    FROZEN = "Frozen"          # by somebody else: we were not there yet
+    FROZEN = "Frozen"  # by somebody else: we were not there yet
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

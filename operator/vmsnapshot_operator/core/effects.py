@@ -1,0 +1,227 @@
+"""One observation in, one next effect out: the vocabulary between gathering, deciding and applying."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Protocol
+
+from vmsnapshot_operator.core.driver import CutResult, Fit, SnapshotRequest
+from vmsnapshot_operator.core.evidence import WindowOutcome
+from vmsnapshot_operator.core.journal import Journal
+from vmsnapshot_operator.core.planning import Plan, Refusal, Request
+from vmsnapshot_operator.core.volumes import Consistency, Seconds, VolumeId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordedGroup:
+    """One group as the VMSnapshotContent holds it: enough to restore and delete without the class object."""
+
+    class_name: str
+    driver: str
+    parameters: Mapping[str, str]
+    secret_name: str
+    request: SnapshotRequest
+    result: CutResult | None = None
+    cut_milliseconds: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """Why there will be no snapshot, for good."""
+
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What is claimed of one volume, and why not more."""
+
+    consistency: Consistency
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """The VMSnapshotContent, distilled: the memory of one snapshot outside this process.
+
+    It is written before the first cut of an attempt (`groups` without results), completed after the window, marked
+    `ready` when it can be restored, or given a `failure`. `problem` says why its handles must not be used; `foreign` that
+    it belongs to somebody else altogether.
+    """
+
+    name: str
+    attempt: int
+    plan: Plan
+    groups: Mapping[str, RecordedGroup]
+    outcome: WindowOutcome | None = None
+    verdicts: Mapping[VolumeId, Verdict] = field(default_factory=dict)
+    failure: Failure | None = None
+    ready: bool = False
+    ready_time: datetime | None = None
+    problem: str = ""
+    foreign: bool = False
+
+    @property
+    def taken(self) -> bool:
+        """Whether the point in time exists and was recorded."""
+        return self.outcome is not None and self.failure is None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observation:
+    """The world at one moment; what is not in here cannot influence a decision.
+
+    `plan` and `refusal`: what planning says now (None, None when it was not needed). `held`: names of ours that drivers
+    listed, by class, or None when nobody was asked; `unlisted`: classes that could not be asked, with the reason.
+    `prepared`: the attempt that this very process has prepared and not yet tried. `outcome`: a window that this process
+    ran and has not recorded. `broken`: what this process found that no retry can mend. `trouble`, `retry_at`: the last effect
+    failed, and when to try again. `in_use_by`: who else works on this VM.
+    """
+
+    request: Request
+    deleting: bool = False
+    finalizer: bool = False
+    refused: Failure | None = None
+    first_seen: datetime
+    plan: Plan | None = None
+    refusal: Refusal | None = None
+    record: Record | None = None
+    journal: Journal | None = None
+    journal_problem: str = ""
+    held: Mapping[str, frozenset[str]] | None = None
+    unlisted: Mapping[str, str] = field(default_factory=dict)
+    prepared: int | None = None
+    outcome: WindowOutcome | None = None
+    leader: bool = True
+    guardian: Fit | None = None
+    in_use_by: str = ""
+    broken: Failure | None = None
+    trouble: str = ""
+    retry_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Condition:
+    """A condition as decided; the writer adds times, and only on a flip. `status` None is Unknown."""
+
+    type: str
+    status: bool | None
+    reason: str
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Recover:
+    """Free the VM first, judge later: wins over every other effect."""
+
+    journal: Journal
+
+
+@dataclass(frozen=True, slots=True)
+class Adopt:
+    """Put our finalizer on the object: from here on it leaves no trace behind, whatever happens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepare:
+    """Write down what will be cut, then let the drivers do what is slow; the VM is untouched."""
+
+    attempt: int
+    plan: Plan
+    requests: Mapping[str, SnapshotRequest]
+
+
+@dataclass(frozen=True, slots=True)
+class TakeWindow:
+    """Journal, arm, quiesce, cut all, free the guest: seconds, one effect, never resumed."""
+
+    attempt: int
+    plan: Plan
+    requests: Mapping[str, SnapshotRequest]
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """Write results, evidence and verdicts into the VMSnapshotContent."""
+
+    outcome: WindowOutcome
+    verdicts: Mapping[VolumeId, Verdict]
+
+
+@dataclass(frozen=True, slots=True)
+class Settle:
+    """Wait until it can be restored while the VM runs: resumable."""
+
+    groups: Mapping[str, RecordedGroup]
+
+
+@dataclass(frozen=True, slots=True)
+class RollBack:
+    """Delete what our names hold, by class; go on after errors; report the rest."""
+
+    names: Mapping[str, frozenset[str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Fail:
+    """Write the failure into the VMSnapshotContent: it is final."""
+
+    failure: Failure
+
+
+@dataclass(frozen=True, slots=True)
+class DropContent:
+    """Delete the VMSnapshotContent: storage has confirmed that it holds nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """Drop the finalizer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Expire:
+    """Delete the VMSnapshot: its time to live is over."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Nothing until then, or (None) until an event."""
+
+    seconds: Seconds | None = None
+
+
+Effect = Recover | Adopt | Prepare | TakeWindow | Keep | Settle | RollBack | Fail | DropContent | Forget | Expire | Wait
+
+
+QUIET = (Adopt, TakeWindow, Keep, Fail, DropContent, Forget)
+"""Effects that are short and followed by another decision: their conditions are not worth a write of their own."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """The one next effect, and the truth to report before it."""
+
+    effect: Effect
+    conditions: tuple[Condition, ...]
+
+
+class SnapshotStrategy(Protocol):
+    """Owns taking and deleting snapshots as a whole; found by entry point group `vmsnapshot_operator.strategies`."""
+
+    name: str
+
+    def can_take(self, seen: Observation) -> Fit:
+        """Say whether this strategy can serve the request."""
+        ...
+
+    def decide(self, seen: Observation, now: datetime) -> Decision:
+        """Pure: the next effect."""
+        ...
+
+    async def apply(self, effect: Effect, seen: Observation) -> None:
+        """Perform one effect; the next gather sees its outcome."""
+        ...

@@ -1,0 +1,1 @@
+"""What should happen: pure decisions, without I/O and without a clock of their own."""

@@ -1,0 +1,112 @@
+"""Put the choices together: one plan for one snapshot of one VM, or the first refusal on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from vmsnapshot_operator.core.machine import Machine, PowerState
+from vmsnapshot_operator.core.planning import (
+    Candidates,
+    Method,
+    Patience,
+    Plan,
+    PlannedVolume,
+    Policy,
+    Refusal,
+    Request,
+    StorageClass,
+)
+from vmsnapshot_operator.plan import disks, grouping, quiescing
+
+
+def make_plan(
+    request: Request,
+    machine: Machine,
+    classes: Sequence[StorageClass],
+    fits: Candidates,
+    *,
+    strategy: str = "Storage",
+    failed_before: str = "",
+) -> Plan | Refusal:
+    """Decide everything about one snapshot, as things are now. Pure; never raises for bad input, refuses instead."""
+    if machine.migrating:
+        return Refusal(
+            reason="VMMigrating",
+            message="the VM is being migrated: its disks and its agent are between two hosts; waiting until it has arrived",
+            patience=Patience.WAIT,
+        )
+    selection = disks.select(machine, request.exclude)
+    if isinstance(selection, Refusal):
+        return selection
+    chosen = grouping.assign(selection.volumes, classes, fits)
+    if isinstance(chosen, Refusal):
+        return chosen
+    groups = grouping.group(selection.volumes, chosen, classes)
+    quiesce = quiescing.choose(request, machine, groups, classes, failed_before)
+    if isinstance(quiesce, Refusal):
+        return quiesce
+    covered = (
+        quiescing.coverage(machine.agent, request.mountpoints).covered
+        if quiesce.method == Method.GUEST_AGENT
+        else frozenset()
+    )
+    volumes = tuple(
+        PlannedVolume(
+            target=target,
+            volume=volume,
+            class_name=chosen[target].class_name,
+            reason=chosen[target].reason,
+            unsafe=target in selection.unsafe,
+            covered=target in covered,
+        )
+        for target, volume in selection.volumes
+    )
+    if (refusal := _require(request, machine, volumes)) is not None:
+        return refusal
+    uncovered = [v.target for v in volumes if not v.covered]
+    notes = list(selection.notes)
+    if quiesce.method == Method.GUEST_AGENT and uncovered:
+        notes.append(
+            f"the agent lists no file system on {', '.join(uncovered)}: no file-system consistency is claimed there"
+        )
+    return Plan(
+        vm_name=machine.name,
+        vm_uuid=machine.uuid,
+        endpoint=machine.endpoint,
+        run_id=machine.run_id,
+        power=machine.power,
+        strategy=strategy,
+        strategy_reason=(
+            "asked for by spec.strategyName"
+            if request.strategy == strategy
+            else "every disk has a storage driver class"
+        ),
+        quiesce=quiesce,
+        volumes=volumes,
+        groups=groups,
+        excluded=selection.excluded,
+        notes=tuple(notes),
+        definition=machine.definition,
+    )
+
+
+def _require(request: Request, machine: Machine, volumes: Sequence[PlannedVolume]) -> Refusal | None:
+    """Refuse now what policy Require could not keep afterwards, before the VM is touched for nothing."""
+    if request.policy is not Policy.REQUIRE:
+        return None
+    unsafe = [v.target for v in volumes if v.unsafe]
+    if unsafe:
+        return Refusal(
+            reason="PolicyNotMet",
+            message=f"disk {', '.join(unsafe)} has cache=unsafe and ignores flushes: policy Require cannot be kept; use another cache mode",
+        )
+    uncovered = [v.target for v in volumes if not v.covered]
+    if machine.power is PowerState.RUNNING and uncovered:
+        return Refusal(
+            reason="PolicyNotMet",
+            message=(
+                f"disk {', '.join(uncovered)} bears no file system that would be frozen: policy Require cannot be kept for it;"
+                " exclude it (spec.volumes.exclude), or use policy Prefer"
+            ),
+        )
+    return None

@@ -1,0 +1,88 @@
+"""What may be claimed of each volume, from evidence alone. Never better than the evidence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from vmsnapshot_operator.core.effects import Verdict
+from vmsnapshot_operator.core.evidence import Bracket, Evidence, WindowOutcome
+from vmsnapshot_operator.core.machine import PowerState
+from vmsnapshot_operator.core.planning import Method, Plan
+from vmsnapshot_operator.core.volumes import Consistency, VolumeId
+
+
+def _inside(bracket: Bracket | None, evidence: Evidence) -> bool:
+    return (
+        bracket is not None
+        and evidence.still_from is not None
+        and evidence.still_until is not None
+        and evidence.still_from <= bracket.start <= bracket.end <= evidence.still_until
+    )
+
+
+def _broken(plan: Plan, evidence: Evidence) -> str:
+    """Why the VM cannot be said to have stood still; empty if it can."""
+    if evidence.still_from is None or evidence.still_until is None:
+        return "nothing held the VM still"
+    if evidence.freed_by_other:
+        return "somebody else freed the VM before we did"
+    if evidence.method == Method.GUEST_AGENT:
+        if evidence.frozen <= 0:
+            return "the agent froze no file system"
+        if evidence.frozen < plan.quiesce.expected_filesystems:
+            return f"the agent froze {evidence.frozen} file systems of {plan.quiesce.expected_filesystems}"
+        if evidence.thawed != evidence.frozen:
+            return f"the agent froze {evidence.frozen} file systems and our thaw found {evidence.thawed}: some were thawed early"
+    return ""
+
+
+def judge(plan: Plan, outcome: WindowOutcome) -> Mapping[VolumeId, Verdict]:
+    """Return what is claimed of each volume of the plan, and why not more."""
+    evidence = outcome.evidence
+    brackets = {
+        v.id: outcome.groups[g.class_name].bracket
+        for g in plan.groups
+        for v in g.volumes
+        if g.class_name in outcome.groups
+    }
+    results = [outcome.groups[g.class_name].result for g in plan.groups if g.class_name in outcome.groups]
+    one_instant = len(plan.groups) == 1 and len(results) == 1 and results[0] is not None and results[0].atomic
+    broken = _broken(plan, evidence)
+    verdicts: dict[VolumeId, Verdict] = {}
+    for planned in plan.volumes:
+        vid = planned.volume.id
+        if planned.unsafe:
+            verdicts[vid] = Verdict(consistency=Consistency.UNKNOWN, why="cache=unsafe ignores flushes")
+        elif not outcome.ok or not any(r is not None and vid in r.handles for r in results):
+            verdicts[vid] = Verdict(consistency=Consistency.UNKNOWN, why="it was not cut")
+        elif not evidence.same_vm:
+            verdicts[vid] = Verdict(consistency=Consistency.UNKNOWN, why="the VM was not the same before and after")
+        elif broken or not _inside(brackets.get(vid), evidence):
+            why = broken or "the cut does not lie within the time in which the VM stood still"
+            verdicts[vid] = (
+                Verdict(consistency=Consistency.CRASH, why=f"one atomic group; {why}")
+                if one_instant
+                else Verdict(consistency=Consistency.PER_VOLUME, why=why)
+            )
+        else:
+            verdicts[vid] = _still(plan, evidence, planned.covered and vid in evidence.covered, one_instant)
+    return verdicts
+
+
+def _still(plan: Plan, evidence: Evidence, covered: bool, one_instant: bool) -> Verdict:
+    if evidence.method == Method.GUEST_AGENT:
+        if covered:
+            return Verdict(consistency=Consistency.FILESYSTEM, why="its file systems were frozen during the cut")
+        if one_instant:
+            return Verdict(consistency=Consistency.CRASH, why="one atomic group; no file system of it was frozen")
+        return Verdict(consistency=Consistency.PER_VOLUME, why="no file system of it was frozen")
+    if evidence.method == Method.NONE and plan.power == PowerState.SHUT_OFF and evidence.shut_down_from_within:
+        return Verdict(consistency=Consistency.FILESYSTEM, why="the VM was shut down from within and stayed off")
+    if plan.power == PowerState.SHUT_OFF:
+        return Verdict(consistency=Consistency.CRASH, why="the VM was off, but not known to be shut down from within")
+    return Verdict(consistency=Consistency.CRASH, why="the VM stood still during all cuts")
+
+
+def overall(verdicts: Mapping[VolumeId, Verdict]) -> Consistency:
+    """Return the least of all volumes; Unknown for none."""
+    return min((v.consistency for v in verdicts.values()), default=Consistency.UNKNOWN)
