@@ -12,7 +12,6 @@ from vmsnapshot_operator.core import names
 from vmsnapshot_operator.core.driver import SnapshotRequest
 from vmsnapshot_operator.core.effects import (
     Adopt,
-    Condition,
     Decision,
     DropContent,
     Effect,

@@ -83,7 +83,7 @@ def _copying(groups: Sequence[PlannedGroup], classes: Sequence[StorageClass]) ->
     )
 
 
-def choose(  # noqa: PLR0911 - one return per rule reads as the table it is
+def choose(
     request: Request,
     machine: Machine,
     groups: Sequence[PlannedGroup],
