@@ -1,0 +1,1 @@
+"""Storage drivers: how they are found, the processes that host them, and one module per driver. They know no domain."""

@@ -1,0 +1,86 @@
+"""The process in which a storage driver lives: `python -m vmsnapshot_operator.drivers.worker FD PARENT CLASS DRIVER`.
+
+One request at a time, read from an inherited socket; parameters and credentials come through it as well, never by
+argument or environment, where `ps` and /proc show them. It ends when the operator closes the socket, ends, or is
+killed, and at the deadline of a request even if nobody is left to kill it. Not responsible for the pool (`host`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import logging
+import os
+import signal
+import socket
+import sys
+import traceback
+from typing import Any
+
+from vmsnapshot_operator.core.driver import StorageDriver
+from vmsnapshot_operator.drivers import registry, wire
+from vmsnapshot_operator.errors import DriverError
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_PR_SET_NAME = 15
+
+
+def _end_with(parent: int, name: str) -> None:
+    """Have the kernel kill this process when its parent ends, whatever a driver's C code is doing then."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    libc.prctl(_PR_SET_NAME, f"driver:{name}".encode()[:15], 0, 0, 0)
+    if os.getppid() != parent:  # it ended before the line above: the signal will never come
+        os._exit(1)
+
+
+def _call(driver: StorageDriver, message: dict[str, Any]) -> bytes:
+    operation = str(message["operation"])
+    arguments = wire.OPERATIONS[operation].arguments.validate_python(message["arguments"])
+    # The default action of SIGALRM ends the process inside of any C call, also while the operator itself is stopped:
+    # a cut must not be finished after its deadline by a process that nobody could kill in time.
+    signal.setitimer(signal.ITIMER_REAL, max(float(message["seconds"]), 0.001))
+    try:
+        return wire.answer(operation, getattr(driver, operation)(*arguments))
+    except DriverError as error:
+        return wire.failure(error)
+    except Exception as error:  # noqa: BLE001 - whatever a driver raises is its answer; the trace goes to the operator's log
+        traceback.print_exc()
+        return wire.failure(DriverError(f"{type(error).__name__}: {error}"))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def serve(sock: socket.socket) -> int:
+    """Make the driver that the first frame describes, then answer requests until the socket is closed."""
+    hello = wire.receive(sock)
+    if hello is None:
+        return 1
+    sys.path.extend(p for p in hello["path"] if p not in sys.path)
+    try:
+        driver = registry.make(hello["driver"], hello["parameters"], hello["credentials"])
+    except DriverError as error:
+        sock.sendall(wire.failure(error))
+        return 1
+    del hello
+    sock.sendall(wire.frame({"ready": True}))
+    while (message := wire.receive(sock)) is not None:
+        sock.sendall(_call(driver, message))
+    return 0
+
+
+def main(arguments: list[str]) -> int:
+    """Run the worker; returns the exit status."""
+    descriptor, parent, class_name, _driver = arguments
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    _end_with(int(parent), class_name)
+    faulthandler.enable()
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+    with socket.socket(fileno=int(descriptor)) as sock:
+        sock.set_inheritable(False)  # what a driver starts (ssh, say) must not keep the socket open after us
+        return serve(sock)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,126 @@
+"""Storage drivers that misbehave on demand. Each keeps what it "holds" as files in the directory `held`."""
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from vmsnapshot_operator.core.driver import Capabilities, CutKind, CutResult, Fit
+from vmsnapshot_operator.core.volumes import Handle, Layer, SourceKind
+from vmsnapshot_operator.errors import AlreadyCutError, DriverError
+
+
+class Parameters(BaseModel):
+    model_config = ConfigDict(frozen=True)
+    held: str
+    limit: int = 3
+
+
+class Credentials(BaseModel):
+    password: str = ""
+
+
+class Toy:
+    """Behaves as the request's name says: `hang-…`, `abort-…`, `slow-…`, `fail-…`, `loud-…`, otherwise well."""
+
+    Parameters = Parameters
+    Credentials = Credentials
+
+    def __init__(self, parameters, credentials):
+        self.held = Path(parameters.held)
+        self.password = credentials.password
+        self.prepared = set()
+
+    def capabilities(self):
+        return Capabilities(cut=CutKind.INSTANT, atomic=True, revert=False, clone=True)
+
+    def can_handle(self, volumes):
+        return Fit(ok=False, reason="not a word", message=f"no\n\x1b[31m {self.password} {len(volumes)}")
+
+    def prepare(self, request):
+        if (self.held / request.name).exists():
+            raise AlreadyCutError(f"{request.name} was cut before")
+        self.prepared.add(request.name)
+        if request.name.startswith("slow-prepare"):
+            time.sleep(3600)
+
+    def cut(self, request):
+        how = request.name.partition("-")[0]
+        if how == "hang":
+            # Inside of C and deaf to Python: signals that Python would handle do not interrupt it.
+            ctypes.PyDLL(None).sleep(3600)
+        if how == "abort":
+            os.abort()
+        if how == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if how == "fail":
+            raise DriverError(f"the array says: bad password {self.password}\n" + "x" * 5000, reason="ArrayBusy")
+        if how == "bug":
+            raise ZeroDivisionError("division by " + self.password)
+        if how == "loud":
+            print("stdout", self.password)
+            sys.stdout.flush()
+            print("stderr", self.password, file=sys.stderr)
+            logging.getLogger("toy").warning("logged %s", self.password)
+            print("y" * 200_000 + self.password, file=sys.stderr)
+            for n in range(1000):
+                print("line", n, file=sys.stderr)
+        if how == "wrong":
+            return CutResult(handles={"other": Handle("h")}, atomic=True)
+        if how == "junk":
+            return {"handles": 3}
+        (self.held / request.name).write_text(str(os.getpid()))
+        looked_up = "prepared" if request.name in self.prepared else "unprepared"
+        return CutResult(
+            handles={v.id: Handle(f"{request.name}/{v.id}") for v in request.volumes},
+            atomic=True,
+            group=Handle(f"{os.getpid()} {looked_up}"),
+        )
+
+    def wait_ready(self, request, cut):
+        pass
+
+    def check_revert(self, cut, onto):
+        return [Fit(ok=True, reason="Fits") for _ in onto][: 1 if len(onto) == 3 else None]
+
+    def revert(self, cut, onto):
+        time.sleep(0.2)
+
+    def clone(self, cut, name):
+        return {v: Layer(kind=SourceKind.FILE, source=f"/{name}", format="raw") for v in cut.handles}
+
+    def delete(self, name):
+        (self.held / name).unlink(missing_ok=True)
+
+    def list(self, prefix):
+        if prefix == "foreign":
+            return ["other-name"]
+        return sorted(p.name for p in self.held.iterdir() if p.name.startswith(prefix))
+
+
+class Lacking:
+    """Not a driver: most of the contract is missing."""
+
+    def capabilities(self):
+        return None
+
+
+class DiesAtStart(Toy):
+    def __init__(self, parameters, credentials):
+        print("cannot find libfoo.so", file=sys.stderr, flush=True)
+        os.abort()
+
+
+class HangsAtStart(Toy):
+    def __init__(self, parameters, credentials):
+        time.sleep(3600)
+
+
+class RaisesAtStart(Toy):
+    def __init__(self, parameters, credentials):
+        raise RuntimeError("no luck with " + credentials.password)
