@@ -1,26 +1,26 @@
 """Every error this project raises on purpose, in one tree.
 
-    SnapshotError                    has `reason` (stable word), `retryable` (can trying again help?), and a message that
-    |                                says what was found, where, and what to do
-    +-- RefusedError                 the request cannot be served as it is: nothing was touched
-    +-- HypervisorError              libvirt said no
-    |   +-- HypervisorUnreachableError   no connection, or it broke: retryable
-    |   +-- DomainGoneError              the domain is not (any more) on any endpoint
-    |   +-- AgentError                   the guest's agent answered with an error, or did not answer
-    |   +-- CallTimeoutError             a libvirt call did not return before its deadline: its effect is unknown
-    |   +-- ForeignJournalError          somebody else holds this VM still
-    +-- QuiesceError                 the VM could not be made to stand still; it has been freed
-    +-- GuardianError                no guardian acknowledged: nobody freezes without one
-    +-- WindowError                  the window failed after the VM was freed; says which group and why
-    +-- DriverError                  a storage driver, or the process that hosts it
-    |   +-- DriverUnavailableError       not installed, does not load, its process does not start, or its storage is down
-    |   +-- DriverTimeoutError           did not answer before its deadline: its effect is unknown, its process was killed
-    |   +-- DriverCrashedError           its process ended before it answered
-    |   +-- AlreadyCutError              the name was cut before: an older attempt must never be adopted
-    +-- KubeError                    the API server said no, or nothing
-    |   +-- ConflictError                somebody else wrote first: read again
-    |   +-- KubeUnavailableError         the API server does not answer: retryable
-    +-- ForgedContentError           a VMSnapshotContent is not bound to this VMSnapshot, or was changed by another hand
+SnapshotError                    has `reason` (stable word), `retryable` (can trying again help?), and a message that
+|                                says what was found, where, and what to do
++-- RefusedError                 the request cannot be served as it is: nothing was touched
++-- HypervisorError              libvirt said no
+|   +-- HypervisorUnreachableError   no connection, or it broke: retryable
+|   +-- DomainGoneError              the domain is not (any more) on any endpoint
+|   +-- AgentError                   the guest's agent answered with an error, or did not answer
+|   +-- CallTimeoutError             a libvirt call did not return before its deadline: its effect is unknown
+|   +-- ForeignJournalError          somebody else holds this VM still
++-- QuiesceError                 the VM could not be made to stand still; `free` tells whether it is confirmed free
++-- GuardianError                no guardian acknowledged: nobody freezes without one
++-- WindowError                  the window failed after the VM was freed; says which group and why
++-- DriverError                  a storage driver, or the process that hosts it
+|   +-- DriverUnavailableError       not installed, does not load, its process does not start, or its storage is down
+|   +-- DriverTimeoutError           did not answer before its deadline: its effect is unknown, its process was killed
+|   +-- DriverCrashedError           its process ended before it answered
+|   +-- AlreadyCutError              the name was cut before: an older attempt must never be adopted
++-- KubeError                    the API server said no, or nothing
+|   +-- ConflictError                somebody else wrote first: read again
+|   +-- KubeUnavailableError         the API server does not answer: retryable
++-- ForgedContentError           a VMSnapshotContent is not bound to this VMSnapshot, or was changed by another hand
 """
 
 from __future__ import annotations
@@ -91,9 +91,15 @@ class ForeignJournalError(HypervisorError):
 
 
 class QuiesceError(SnapshotError):
-    """The VM could not be made to stand still; it has been freed again."""
+    """The VM could not be made to stand still, or not be freed; `free` tells whether it is confirmed free."""
 
     reason = "QuiesceFailed"
+
+    def __init__(
+        self, message: str, *, reason: str | None = None, retryable: bool | None = None, free: bool = False
+    ) -> None:
+        super().__init__(message, reason=reason, retryable=retryable)
+        self.free = free
 
 
 class GuardianError(SnapshotError):

@@ -49,7 +49,7 @@ class Record:
 
     It is written before the first cut of an attempt (`groups` without results), completed after the window, marked
     `ready` when it can be restored, or given a `failure`. `problem` says why its handles must not be used; `foreign` that
-    it belongs to somebody else altogether.
+    it belongs to somebody else altogether. `version` is what was read: who writes over a newer one is told so.
     """
 
     name: str
@@ -63,6 +63,7 @@ class Record:
     ready_time: datetime | None = None
     problem: str = ""
     foreign: bool = False
+    version: str = ""
 
     @property
     def taken(self) -> bool:

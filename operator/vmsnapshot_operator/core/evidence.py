@@ -64,12 +64,18 @@ class GroupOutcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WindowOutcome:
-    """All that a window brought. `free` is False while nobody has confirmed that the VM goes on."""
+    """All that a window brought.
+
+    `free` is False while nobody has confirmed that the VM goes on. `cut_time`: wall clock when the cuts began.
+    `interrupted`: it came to nothing for a reason that trying again may overcome. `fallback`: the VM could not be made to
+    stand still in this way; another way may do.
+    """
 
     attempt: int
     evidence: Evidence
     groups: Mapping[str, GroupOutcome] = field(default_factory=dict)
     free: bool = False
+    cut_time: datetime | None = None
     interrupted: bool = False
     fallback: bool = False
     reason: str = ""

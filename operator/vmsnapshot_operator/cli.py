@@ -1,0 +1,136 @@
+"""The command line: `vmsnapshot-operator run | guardian | crds | doctor | thaw`. Imports happen inside the commands, so that the
+guardian stays as small as it says it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+
+import click
+
+_KUBECONFIG = click.option(
+    "--kubeconfig",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    envvar="KUBECONFIG",
+    help="How to reach the cluster. Without it: as the ServiceAccount of the pod.",
+)
+_NAMESPACE = click.option(
+    "--namespace",
+    envvar="POD_NAMESPACE",
+    default="vmsnapshot-system",
+    show_default=True,
+    help="The operator's own namespace: its Lease, its installation id and all credentials live there.",
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="vmsnapshot-operator")
+def main() -> None:
+    """Take one consistent snapshot of a VM whose disks lie on several storage systems.
+
+    In a cluster the chart runs `run` and `guardian` side by side. `doctor` says what is missing, `thaw` frees a VM by hand.
+    """
+
+
+@main.command()
+@_KUBECONFIG
+@_NAMESPACE
+@click.option(
+    "--guardian-socket",
+    type=click.Path(path_type=Path),
+    envvar="VMSNAPSHOT_GUARDIAN_SOCKET",
+    help="Socket of the guardian beside us. Without one no VM is ever frozen or paused.",
+)
+@click.option("--telemetry-port", default=8080, show_default=True, help="Port of /metrics, /healthz and /readyz; 0 picks one.")
+@click.option("--telemetry-host", default="0.0.0.0", show_default=True, help="Address to listen on.")  # noqa: S104 - probes come from outside the pod
+@click.option("--log-format", type=click.Choice(["json", "text"]), default="json", show_default=True)
+@click.option("--verbose", is_flag=True, help="Also log what is seen, not only what is done.")
+def run(
+    *,
+    kubeconfig: Path | None,
+    namespace: str,
+    guardian_socket: Path | None,
+    telemetry_port: int,
+    telemetry_host: str,
+    log_format: str,
+    verbose: bool,
+) -> None:
+    """Run the operator."""
+    from vmsnapshot_operator.handlers.operator import Options
+    from vmsnapshot_operator.handlers.operator import run as run_operator
+    from vmsnapshot_operator.telemetry import logs
+
+    logs.configure(log_format, verbose=verbose)
+    os.environ.setdefault("LOGNAME", "vmsnapshot")  # kopf asks for a login name, and a uid in a pod may have none
+    run_operator(
+        Options(
+            namespace=namespace,
+            kubeconfig=kubeconfig,
+            guardian_socket=guardian_socket,
+            telemetry_port=telemetry_port,
+            telemetry_host=telemetry_host,
+        )
+    )
+
+
+@main.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def guardian(arguments: tuple[str, ...]) -> None:
+    """Run the guardian: it thaws when nobody else does (`guardian --help` for its options)."""
+    # Another program image, so that nothing of ours but the journal's format is in its memory.
+    os.execv(sys.executable, [sys.executable, "-m", "vmsnapshot_operator.guardian", *arguments])  # noqa: S606 - argv only
+
+
+@main.command()
+@click.option("--write", "folder", type=click.Path(path_type=Path, file_okay=False), help="Write one file per kind into this folder.")
+@click.option("--check", "checked", type=click.Path(path_type=Path, file_okay=False, exists=True), help="Fail if the files there differ.")
+def crds(*, folder: Path | None, checked: Path | None) -> None:
+    """Print the CustomResourceDefinitions, or write or check the files."""
+    from vmsnapshot_operator.api import schema
+
+    if folder is not None:
+        schema.write(folder)
+    elif checked is not None:
+        different = schema.check(checked)
+        if different:
+            raise click.ClickException(f"not as generated: {', '.join(different)}; run `vmsnapshot-operator crds --write {checked}`")
+    else:
+        click.echo("---\n".join(schema.crd_documents().values()), nl=False)
+
+
+@main.command()
+@_KUBECONFIG
+@_NAMESPACE
+@click.option("--guardian-socket", type=click.Path(path_type=Path), envvar="VMSNAPSHOT_GUARDIAN_SOCKET")
+def doctor(*, kubeconfig: Path | None, namespace: str, guardian_socket: Path | None) -> None:
+    """Say in plain words what is missing, with what to do about it. Exit status 1 if anything is."""
+    from vmsnapshot_operator.handlers import doctor as doctor_module
+
+    findings = asyncio.run(doctor_module.examine(kubeconfig, namespace, guardian_socket))
+    click.echo(doctor_module.render(findings))
+    sys.exit(0 if all(f.ok for f in findings) else 1)
+
+
+@main.command()
+@_KUBECONFIG
+@_NAMESPACE
+@click.argument("hypervisor")
+@click.argument("domain", required=False)
+@click.option("--all", "everything", is_flag=True, help="Every domain of the hypervisor that bears a journal.")
+@click.option("--force", is_flag=True, help="Thaw also a domain without a journal of ours.")
+def thaw(*, kubeconfig: Path | None, namespace: str, hypervisor: str, domain: str | None, everything: bool, force: bool) -> None:
+    """Free a VM by hand: thaw or resume it as its journal says, then remove the journal.
+
+    HYPERVISOR is the name of a Hypervisor object, DOMAIN the name or UUID of the VM.
+    """
+    from vmsnapshot_operator.handlers import thaw as thaw_module
+
+    if (domain is None) == (not everything):
+        raise click.UsageError("name a DOMAIN, or use --all")
+    lines, ok = asyncio.run(thaw_module.thaw(kubeconfig, namespace, hypervisor, domain, force=force))
+    for line in lines:
+        click.echo(line)
+    sys.exit(0 if ok else 1)

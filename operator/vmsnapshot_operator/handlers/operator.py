@@ -1,0 +1,237 @@
+"""The operator as a whole: what is started in which order, and ended in the other. Kopf watches; our queue works.
+
+Kopf's event handlers are not retried and must not block, so each of them only puts a key into the keyed queue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Mapping
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import kopf
+
+from vmsnapshot_operator.api.meta import GROUP, VERSION
+from vmsnapshot_operator.handlers.classes import Classes
+from vmsnapshot_operator.handlers.hypervisors import Hypervisors
+from vmsnapshot_operator.handlers.queue import WorkQueue
+from vmsnapshot_operator.handlers.reconcile import Reconciler
+from vmsnapshot_operator.hypervisors.guardian_link import GuardianLink
+from vmsnapshot_operator.kube.cluster import Cluster
+from vmsnapshot_operator.kube.events import Events
+from vmsnapshot_operator.kube.lease import Leadership
+from vmsnapshot_operator.strategies.world import World
+from vmsnapshot_operator.telemetry.health import Heartbeats
+from vmsnapshot_operator.telemetry.http import TelemetryServer
+from vmsnapshot_operator.telemetry.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+SNAPSHOTS, CONTENTS = "vmsnapshots", "vmsnapshotcontents"
+CLASSES, HYPERVISORS = "storagedriverclasses", "hypervisors"
+WORKERS = 8
+BEAT_SECONDS = 5.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """How the operator is run. `guardian_socket` empty: no VM is ever frozen or paused."""
+
+    namespace: str
+    kubeconfig: Path | None = None
+    guardian_socket: Path | None = None
+    telemetry_port: int = 8080
+    telemetry_host: str = "0.0.0.0"  # noqa: S104 - probes and scrapes come from outside the pod
+    identity: str = ""
+
+
+class Key(NamedTuple):
+    """What the queue works on."""
+
+    kind: str
+    namespace: str
+    name: str
+    uid: str
+
+
+class Operator:
+    """Everything that lives as long as the process. `start` and `stop` are called by kopf."""
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self._stack = AsyncExitStack()
+        self._bodies: dict[tuple[str, str], Mapping[str, Any]] = {}
+        self._snapshots: set[Key] = set()
+        self._early: list[Key] = []
+        self._world: World | None = None
+        self._reconciler: Reconciler | None = None
+        self._queue: WorkQueue[Key] | None = None
+        self._classes: Classes | None = None
+        self._hypervisors = Hypervisors()
+        self.heartbeats = Heartbeats()
+
+    async def start(self) -> None:
+        """Connect to everything; raises SnapshotError when the API server cannot be used."""
+        options = self._options
+        identity = options.identity or f"{os.uname().nodename}-{os.getpid()}"
+        cluster = await self._stack.enter_async_context(
+            Cluster(namespace=options.namespace, kubeconfig=options.kubeconfig)
+        )
+        metrics = Metrics()
+        telemetry = TelemetryServer(
+            metrics, self.heartbeats, host=options.telemetry_host, port=options.telemetry_port
+        )
+        await self._stack.enter_async_context(telemetry)
+        installation = await cluster.installation()
+        leadership = Leadership(cluster, identity=identity)
+        guardian = GuardianLink(options.guardian_socket) if options.guardian_socket is not None else None
+        if guardian is not None:
+            self._stack.push_async_callback(guardian.close)
+        self._classes = Classes(cluster)
+        self._stack.push_async_callback(self._classes.close)
+        self._stack.push_async_callback(self._hypervisors.close)
+        self._world = World(
+            cluster=cluster,
+            events=Events(cluster, instance=identity),
+            installation=installation,
+            leadership=leadership,
+            guardian=guardian,
+            hypervisors=self._hypervisors,
+            classes=self._classes,
+            metrics=metrics,
+        )
+        self._reconciler = Reconciler(self._world, lambda ns, n, uid: self._add(Key(SNAPSHOTS, ns, n, uid)))
+        self._stack.push_async_callback(self._reconciler.close)
+        self._queue = WorkQueue(self._work, workers=WORKERS, resync=lambda: list(self._snapshots))
+        metrics.watch_queue(lambda: self._queue.depth if self._queue is not None else 0)
+        for task in (leadership.run(), self._queue.run(), self._beat(metrics)):
+            self._keep(asyncio.create_task(task))
+        for key in self._early:
+            self._queue.add(key)
+        self._early.clear()
+        log.info("installation %s, instance %s", installation, identity)
+
+    async def stop(self) -> None:
+        """End everything, windows first: no guest is left frozen by a shutdown."""
+        await self._stack.aclose()
+
+    def seen(self, kind: str, event: Mapping[str, Any]) -> None:
+        """Take one event of a watch."""
+        body: Mapping[str, Any] = event["object"]
+        self.heartbeats.beat(f"watch {kind}")
+        meta = body["metadata"]
+        key = Key(kind, meta.get("namespace", ""), meta["name"], meta["uid"])
+        gone = event.get("type") == "DELETED"
+        if kind == CONTENTS:
+            ref = (body.get("spec") or {}).get("vmSnapshotRef") or {}
+            key = Key(SNAPSHOTS, ref.get("namespace", ""), ref.get("name", ""), ref.get("uid", ""))
+            if key not in self._snapshots:
+                return
+        elif kind == SNAPSHOTS:
+            (self._snapshots.discard if gone else self._snapshots.add)(key)
+        elif gone:
+            self._bodies.pop((kind, key.name), None)
+        else:
+            self._bodies[(kind, key.name)] = _plain(body)
+            if kind == CLASSES and self._classes is not None:
+                self._classes.expect(body)
+        self._add(key)
+
+    def _add(self, key: Key) -> None:
+        if self._queue is None:
+            self._early.append(key)
+        else:
+            self._queue.add(key)
+
+    async def _work(self, key: Key) -> float | None:
+        assert self._world is not None, "the queue runs after start"  # noqa: S101 - for the type checker
+        assert self._classes is not None, "the queue runs after start"  # noqa: S101 - for the type checker
+        assert self._reconciler is not None, "the queue runs after start"  # noqa: S101 - for the type checker
+        if key.kind == SNAPSHOTS:
+            return await self._reconciler.reconcile(key.namespace, key.name, key.uid)
+        body = self._bodies.get((key.kind, key.name))
+        if key.kind == CLASSES:
+            if body is not None:
+                return await self._classes.reconcile(body)
+            await self._classes.remove(key.name)
+        elif body is not None:
+            return await self._hypervisors.reconcile(body, self._world)
+        else:
+            await self._hypervisors.remove(key.name)
+        return None
+
+    def _keep(self, task: asyncio.Task[None]) -> None:
+        """Own a task: it is cancelled at the end, and its failure ends the process rather than go unseen."""
+
+        async def end() -> None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+        self._stack.push_async_callback(end)
+        task.add_done_callback(_fatal)
+
+    async def _beat(self, metrics: Metrics) -> None:
+        """Heartbeats: the loop and the queue run, each hypervisor's connection answers."""
+        while True:
+            if self._queue is not None and self._queue.alive:
+                self.heartbeats.beat("queue")
+            for name, client in self._hypervisors.clients().items():
+                self.heartbeats.note(f"hypervisor {name}", client.last_answer)
+            if self._classes is not None:
+                metrics.driver_workers({n: len(h.pids) for n, h in self._classes.hosts().items()})
+            await asyncio.sleep(BEAT_SECONDS)
+
+
+def _plain(body: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Copy a watched object out of kopf's hands."""
+    return dict(body)
+
+
+def _fatal(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.critical("a part of the operator ended: %s", error, exc_info=error)
+        os._exit(1)  # the guardian frees what is held; the pod is restarted
+
+
+def wire(operator: Operator) -> kopf.OperatorRegistry:
+    """Return kopf's registry with our handlers: one line each."""
+    registry = kopf.OperatorRegistry()
+
+    @kopf.on.startup(registry=registry)  # type: ignore[arg-type]  # kopf types handlers by their keyword arguments
+    async def startup(settings: kopf.OperatorSettings, **_: Any) -> None:
+        settings.posting.enabled = False
+        settings.watching.server_timeout = 300
+        settings.persistence.finalizer = f"{GROUP}/kopf"
+        await operator.start()
+
+    @kopf.on.cleanup(registry=registry)  # type: ignore[arg-type]  # as above
+    async def cleanup(**_: Any) -> None:
+        await operator.stop()
+
+    for kind in (HYPERVISORS, CLASSES, SNAPSHOTS, CONTENTS):
+
+        def handler(event: Any, kind: str = kind, **_: Any) -> None:
+            operator.seen(kind, event)
+
+        kopf.on.event(GROUP, VERSION, kind, id=kind, registry=registry)(handler)
+    return registry
+
+
+def run(options: Options) -> None:
+    """Run until a signal comes."""
+    operator = Operator(options)
+    registry = wire(operator)
+
+    @kopf.on.login(registry=registry)  # type: ignore[arg-type]  # kopf types handlers by their keyword arguments
+    def login(**kwargs: Any) -> kopf.ConnectionInfo | None:
+        if options.kubeconfig is not None:
+            os.environ["KUBECONFIG"] = str(options.kubeconfig)
+            return kopf.login_with_kubeconfig(**kwargs)
+        return kopf.login_with_service_account(**kwargs)
+
+    kopf.run(registry=registry, standalone=True, clusterwide=True)

@@ -1,0 +1,161 @@
+"""One look at one VMSnapshot: gather, decide, tell, apply; again until there is nothing to do but wait.
+
+Effects that may take long run as tasks, one per object, so that a long copy holds no worker of the queue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from vmsnapshot_operator.core.effects import (
+    QUIET,
+    Decision,
+    Effect,
+    Failure,
+    Observation,
+    Prepare,
+    Recover,
+    RollBack,
+    Settle,
+    TakeWindow,
+    Wait,
+)
+from vmsnapshot_operator.errors import ConflictError, RefusedError, SnapshotError
+from vmsnapshot_operator.kube import conditions
+from vmsnapshot_operator.plan import report
+from vmsnapshot_operator.strategies.gather import gather
+from vmsnapshot_operator.strategies.storage import StorageStrategy
+from vmsnapshot_operator.strategies.world import World, now
+
+log = logging.getLogger(__name__)
+
+STANDBY_SECONDS = 1.0
+MAX_BACKOFF_SECONDS = 60.0
+MAX_STEPS = 50
+"""More effects in a row than any snapshot needs: a loop that does not end by itself is ended, and said so."""
+
+_LONG = (Prepare, TakeWindow, Settle, RollBack, Recover)
+_CANCELLABLE = (Prepare, Settle)
+
+
+@dataclass(frozen=True, slots=True)
+class _Running:
+    """An effect under way."""
+
+    effect: Effect
+    task: asyncio.Task[None]
+
+
+class Reconciler:
+    """Drives all VMSnapshots of this process; `wake(namespace, name, uid)` puts one back into the queue."""
+
+    def __init__(self, world: World, wake: Callable[[str, str, str], None]) -> None:
+        self._world = world
+        self._wake = wake
+        self._strategy = StorageStrategy(world)
+        self._running: dict[str, _Running] = {}
+
+    async def reconcile(self, namespace: str, name: str, uid: str) -> float | None:
+        """Do what can be done now; return seconds until the next look, or None for the next event."""
+        if not self._world.leadership.is_leader():
+            return STANDBY_SECONDS
+        for _ in range(MAX_STEPS):
+            body = await self._world.cluster.snapshot(namespace, name)
+            if body is None or body["metadata"]["uid"] != uid:
+                await self._gone(uid)
+                return None
+            if uid in self._running:
+                self._hurry(uid, body)
+                return None  # the end of the effect wakes us
+            try:
+                seen = await gather(self._world, body)
+            except RefusedError as error:
+                log.warning("VMSnapshot %s/%s cannot be understood: %s", namespace, name, error.message)
+                return None
+            decision = self._strategy.decide(seen, now())
+            if not isinstance(decision.effect, QUIET):
+                body = await self._tell(seen, decision, body)
+            if isinstance(decision.effect, Wait):
+                return decision.effect.seconds
+            log.info("VMSnapshot %s/%s: %s", namespace, name, type(decision.effect).__name__)
+            if isinstance(decision.effect, _LONG):
+                self._start(decision.effect, seen, body)
+                return None
+            await self._apply(decision.effect, seen, body)
+        log.error("VMSnapshot %s/%s did not come to rest after %d effects", namespace, name, MAX_STEPS)
+        return MAX_BACKOFF_SECONDS
+
+    async def close(self) -> None:
+        """End all effects; a window frees its guest before it ends."""
+        tasks = [r.task for r in self._running.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for uid in list(self._world.memories):
+            await self._world.forget(uid)
+
+    def _start(self, effect: Effect, seen: Observation, body: Mapping[str, Any]) -> None:
+        request = seen.request
+        task = asyncio.create_task(self._apply(effect, seen, body), name=f"{type(effect).__name__} {request.uid}")
+        self._running[request.uid] = _Running(effect, task)
+
+        def done(_: asyncio.Task[None]) -> None:
+            self._running.pop(request.uid, None)
+            self._wake(request.namespace, request.name, request.uid)
+
+        task.add_done_callback(done)
+
+    def _hurry(self, uid: str, body: Mapping[str, Any]) -> None:
+        """A deletion does not wait for a copy; it waits for a window."""
+        running = self._running[uid]
+        if body["metadata"].get("deletionTimestamp") and isinstance(running.effect, _CANCELLABLE):
+            running.task.cancel()
+
+    async def _gone(self, uid: str) -> None:
+        running = self._running.get(uid)
+        if running is not None:
+            if isinstance(running.effect, _CANCELLABLE):
+                running.task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait({running.task})
+        await self._world.forget(uid)
+
+    async def _tell(self, seen: Observation, decision: Decision, body: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Write status if there is news."""
+        old = body.get("status") or {}
+        generation = seen.request.generation
+        status = report.status(seen, decision.conditions)
+        status["observedGeneration"] = generation
+        status["conditions"] = conditions.merge(old.get("conditions") or (), decision.conditions, generation, now())
+        if not conditions.changed(old, status):
+            return body
+        return await self._world.cluster.write_snapshot_status(body, status)
+
+    async def _apply(self, effect: Effect, seen: Observation, body: Mapping[str, Any]) -> None:
+        memory = self._world.memory(seen.request.uid)
+        try:
+            await self._strategy.apply(effect, seen, body)
+        except ConflictError as error:
+            log.info("%s: %s", seen.request.uid, error.message)
+        except SnapshotError as error:
+            log.warning("%s of %s/%s: %s", type(effect).__name__, seen.request.namespace, seen.request.name, error.message)
+            if isinstance(effect, _CANCELLABLE) and not error.retryable:
+                memory.broken = Failure(reason=error.reason, message=error.message)
+            self._retry_later(seen, error.message)
+        except Exception as error:  # noqa: BLE001 - a bug must neither stop the queue nor pass unseen: it is logged and told in status
+            log.exception("%s of %s/%s", type(effect).__name__, seen.request.namespace, seen.request.name)
+            self._retry_later(seen, f"internal error: {type(error).__name__}; see the operator's log")
+        else:
+            memory.failures, memory.trouble, memory.retry_at = 0, "", None
+
+    def _retry_later(self, seen: Observation, message: str) -> None:
+        memory = self._world.memory(seen.request.uid)
+        memory.failures += 1
+        memory.trouble = message
+        memory.retry_at = now() + timedelta(seconds=min(MAX_BACKOFF_SECONDS, 0.5 * 2 ** min(memory.failures, 10)))

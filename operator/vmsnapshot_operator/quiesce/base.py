@@ -1,0 +1,141 @@
+"""What all ways to quiesce share: their context, the window's truth while it is being found out, freeing until it is sure.
+
+Not: which way is taken (`plan.quiescing`), who may hold a VM (`strategies.window`), what may be claimed (`plan.verdict`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from importlib.metadata import entry_points
+from typing import TypeVar
+
+from vmsnapshot_operator.core.evidence import Evidence, Quiescer
+from vmsnapshot_operator.core.planning import Plan
+from vmsnapshot_operator.core.volumes import Seconds
+from vmsnapshot_operator.errors import DomainGoneError, HypervisorError, QuiesceError
+from vmsnapshot_operator.hypervisors.domains import Hypervisor, Ref
+
+log = logging.getLogger(__name__)
+
+ENTRY_POINTS = "vmsnapshot_operator.quiesce"
+RELEASE_PATIENCE = Seconds(10.0)
+"""How long the window itself insists on freeing the VM; after that the recovery goes on with it, as often as it takes."""
+
+_PAUSE = 0.1
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Context:
+    """Which VM, where, and what was planned for it."""
+
+    hypervisor: Hypervisor
+    ref: Ref
+    plan: Plan | None = None
+
+
+QuiescerFactory = Callable[[Context], Quiescer]
+
+
+def find(method: str) -> QuiescerFactory:
+    """Return the quiesce method of this name; raises QuiesceError if it is not installed."""
+    for point in entry_points(group=ENTRY_POINTS, name=method):
+        factory: QuiescerFactory = point.load()
+        return factory
+    known = ", ".join(sorted(p.name for p in entry_points(group=ENTRY_POINTS)))
+    raise QuiesceError(f'quiesce method "{method}" is not installed; installed are {known}', reason="QuiesceMethodUnknown")
+
+
+def clock() -> Seconds:
+    """Read the clock by which windows are measured: it goes on while the machine sleeps, and is never set."""
+    return Seconds(time.clock_gettime(time.CLOCK_BOOTTIME))
+
+
+def wall() -> datetime:
+    """Read the wall clock, for people; nothing is decided by it."""
+    return datetime.now(UTC)
+
+
+@dataclass(slots=True)
+class OpenWindow:
+    """The truth about a window while it is being found out; read it after the window was left."""
+
+    evidence: Evidence
+    free: bool = False
+    asked: Seconds | None = field(default=None)
+
+    def ask(self) -> None:
+        """Note that the VM is now being asked to stand still."""
+        self.asked = clock()
+        self.evidence = replace(self.evidence, frozen_time=wall())
+
+    def stands(self) -> None:
+        """Note that the VM has answered that it stands still."""
+        self.evidence = replace(self.evidence, still_from=clock())
+
+    def ending(self) -> None:
+        """Note that from now on the VM may go on."""
+        if self.evidence.still_until is None:
+            self.evidence = replace(self.evidence, still_until=clock())
+
+    def ended(self) -> None:
+        """Note that the VM has answered that it goes on."""
+        self.free = True
+        asked = self.asked if self.asked is not None else clock()
+        self.evidence = replace(
+            self.evidence, thawed_time=wall(), frozen_milliseconds=round((clock() - asked) * 1000)
+        )
+
+    def learn(self, **facts: object) -> None:
+        """Add facts to the evidence."""
+        self.evidence = replace(self.evidence, **facts)  # type: ignore[arg-type]  # the callers name fields of Evidence
+
+    def note(self, text: str) -> None:
+        """Add a sentence for the user."""
+        self.evidence = replace(self.evidence, notes=(*self.evidence.notes, text))
+
+
+async def insist(what: str, attempt: Callable[[], Awaitable[bool]], patience: Seconds | None) -> bool:
+    """Try to free a VM again and again until `attempt` says it is free; False if that took longer than `patience`.
+
+    A domain that is gone holds nothing. Errors are logged and tried again: freeing has no other way out.
+    """
+    start = clock()
+    tries = 0
+    while True:
+        tries += 1
+        try:
+            if await attempt():
+                return True
+        except DomainGoneError:
+            return True
+        except HypervisorError as error:
+            log.warning("%s: not free yet (try %d): %s", what, tries, error.message)
+        if patience is not None and clock() - start > patience:
+            return False
+        await asyncio.sleep(min(1.0, _PAUSE * tries))
+
+
+async def undisturbed(awaitable: Awaitable[T]) -> T:
+    """Await to the end even if this task is cancelled meanwhile: a VM is freed first, cancelled afterwards."""
+    task = asyncio.ensure_future(awaitable)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError as error:
+            if task.cancelled():
+                raise
+            cancelled = error
+        except Exception:  # noqa: BLE001 - the result below raises it to the caller
+            break
+    result = task.result()
+    if cancelled is not None:
+        raise cancelled
+    return result

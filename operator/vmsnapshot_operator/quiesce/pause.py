@@ -1,0 +1,69 @@
+"""Quiesce by a pause: the whole VM stands still for a moment; crash consistency at one instant over any drivers."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from vmsnapshot_operator.core.evidence import Evidence, Window
+from vmsnapshot_operator.core.journal import Journal
+from vmsnapshot_operator.core.machine import PowerState
+from vmsnapshot_operator.core.planning import Method
+from vmsnapshot_operator.errors import HypervisorError, QuiesceError
+from vmsnapshot_operator.hypervisors.domains import DomainWindow
+from vmsnapshot_operator.quiesce.base import RELEASE_PATIENCE, Context, OpenWindow, insist, undisturbed
+
+
+class PauseQuiescer:
+    """Pause and resume. An early resume by somebody else shows in the VM's state before ours, or as an event."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+
+    @asynccontextmanager
+    async def still(self, journal: Journal) -> AsyncIterator[Window]:  # noqa: ARG002 - the protocol's signature
+        """Hold the VM paused. Raises QuiesceError when it cannot: then it was resumed again."""
+        domain = await self._context.hypervisor.window(self._context.ref)
+        window = OpenWindow(Evidence(method=Method.PAUSE))
+        with self._context.hypervisor.events(self._context.ref) as events:
+            try:
+                window.ask()
+                await domain.pause()
+                window.stands()
+                yield window
+            except HypervisorError as error:
+                if window.evidence.still_from is not None:
+                    raise
+                window.ending()
+                await undisturbed(self._free(domain, window))
+                raise QuiesceError(
+                    f"the VM could not be paused: {error.message}", reason="PauseFailed", free=window.free
+                ) from error
+            finally:
+                if not window.free:
+                    window.ending()
+                    if events.resumed:
+                        window.learn(freed_by_other=True)
+                    await undisturbed(self._free(domain, window))
+
+    async def let_go(self, journal: Journal) -> None:  # noqa: ARG002 - the protocol's signature
+        """Resume the VM if it is paused."""
+        domain = await self._context.hypervisor.window(self._context.ref)
+        window = OpenWindow(Evidence(method=Method.PAUSE))
+        await undisturbed(self._free(domain, window))
+        if not window.free:
+            raise QuiesceError(
+                f"domain {self._context.ref.name} could not be resumed yet; trying again", reason="ResumeFailed", retryable=True
+            )
+
+    async def _free(self, domain: DomainWindow, window: OpenWindow) -> None:
+        async def attempt() -> bool:
+            if await domain.state() is not PowerState.PAUSED:
+                if window.evidence.still_from is not None and not window.free:
+                    window.learn(freed_by_other=True)
+            else:
+                await domain.resume()
+            window.ended()
+            return True
+
+        await insist(f"resume of domain {self._context.ref.name}", attempt, RELEASE_PATIENCE)

@@ -1,0 +1,1 @@
+"""The workflows: each owns taking and deleting a snapshot as a whole."""

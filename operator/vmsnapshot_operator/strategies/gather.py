@@ -1,0 +1,271 @@
+"""Look at the world once and write down what was seen: one VMSnapshot, its content, its VM, the classes, the storage.
+
+Only looks: nothing here changes anything. What cannot be asked is said to be so, never guessed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vmsnapshot_operator.core import names
+from vmsnapshot_operator.core.driver import Fit
+from vmsnapshot_operator.core.effects import Failure, Observation, Record
+from vmsnapshot_operator.core.journal import Journal
+from vmsnapshot_operator.core.machine import Machine
+from vmsnapshot_operator.core.planning import Patience, Plan, Policy, Refusal, Request, StorageClass
+from vmsnapshot_operator.core.volumes import Seconds, Volume, VolumeId
+from vmsnapshot_operator.errors import (
+    DomainGoneError,
+    DriverError,
+    HypervisorError,
+    RefusedError,
+    SnapshotError,
+)
+from vmsnapshot_operator.hypervisors.domains import Hypervisor, Ref
+from vmsnapshot_operator.kube import contents, distill
+from vmsnapshot_operator.kube.cluster import FINALIZER
+from vmsnapshot_operator.plan import access, disks, grouping, planner
+from vmsnapshot_operator.strategies.world import LiveHypervisor, Memory, World
+
+ASK_TIMEOUT = Seconds(10.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Planned:
+    """What planning says, or who is in the way."""
+
+    plan: Plan | None = None
+    refusal: Refusal | None = None
+    in_use_by: str = ""
+    guardian: Fit | None = None
+
+
+async def gather(world: World, body: Mapping[str, Any]) -> Observation:
+    """Return one frozen observation of everything that concerns this VMSnapshot.
+
+    Raises RefusedError when the object itself cannot be understood, KubeError when the API server does not answer.
+    """
+    request = distill.request(body)
+    memory = world.memory(request.uid)
+    deleting = bool(body["metadata"].get("deletionTimestamp"))
+    finalizer = FINALIZER in (body["metadata"].get("finalizers") or ())
+    record = await _record(world, body, request) if finalizer else None
+    refused = _refused(body) if record is None and not deleting else None
+    journal, journal_problem = await _journal(world, request, record)
+    if record is None or record.taken or record.failure is not None:
+        world.release(request.uid)
+    planned = _Planned()
+    if not deleting and refused is None and _undecided(record) and journal is None:
+        planned = await _planning(world, request, memory)
+    held, unlisted = await _held(world, request, record, memory, deleting=deleting and finalizer)
+    return Observation(
+        request=request,
+        deleting=deleting,
+        finalizer=finalizer,
+        refused=refused,
+        first_seen=memory.first_seen,
+        plan=planned.plan,
+        refusal=planned.refusal,
+        record=record,
+        journal=journal,
+        journal_problem=journal_problem,
+        held=held,
+        unlisted=unlisted,
+        prepared=memory.prepared.attempt if memory.prepared is not None else None,
+        outcome=memory.outcome,
+        broken=memory.broken,
+        leader=world.leadership.is_leader(),
+        guardian=planned.guardian,
+        in_use_by=planned.in_use_by,
+        trouble=memory.trouble,
+        retry_at=memory.retry_at,
+    )
+
+
+async def locate(world: World, request: Request, record: Record | None) -> tuple[Hypervisor, Ref]:
+    """Find the VM: by its pinned UUID once there is a plan on record.
+
+    Raises HypervisorError when it is not there or cannot be asked.
+    """
+    live = world.hypervisors.get(request.hypervisor)
+    if live is None:
+        raise DomainGoneError(f'there is no Hypervisor "{request.hypervisor}"', reason="HypervisorNotFound")
+    if live.client is None:
+        raise HypervisorError(
+            f'hypervisor "{live.name}" cannot be used: {live.problem}', reason="HypervisorUnreachable", retryable=True
+        )
+    wanted = record.plan.vm_uuid if record is not None else request.domain
+    return live.client, await live.client.find(wanted)
+
+
+def _undecided(record: Record | None) -> bool:
+    return record is None or (record.outcome is None and record.failure is None and not record.problem)
+
+
+async def _record(world: World, body: Mapping[str, Any], request: Request) -> Record | None:
+    content = await world.cluster.content(contents.name_for(request.uid))
+    return contents.from_body(content, request, world.installation) if content is not None else None
+
+
+def _refused(body: Mapping[str, Any]) -> Failure | None:
+    """A refusal told before, for good: remembered by the object itself, since nothing else of it exists."""
+    found = {c.get("type"): c for c in (body.get("status") or {}).get("conditions") or ()}
+    stalled, planned = found.get("Stalled"), found.get("Planned")
+    if stalled is None or stalled.get("status") != "True" or planned is None or planned.get("status") != "False":
+        return None
+    return Failure(reason=str(planned.get("reason", "")), message=str(planned.get("message", "")))
+
+
+async def _journal(world: World, request: Request, record: Record | None) -> tuple[Journal | None, str]:
+    """Our own journal in the domain, if an attempt is on record whose end is not: only then may the VM be held by us."""
+    if record is None or record.outcome is not None or record.failure is not None or record.foreign:
+        return None, ""
+    try:
+        client, ref = await locate(world, request, record)
+        journal = await client.read_journal(ref)
+    except DomainGoneError:
+        return None, ""
+    except HypervisorError as error:
+        return None, error.message
+    ours = journal is not None and journal.installation == world.installation and journal.owner_uid == request.uid
+    return (journal if ours else None), ""
+
+
+async def _planning(world: World, request: Request, memory: Memory) -> _Planned:
+    live = world.hypervisors.get(request.hypervisor)
+    if live is None:
+        return _Planned(
+            refusal=Refusal(
+                reason="HypervisorNotFound",
+                message=f'there is no Hypervisor "{request.hypervisor}"; check spec.source.hypervisorName',
+            )
+        )
+    if live.client is None:
+        return _Planned(refusal=_unreachable(live, live.problem))
+    try:
+        return await _plan_on(world, request, memory, live, live.client)
+    except DomainGoneError:
+        return _Planned(refusal=access.not_found(request.domain, request.hypervisor, request.namespace))
+    except HypervisorError as error:
+        return _Planned(refusal=_unreachable(live, error.message))
+    except RefusedError as error:
+        return _Planned(refusal=Refusal(reason=error.reason, message=error.message))
+
+
+def _unreachable(live: LiveHypervisor, why: str) -> Refusal:
+    return Refusal(
+        reason="HypervisorUnreachable",
+        message=f'hypervisor "{live.name}" does not answer: {why}; trying again until spec.deadlineSeconds is over',
+        patience=Patience.WAIT,
+    )
+
+
+async def _plan_on(world: World, request: Request, memory: Memory, live: LiveHypervisor, client: Hypervisor) -> _Planned:
+    # The domain is looked up before the rules, so that one who may not use it cannot tell by the time it takes.
+    ref = await client.find(request.domain)
+    labels = await world.cluster.namespace_labels(request.namespace)
+    if not access.may_use(live.access, labels, ref.name):
+        return _Planned(refusal=access.not_found(request.domain, request.hypervisor, request.namespace))
+    if request.strategy not in ("Auto", "Storage"):
+        return _Planned(
+            refusal=Refusal(
+                reason="StrategyUnknown",
+                message=f'strategy "{request.strategy}" is not installed; use Auto or Storage',
+            )
+        )
+    if (busy := _busy(world, ref.uuid, request.uid)) != "":
+        return _Planned(in_use_by=busy)
+    machine = await client.describe(ref, ask_agent=request.policy is not Policy.NEVER)
+    if (busy := _journalled(world, machine, request.uid)) != "":
+        return _Planned(in_use_by=busy)
+    classes = world.classes.all()
+    fits = await _fits(world, machine, request, classes)
+    made = planner.make_plan(request, machine, classes, fits, failed_before=memory.agent_failed)
+    if isinstance(made, Refusal):
+        return _Planned(refusal=made)
+    return _Planned(plan=made, guardian=await _guardian(world) if made.quiesce.holds_vm else None)
+
+
+def _busy(world: World, domain: str, uid: str) -> str:
+    holder = world.claims.get(domain, uid)
+    return "" if holder == uid else "another snapshot of this VM is being taken; waiting until it has ended"
+
+
+def _journalled(world: World, machine: Machine, uid: str) -> str:
+    if machine.journal_error:
+        return f"the VM's metadata holds a journal that cannot be read, somebody may hold it still: {machine.journal_error}"
+    if machine.journal is None:
+        return ""
+    if machine.journal.installation != world.installation:
+        return "another installation of this operator holds this VM; waiting until it has ended"
+    return "" if machine.journal.owner_uid == uid else "another snapshot of this VM is being taken; waiting until it has ended"
+
+
+async def _guardian(world: World) -> Fit:
+    if world.guardian is None:
+        return Fit(ok=False, reason="GuardianNotReady", message="no guardian is configured (--guardian-socket)")
+    try:
+        await world.guardian.ping()
+    except SnapshotError as error:
+        return Fit(ok=False, reason="GuardianNotReady", message=error.message)
+    return Fit(ok=True, reason="Ready")
+
+
+async def _fits(
+    world: World, machine: Machine, request: Request, classes: Sequence[StorageClass]
+) -> Mapping[VolumeId, Mapping[str, Fit]]:
+    """Ask each matching class's driver about each volume, all at once."""
+    selected = disks.select(machine, request.exclude)
+    if isinstance(selected, Refusal):
+        return {}
+    pairs = [(v, c) for _, v in selected.volumes for c in grouping.candidates(classes, v) if c.ready]
+    answers = await asyncio.gather(*(_fit(world, c.name, v) for v, c in pairs))
+    fits: dict[VolumeId, dict[str, Fit]] = {}
+    for (volume, cls), answer in zip(pairs, answers, strict=True):
+        fits.setdefault(volume.id, {})[cls.name] = answer
+    return fits
+
+
+async def _fit(world: World, class_name: str, volume: Volume) -> Fit:
+    host = world.classes.host(class_name)
+    if host is None:
+        return Fit(ok=False, reason="DriverUnavailable", message="its driver is not running")
+    try:
+        return await host.can_handle((volume,), timeout=ASK_TIMEOUT)
+    except DriverError as error:
+        return Fit(ok=False, reason=error.reason, message=error.message)
+
+
+async def _held(
+    world: World, request: Request, record: Record | None, memory: Memory, *, deleting: bool
+) -> tuple[Mapping[str, frozenset[str]] | None, Mapping[str, str]]:
+    """Ask the storage what it holds under this object's names, where that may be more than what is on record."""
+    pending = record is not None and record.outcome is None and record.failure is None and not record.problem
+    untried = memory.prepared is not None and record is not None and memory.prepared.attempt == record.attempt
+    failed = record is not None and record.failure is not None
+    if not deleting and not failed and not (pending and not untried):
+        return None, {}
+    prefix = names.object_prefix(world.installation, request.uid)
+    held: dict[str, frozenset[str]] = {}
+    unlisted: dict[str, str] = {}
+
+    async def ask(class_name: str) -> None:
+        try:
+            if record is not None and not record.problem:
+                host = await world.classes.host_of_record(record.groups[class_name])
+            else:
+                found = world.classes.host(class_name)
+                if found is None:
+                    return
+                host = found
+            held[class_name] = frozenset(n for n in await host.list(prefix, timeout=ASK_TIMEOUT) if n.startswith(prefix))
+        except DriverError as error:
+            unlisted[class_name] = error.message
+
+    trusted = record is not None and not record.problem
+    asked = tuple(record.groups) if record is not None and trusted else tuple(c.name for c in world.classes.all())
+    await asyncio.gather(*(ask(c) for c in asked))
+    return held, unlisted

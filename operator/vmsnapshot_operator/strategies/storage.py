@@ -1,0 +1,292 @@
+"""Strategy `Storage`: each storage driver cuts the volumes that it serves, all under one short quiesce.
+
+Deciding is `plan.next_effect`, looking is `gather`; here each effect is performed, and nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from contextlib import AsyncExitStack
+from dataclasses import replace
+from datetime import datetime
+from typing import Any
+
+from vmsnapshot_operator.core.driver import Fit, SnapshotRequest
+from vmsnapshot_operator.core.effects import (
+    Adopt,
+    Decision,
+    DropContent,
+    Effect,
+    Expire,
+    Fail,
+    Forget,
+    Keep,
+    Observation,
+    Prepare,
+    Record,
+    RecordedGroup,
+    Recover,
+    RollBack,
+    Settle,
+    TakeWindow,
+)
+from vmsnapshot_operator.core.evidence import Evidence, GroupOutcome, WindowOutcome
+from vmsnapshot_operator.core.journal import Journal
+from vmsnapshot_operator.core.volumes import Seconds
+from vmsnapshot_operator.drivers.host import Slot
+from vmsnapshot_operator.errors import ConflictError, DomainGoneError, DriverError, SnapshotError
+from vmsnapshot_operator.kube import contents
+from vmsnapshot_operator.plan import next_effect, verdict
+from vmsnapshot_operator.quiesce.base import Context, find, undisturbed
+from vmsnapshot_operator.strategies import window
+from vmsnapshot_operator.strategies.gather import locate
+from vmsnapshot_operator.strategies.world import Memory, Prepared, World, now
+
+log = logging.getLogger(__name__)
+
+RESERVE_TIMEOUT = Seconds(30.0)
+DELETE_TIMEOUT = Seconds(60.0)
+
+
+class StorageStrategy:
+    """Take and delete by storage drivers."""
+
+    name = "Storage"
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+
+    def can_take(self, seen: Observation) -> Fit:
+        """It serves every VM whose disks all have a class."""
+        if seen.refusal is not None:
+            return Fit(ok=False, reason=seen.refusal.reason, message=seen.refusal.message)
+        return Fit(ok=True, reason="EveryDiskHasAClass")
+
+    def decide(self, seen: Observation, now: datetime) -> Decision:
+        """Return the next effect; pure."""
+        return next_effect.decide(seen, now, installation=self._world.installation)
+
+    async def apply(self, effect: Effect, seen: Observation, body: Mapping[str, Any]) -> None:
+        """Perform one effect. Raises SnapshotError; the next look sees what was done."""
+        match effect:
+            case Recover(journal):
+                await self._recover(journal, seen)
+            case Adopt():
+                await self._world.cluster.add_finalizer(body)
+            case Prepare():
+                await self._prepare(effect, seen)
+            case TakeWindow():
+                await self._window(effect, seen)
+            case Keep():
+                await self._keep(effect, seen, body)
+            case Settle(groups):
+                await self._settle(groups, seen)
+            case RollBack(held):
+                await self._roll_back(held, seen)
+            case Fail():
+                await self._fail(effect, seen, body)
+            case DropContent():
+                await self._drop(seen)
+            case Forget():
+                await self._world.cluster.remove_finalizer(body)
+            case Expire():
+                await self._world.cluster.delete_snapshot(body)
+            case _:
+                raise AssertionError(f"no way to apply {effect!r}")
+
+    def _memory(self, seen: Observation) -> Memory:
+        return self._world.memory(seen.request.uid)
+
+    async def _recover(self, journal: Journal, seen: Observation) -> None:
+        await self._memory(seen).drop_prepared()
+        try:
+            client, ref = await locate(self._world, seen.request, seen.record)
+            await find(journal.method)(Context(hypervisor=client, ref=ref)).let_go(journal)
+            await client.clear_journal(ref, journal.nonce)
+        except DomainGoneError:
+            log.info("domain of snapshot %s is gone: nothing is left to free", seen.request.uid)
+
+    async def _prepare(self, effect: Prepare, seen: Observation) -> None:
+        """Write the intent first: from then on every name that may appear on storage is known."""
+        world, request, memory = self._world, seen.request, self._memory(seen)
+        await memory.drop_prepared()
+        memory.outcome = None
+        if not world.claim(effect.plan.vm_uuid, request.uid):
+            return  # somebody was faster; the next look says who
+        record = Record(
+            name=contents.name_for(request.uid),
+            attempt=effect.attempt,
+            plan=effect.plan,
+            groups={
+                g.class_name: RecordedGroup(
+                    class_name=g.class_name,
+                    driver=g.driver,
+                    parameters=g.parameters,
+                    secret_name=g.secret_name,
+                    request=effect.requests[g.class_name],
+                )
+                for g in effect.plan.groups
+            },
+        )
+        await self._write(record, seen, create=seen.record is None)
+        try:
+            memory.prepared = await self._reserve(effect)
+        except DriverError as error:
+            memory.outcome = WindowOutcome(
+                attempt=effect.attempt,
+                evidence=Evidence(method=effect.plan.quiesce.method),
+                groups={c: GroupOutcome(class_name=c) for c in effect.requests},
+                free=True,
+                interrupted=error.retryable,
+                reason=error.reason,
+                message=error.message,
+            )
+
+    async def _reserve(self, effect: Prepare) -> Prepared:
+        """Take a driver process for each group and let it do what is slow."""
+        stack = AsyncExitStack()
+        slots: dict[str, Slot] = {}
+
+        async def ready(request: SnapshotRequest, name: str) -> None:
+            host = self._world.classes.host(name)
+            if host is None:
+                raise DriverError(f'class "{name}": its driver is not running', reason="DriverUnavailable", retryable=True)
+            slots[name] = await stack.enter_async_context(host.reserve(timeout=RESERVE_TIMEOUT))
+            try:
+                await slots[name].prepare(request)
+            except DriverError as error:
+                labels = ", ".join(v.label for v in request.volumes)
+                raise DriverError(
+                    f'class "{name}", disk {labels}: {error.message}', reason=error.reason, retryable=error.retryable
+                ) from error
+
+        try:
+            results = await asyncio.gather(
+                *(ready(r, c) for c, r in effect.requests.items()), return_exceptions=True
+            )
+        except asyncio.CancelledError:
+            await undisturbed(stack.aclose())
+            raise
+        failures = [r for r in results if isinstance(r, BaseException)]
+        if failures:
+            await stack.aclose()
+            raise next((f for f in failures if not isinstance(f, DriverError)), failures[0])
+        return Prepared(attempt=effect.attempt, slots=slots, stack=stack)
+
+    async def _window(self, effect: TakeWindow, seen: Observation) -> None:
+        memory = self._memory(seen)
+        prepared = memory.prepared
+        if prepared is None:
+            return
+        memory.prepared = None  # whatever happens now, this attempt is never tried again
+        async with prepared.stack:
+            client, ref = await locate(self._world, seen.request, seen.record)
+            outcome = await window.run(self._world, effect, seen.request.uid, ref, client, prepared.slots)
+        memory.outcome = outcome
+        if outcome.fallback:
+            memory.agent_failed = outcome.message
+        self._measure(outcome, seen)
+
+    def _measure(self, outcome: WindowOutcome, seen: Observation) -> None:
+        metrics = self._world.metrics
+        if outcome.evidence.still_from is not None and seen.plan is not None and seen.plan.quiesce.holds_vm:
+            metrics.frozen(
+                seconds=outcome.evidence.frozen_milliseconds / 1000,
+                method=outcome.evidence.method,
+                hypervisor=seen.request.hypervisor,
+            )
+        if not outcome.free:
+            metrics.thaw_failed(hypervisor=seen.request.hypervisor)
+        drivers = {g.class_name: g.driver for g in seen.plan.groups} if seen.plan is not None else {}
+        for group in outcome.groups.values():
+            if group.ok and group.bracket is not None:
+                metrics.cut(seconds=group.bracket.end - group.bracket.start, driver=drivers.get(group.class_name, "unknown"))
+
+    async def _keep(self, effect: Keep, seen: Observation, body: Mapping[str, Any]) -> None:
+        assert seen.record is not None, "an attempt is kept only where its intent is on record"  # noqa: S101 - invariant of decide
+        outcome = effect.outcome
+        groups = {c: _with_result(g, outcome.groups[c]) for c, g in seen.record.groups.items()}
+        record = replace(seen.record, groups=groups, outcome=outcome, verdicts=effect.verdicts)
+        await self._write(record, seen, create=False)
+        self._memory(seen).outcome = None
+        word = verdict.overall(effect.verdicts).word
+        self._world.metrics.snapshot(consistency=word, outcome="taken")
+        held = f", VM held for {outcome.evidence.frozen_milliseconds} ms" if outcome.evidence.frozen_milliseconds else ""
+        await self._world.events.emit(
+            body, "Normal", "SnapshotTaken", f"{len(record.plan.volumes)} disks cut by {len(groups)} classes{held}; consistency {word}"
+        )
+
+    async def _settle(self, groups: Mapping[str, RecordedGroup], seen: Observation) -> None:
+        assert seen.record is not None, "only what is on record settles"  # noqa: S101 - invariant of decide
+        request = seen.request
+        left = (request.created - now()).total_seconds() + request.ready_deadline_seconds
+
+        async def wait(group: RecordedGroup) -> None:
+            if group.result is None:
+                return
+            host = await self._world.classes.host_of_record(group)
+            await host.wait_ready(group.request, group.result, timeout=Seconds(max(1.0, left)))
+
+        await asyncio.gather(*(wait(g) for g in groups.values()))
+        await self._write(replace(seen.record, ready=True, ready_time=now()), seen, create=False)
+
+    async def _roll_back(self, held: Mapping[str, frozenset[str]], seen: Observation) -> None:
+        """Delete every name, go on after errors, and report what is left."""
+        await self._memory(seen).drop_prepared()
+        record = seen.record
+
+        async def delete(class_name: str, name: str) -> None:
+            trusted = record is not None and not record.problem and class_name in record.groups
+            host = (
+                await self._world.classes.host_of_record(record.groups[class_name])
+                if record is not None and trusted
+                else self._world.classes.host(class_name)
+            )
+            if host is None:
+                raise DriverError(f'class "{class_name}" has no driver running', reason="DriverUnavailable", retryable=True)
+            await host.delete(name, timeout=DELETE_TIMEOUT)
+
+        pairs = [(c, n) for c, group in held.items() for n in sorted(group)]
+        results = await asyncio.gather(*(delete(c, n) for c, n in pairs), return_exceptions=True)
+        problems = []
+        for (class_name, name), result in zip(pairs, results, strict=True):
+            if isinstance(result, SnapshotError):
+                problems.append(f'class "{class_name}": {name}: {result.message}')
+            elif isinstance(result, BaseException):
+                raise result
+        if problems:
+            raise DriverError(
+                f"still on storage, trying again: {'; '.join(problems)}", reason="StorageUnavailable", retryable=True
+            )
+
+    async def _fail(self, effect: Fail, seen: Observation, body: Mapping[str, Any]) -> None:
+        assert seen.record is not None, "a failure is written where an intent is on record"  # noqa: S101 - invariant of decide
+        memory = self._memory(seen)
+        await memory.drop_prepared()
+        outcome = memory.outcome or seen.record.outcome
+        await self._write(replace(seen.record, outcome=outcome, failure=effect.failure), seen, create=False)
+        memory.outcome = memory.broken = None
+        self._world.metrics.snapshot(consistency="Unknown", outcome="failed")
+        await self._world.events.emit(body, "Warning", effect.failure.reason, effect.failure.message)
+
+    async def _drop(self, seen: Observation) -> None:
+        if seen.record is not None:
+            await self._world.cluster.delete_content(seen.record.name, None)
+
+    async def _write(self, record: Record, seen: Observation, *, create: bool) -> None:
+        body = contents.to_body(record, seen.request, self._world.installation)
+        if create:
+            await self._world.cluster.create_content(body)
+            return
+        stored = await self._world.cluster.content(record.name)
+        if stored is None:
+            raise ConflictError(f"VMSnapshotContent {record.name} is gone; looking again")
+        body["metadata"] = {**stored["metadata"], **body["metadata"]}
+        await self._world.cluster.replace_content(body)
+
+
+def _with_result(group: RecordedGroup, outcome: GroupOutcome) -> RecordedGroup:
+    took = round((outcome.bracket.end - outcome.bracket.start) * 1000) if outcome.bracket is not None else None
+    return replace(group, result=outcome.result, cut_milliseconds=took)

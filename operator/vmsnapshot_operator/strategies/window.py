@@ -1,0 +1,212 @@
+"""The window: journal, arm, quiesce, cut all groups in parallel, free the guest, disarm. One effect, never resumed.
+
+Nothing else happens inside: no API-server call, no look-up, no import, no spawn. Whatever fails, the VM is freed first; the
+answer says what happened and leaves what follows to the next decision.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from datetime import datetime
+
+from vmsnapshot_operator.core.driver import SnapshotRequest
+from vmsnapshot_operator.core.effects import TakeWindow
+from vmsnapshot_operator.core.evidence import Bracket, Evidence, GroupOutcome, Quiescer, Window, WindowOutcome
+from vmsnapshot_operator.core.journal import Journal
+from vmsnapshot_operator.core.machine import Machine
+from vmsnapshot_operator.core.planning import Plan
+from vmsnapshot_operator.core.volumes import Seconds, volume_id
+from vmsnapshot_operator.drivers.host import Slot
+from vmsnapshot_operator.errors import (
+    DomainGoneError,
+    DriverError,
+    GuardianError,
+    HypervisorError,
+    QuiesceError,
+    SnapshotError,
+)
+from vmsnapshot_operator.hypervisors.domains import Hypervisor, Ref
+from vmsnapshot_operator.hypervisors.guardian_link import GuardianLink
+from vmsnapshot_operator.quiesce.base import Context, clock, find, undisturbed, wall
+from vmsnapshot_operator.strategies.world import World
+
+log = logging.getLogger(__name__)
+
+LEASE_MARGIN = Seconds(5.0)
+"""The lease must outlast the budget by so much: within it nobody else may believe to be the one who acts."""
+
+
+class _CutFailedError(Exception):
+    """One group failed: the others are not waited for."""
+
+
+@dataclass(slots=True)
+class _Progress:
+    """What is known of the window so far, kept outside of the nesting so that every way out can tell it."""
+
+    groups: dict[str, GroupOutcome]
+    window: Window | None = None
+    free: bool = True
+    cut_time: datetime | None = None
+    reason: str = ""
+    message: str = ""
+    interrupted: bool = False
+    fallback: bool = False
+
+    def is_free(self) -> bool:
+        """Whether the VM is confirmed free: as it was before we touched it, or by the word of who freed it."""
+        return self.window.free if self.window is not None else self.free
+
+    def fail(self, reason: str, message: str, *, interrupted: bool = False, fallback: bool = False) -> None:
+        """Note why it failed; the first reason is the true one."""
+        if not self.reason:
+            self.reason, self.message = reason, message
+            self.interrupted, self.fallback = interrupted, fallback
+
+
+async def run(world: World, effect: TakeWindow, uid: str, ref: Ref, client: Hypervisor, slots: Mapping[str, Slot]) -> WindowOutcome:
+    """Take the window and tell what happened. Raises only when cancelled; the VM is then free or its journal still there."""
+    plan = effect.plan
+    progress = _Progress(groups={c: GroupOutcome(class_name=c) for c in effect.requests})
+    journal = Journal(
+        installation=world.installation,
+        owner_uid=uid,
+        nonce=secrets.token_hex(16),
+        attempt=effect.attempt,
+        method=plan.quiesce.method,
+        budget=plan.quiesce.budget,
+        members=tuple(v.volume.id for v in plan.volumes),
+    )
+    quiescer = find(plan.quiesce.method)(Context(hypervisor=client, ref=ref, plan=plan))
+    try:
+        async with _held(world, plan, journal, ref, client, progress):
+            await _still(quiescer, journal, effect.requests, slots, progress)
+    except QuiesceError as error:
+        progress.fail(error.reason, error.message, fallback=True)
+    except (GuardianError, HypervisorError) as error:
+        progress.fail(error.reason, error.message, interrupted=True)
+    return await _tell(effect, progress, ref, client, plan)
+
+
+@asynccontextmanager
+async def _held(
+    world: World, plan: Plan, journal: Journal, ref: Ref, client: Hypervisor, progress: _Progress
+) -> AsyncIterator[None]:
+    """Journal and guardian around the window; the journal goes only when the VM is confirmed free."""
+    if not plan.quiesce.holds_vm:
+        yield
+        return
+    if not world.leadership.is_leader(plan.quiesce.budget + LEASE_MARGIN):
+        raise GuardianError("the lease does not outlast the window: another instance may take over", reason="NotLeader")
+    guardian = _guardian(world)
+    await client.write_journal(ref, journal)
+    try:
+        await guardian.arm(client.uri(ref), ref.uuid, journal.nonce)
+        yield
+    finally:
+        if progress.is_free():
+            await undisturbed(_unhold(guardian, journal, ref, client))
+        else:
+            log.error("domain %s is not confirmed free: its journal and the guardian stay", ref.name)
+
+
+def _guardian(world: World) -> GuardianLink:
+    if world.guardian is None:
+        raise GuardianError("no guardian is configured (--guardian-socket): nobody freezes without one")
+    return world.guardian
+
+
+async def _unhold(guardian: GuardianLink, journal: Journal, ref: Ref, client: Hypervisor) -> None:
+    await guardian.disarm(journal.nonce)
+    try:
+        await client.clear_journal(ref, journal.nonce)
+    except DomainGoneError:
+        pass  # its metadata went with it
+    except HypervisorError as error:
+        log.warning("the journal of domain %s stays until the next sweep: %s", ref.name, error.message)
+
+
+async def _still(
+    quiescer: Quiescer,
+    journal: Journal,
+    requests: Mapping[str, SnapshotRequest],
+    slots: Mapping[str, Slot],
+    progress: _Progress,
+) -> None:
+    start = clock()
+    progress.free = False  # until the quiescer says otherwise
+    try:
+        async with quiescer.still(journal) as window:
+            progress.window = window
+            await _cut_all(start, journal, requests, slots, progress)
+    except QuiesceError as error:
+        progress.free = error.free
+        raise
+
+
+async def _cut_all(
+    start: Seconds, journal: Journal, requests: Mapping[str, SnapshotRequest], slots: Mapping[str, Slot], progress: _Progress
+) -> None:
+    remaining = journal.budget - (clock() - start)
+    progress.cut_time = wall()
+    try:
+        async with asyncio.timeout(remaining), asyncio.TaskGroup() as cuts:
+            for name, request in requests.items():
+                cuts.create_task(_cut(replace(request, timeout=Seconds(remaining)), name, slots[name], progress))
+    except TimeoutError:
+        late = ", ".join(c for c, g in progress.groups.items() if not g.ok)
+        progress.fail("FrozenTooLong", f"class {late} did not cut within the budget of {journal.budget:g} s: the VM was freed")
+    except* _CutFailedError:
+        pass  # each group has told its own failure
+
+
+async def _cut(request: SnapshotRequest, name: str, slot: Slot, progress: _Progress) -> None:
+    disks = ", ".join(v.label for v in request.volumes)
+    start = clock()
+    try:
+        result = await slot.cut(request)
+    except DriverError as error:
+        message = f'class "{name}", disk {disks}: {error.message}'
+        progress.groups[name] = GroupOutcome(class_name=name, reason=error.reason, message=message)
+        progress.fail(error.reason, message)
+        raise _CutFailedError from error
+    bracket = Bracket(start=start, end=clock())
+    progress.groups[name] = GroupOutcome(class_name=name, bracket=bracket, result=result)
+
+
+async def _tell(effect: TakeWindow, progress: _Progress, ref: Ref, client: Hypervisor, plan: Plan) -> WindowOutcome:
+    evidence = progress.window.evidence if progress.window is not None else Evidence(method=plan.quiesce.method)
+    if progress.window is not None:
+        evidence = replace(evidence, same_vm=await _same(plan, ref, client))
+    return WindowOutcome(
+        attempt=effect.attempt,
+        evidence=evidence,
+        groups=dict(progress.groups),
+        free=progress.is_free(),
+        cut_time=progress.cut_time,
+        interrupted=progress.interrupted,
+        fallback=progress.fallback,
+        reason=progress.reason,
+        message=progress.message,
+    )
+
+
+async def _same(plan: Plan, ref: Ref, client: Hypervisor) -> bool:
+    """Whether it is the same run on the same host with the same disks as when it was planned."""
+    try:
+        after: Machine = await client.describe(ref, ask_agent=False)
+    except SnapshotError as error:
+        log.warning("domain %s could not be looked at after the window: %s", ref.name, error.message)
+        return False
+    present = {volume_id(d.layers[0]) for d in after.disks if d.layers}
+    return (
+        after.run_id == plan.run_id
+        and after.endpoint == plan.endpoint
+        and not after.migrating
+        and all(v.volume.id in present for v in plan.volumes)
+    )

@@ -1,0 +1,137 @@
+"""What a workflow works with: the live connections of this process, and what it remembers between two looks at an object.
+
+Everything in `Memory` may be lost at any moment without harm: safety rests on names, journals and contents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Protocol
+
+from vmsnapshot_operator.core.effects import Failure, RecordedGroup
+from vmsnapshot_operator.core.evidence import WindowOutcome
+from vmsnapshot_operator.core.planning import StorageClass
+from vmsnapshot_operator.drivers.host import DriverHost, Slot
+from vmsnapshot_operator.hypervisors.domains import Hypervisor
+from vmsnapshot_operator.hypervisors.guardian_link import GuardianLink
+from vmsnapshot_operator.kube.cluster import Cluster
+from vmsnapshot_operator.kube.events import Events
+from vmsnapshot_operator.kube.lease import Leadership
+from vmsnapshot_operator.plan.access import AccessRule
+from vmsnapshot_operator.telemetry.metrics import Metrics
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LiveHypervisor:
+    """A Hypervisor object with its connections. `problem`: why it cannot be used; `client` is then None."""
+
+    name: str
+    access: tuple[AccessRule, ...] = ()
+    client: Hypervisor | None = None
+    problem: str = ""
+
+
+class LiveClasses(Protocol):
+    """The StorageDriverClass objects with the processes that host their drivers."""
+
+    def all(self) -> tuple[StorageClass, ...]:
+        """All classes as the planner sees them."""
+        ...
+
+    def host(self, class_name: str) -> DriverHost | None:
+        """The host of a class's driver, or None while there is none."""
+        ...
+
+    async def host_of_record(self, group: RecordedGroup) -> DriverHost:
+        """A host for what was cut with these parameters, even if the class was changed or deleted since."""
+        ...
+
+
+class LiveHypervisors(Protocol):
+    """The Hypervisor objects with their connections."""
+
+    def get(self, name: str) -> LiveHypervisor | None:
+        """The hypervisor of this name, or None."""
+        ...
+
+
+@dataclass(slots=True)
+class Prepared:
+    """An attempt that was prepared and not yet tried: it owns the reserved driver processes."""
+
+    attempt: int
+    slots: Mapping[str, Slot]
+    stack: AsyncExitStack
+
+
+@dataclass(slots=True)
+class Memory:
+    """What this process remembers of one VMSnapshot between two looks."""
+
+    first_seen: datetime
+    prepared: Prepared | None = None
+    outcome: WindowOutcome | None = None
+    broken: Failure | None = None
+    agent_failed: str = ""
+    trouble: str = ""
+    retry_at: datetime | None = None
+    failures: int = 0
+    claimed: str = ""
+
+    async def drop_prepared(self) -> None:
+        """Give the reserved driver processes back."""
+        prepared, self.prepared = self.prepared, None
+        if prepared is not None:
+            await prepared.stack.aclose()
+
+
+def now() -> datetime:
+    """Read the wall clock, in which deadlines are given."""
+    return datetime.now(UTC)
+
+
+@dataclass(slots=True, kw_only=True)
+class World:
+    """The surroundings of all workflows of one process."""
+
+    cluster: Cluster
+    events: Events
+    installation: str
+    leadership: Leadership
+    guardian: GuardianLink | None
+    hypervisors: LiveHypervisors
+    classes: LiveClasses
+    metrics: Metrics
+    claims: dict[str, str] = field(default_factory=dict)
+    memories: dict[str, Memory] = field(default_factory=dict)
+
+    def memory(self, uid: str) -> Memory:
+        """What is remembered of this object; made at first sight."""
+        if uid not in self.memories:
+            self.memories[uid] = Memory(first_seen=now())
+        return self.memories[uid]
+
+    def claim(self, domain: str, uid: str) -> bool:
+        """Take the one operation that a domain may have; True if it is this object's now."""
+        holder = self.claims.setdefault(domain, uid)
+        if holder == uid:
+            self.memory(uid).claimed = domain
+        return holder == uid
+
+    def release(self, uid: str) -> None:
+        """Give back what `claim` took."""
+        memory = self.memory(uid)
+        if memory.claimed and self.claims.get(memory.claimed) == uid:
+            del self.claims[memory.claimed]
+        memory.claimed = ""
+
+    async def forget(self, uid: str) -> None:
+        """The object is gone: free all that was kept for it."""
+        memory = self.memories.get(uid)
+        if memory is not None:
+            self.release(uid)
+            await memory.drop_prepared()
+            self.memories.pop(uid, None)
