@@ -1,0 +1,1 @@
+"""Measurements on the laboratory; nothing here is asserted, everything is written down."""

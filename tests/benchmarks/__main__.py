@@ -1,0 +1,37 @@
+"""`make bench`: run all measurements, or one of them."""
+
+from __future__ import annotations
+
+import click
+from rich.console import Console
+
+from tests.benchmarks import measurements
+from tests.benchmarks.result import Result, table
+from tests.lab import Lab
+from tests.stack import stack
+
+console = Console(highlight=False)
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--only", type=click.Choice(sorted(measurements.ALL)), help="Run this one only.")
+@click.option("--pairs", default=15, show_default=True, help="Pairs for each alternating measurement.")
+def main(only: str | None, pairs: int) -> None:
+    """Measure on the laboratory; write build/bench/NAME.json and print a table."""
+    lab = Lab.up(report=lambda line: console.print(f"[dim]{line}[/dim]"))
+    lab.guest("demo")
+    results: list[Result] = []
+    with stack(lab, "bench") as running:
+        for name, measure in measurements.ALL.items():
+            if only in (None, name):
+                console.print(f"measuring {name} …")
+                results.append(measure(running, pairs))
+                results[-1].write()
+    console.print(table(results))
+    for result in results:
+        for what, value in result.details.items():
+            console.print(f"  [dim]{result.name}: {what}: {value}[/dim]")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,218 @@
+"""A snapshot from apply to gone, on real parts: what is claimed is held against what the disks hold."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests import audit, proof
+from tests.lab import Lab
+from tests.stack import Stack, conditions, until
+
+
+def test_one_instant_over_two_storage_systems(
+    lab: Lab, stack: Stack, vmsnapshot: Callable[..., str], tmp_path: Path
+) -> None:
+    name = vmsnapshot("whole", quiesce={"policy": "Require"})
+    status = stack.wait(name)["status"]
+    assert status["consistency"] == "Filesystem"
+    assert {v["target"]: v["consistency"] for v in status["volumes"]} == dict.fromkeys(("vda", "vdb", "vdc"), "Filesystem")
+    assert status["quiesce"]["filesystemsFrozen"] == status["quiesce"]["filesystemsThawed"] == 3
+    assert 0 < status["quiesce"]["frozenMilliseconds"] < 30_000
+    assert {g["driver"] for g in status["groups"]} == {"libvirt-volume", "ceph-rbd"}
+    content = stack.content(name)
+    assert content is not None
+    held = proof.read(lab, content, tmp_path)
+    assert held.one_instant, held.records
+    assert held.clean, held.fsck
+
+
+def test_never_claims_no_more_than_each_volume(lab: Lab, stack: Stack, vmsnapshot: Callable[..., str]) -> None:
+    name = vmsnapshot("never", quiesce={"policy": "Never"})
+    body = stack.wait(name)
+    assert body["status"]["consistency"] == "PerVolume"
+    assert conditions(body)["Quiesced"]["reason"] == "NotRequested"
+    assert "frozenMilliseconds" not in body["status"]["quiesce"]
+
+
+def test_never_over_one_atomic_group_is_crash_consistent(
+    lab: Lab, stack: Stack, vmsnapshot: Callable[..., str]
+) -> None:
+    name = vmsnapshot("atomic", quiesce={"policy": "Never"}, volumes={"exclude": ["vda", "vdb"]})
+    status = stack.wait(name)["status"]
+    assert status["consistency"] == "Crash"
+    assert {e["name"]: e["rule"] for e in status["excluded"]} == {"vda": "ByRequest", "vdb": "ByRequest"}
+
+
+def test_pause_is_crash_consistent_at_one_instant(
+    lab: Lab, stack: Stack, vmsnapshot: Callable[..., str], tmp_path: Path
+) -> None:
+    name = vmsnapshot("pause", quiesce={"method": "Pause"})
+    body = stack.wait(name)
+    assert body["status"]["consistency"] == "Crash"
+    assert conditions(body)["Unquiesced"]["reason"] == "Resumed"
+    content = stack.content(name)
+    assert content is not None
+    assert proof.read(lab, content, tmp_path).in_order
+    assert lab.guest("demo").agent("guest-ping") == {}
+
+
+def test_dry_run_plans_and_touches_nothing(lab: Lab, stack: Stack, vmsnapshot: Callable[..., str]) -> None:
+    name = vmsnapshot("dry", dryRun=True)
+    body = stack.wait(name, "Planned")
+    found = conditions(body)
+    assert "Ready" not in found
+    assert found["Reconciling"]["status"] == "False"
+    assert body["status"]["phase"] == "Planned"
+    assert not body["metadata"].get("finalizers")
+    assert stack.content(name) is None
+    assert len(body["status"]["volumes"]) == 3
+
+
+def test_nothing_is_left_after_deleting(lab: Lab, stack: Stack, fresh: Callable[[str], str]) -> None:
+    names = [stack.snapshot(fresh("gone")) for _ in range(2)]
+    for name in names:
+        stack.wait(name)
+    uids = [(stack.get(n) or {})["metadata"]["uid"] for n in names]
+    for name in names:
+        stack.delete(name)
+    left = [x for x in proof.leftovers(lab) if any(u in x for u in uids) or not x.startswith("object")]
+    assert not left
+
+
+def test_deleting_at_any_moment_leaves_a_free_vm_and_no_trace(
+    lab: Lab, stack: Stack, fresh: Callable[[str], str]
+) -> None:
+    for delay in (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8):
+        name = stack.snapshot(fresh("early"))
+        time.sleep(delay)
+        stack.delete(name)
+    assert lab.guest("demo").freeze_status() == "thawed"
+    assert not [x for x in proof.leftovers(lab) if not x.startswith("object")]
+
+
+def test_no_request_between_freeze_and_thaw(lab: Lab, stack: Stack, vmsnapshot: Callable[..., str]) -> None:
+    log = lab.audit_log
+    assert log is not None, "the laboratory's own control plane writes an audit log"
+    mark = log.stat().st_size
+    status = stack.wait(vmsnapshot("quiet"))["status"]
+    time.sleep(1)
+    inside = [
+        r
+        for r in audit.requests(log, start=mark)
+        if status["quiesce"]["frozenTime"] <= r.time.strftime("%Y-%m-%dT%H:%M:%S.%fZ") <= status["quiesce"]["thawedTime"]
+    ]
+    assert not inside
+
+
+def test_a_second_apply_is_no_diff(lab: Lab, stack: Stack, vmsnapshot: Callable[..., str]) -> None:
+    name = vmsnapshot("twice")
+    before = stack.wait(name)
+    stack.snapshot(name)
+    after = stack.get(name)
+    assert after is not None
+    assert after["metadata"]["resourceVersion"] == before["metadata"]["resourceVersion"]
+
+
+def test_two_snapshots_of_one_vm_come_one_after_the_other(
+    lab: Lab, stack: Stack, vmsnapshot: Callable[..., str]
+) -> None:
+    names = [vmsnapshot("pair") for _ in range(2)]
+    times = sorted(
+        (stack.wait(n)["status"]["quiesce"]["frozenTime"], stack.wait(n)["status"]["quiesce"]["thawedTime"]) for n in names
+    )
+    assert times[0][1] <= times[1][0]
+
+
+def test_a_status_edited_by_hand_is_healed(lab: Lab, stack: Stack, vmsnapshot: Callable[..., str]) -> None:
+    name = vmsnapshot("healed")
+    stack.wait(name)
+    lie = {"status": {"consistency": "Application", "phase": "Nonsense"}}
+    lab.kubectl(
+        "-n", "team-a", "patch", "vmsnapshots.vmsnapshot.io", name, "--subresource=status", "--type=merge", "-p", json.dumps(lie)
+    )
+    until("the status tells the truth again", lambda: (stack.get(name) or {})["status"]["consistency"] == "Filesystem")
+
+
+def test_a_finalizer_removed_by_hand_is_put_back(lab: Lab, stack: Stack, vmsnapshot: Callable[..., str]) -> None:
+    name = vmsnapshot("bare")
+    stack.wait(name)
+    lab.kubectl("-n", "team-a", "patch", "vmsnapshots.vmsnapshot.io", name, "--type=merge", "-p", '{"metadata":{"finalizers":[]}}')
+    until("the finalizer is back", lambda: bool((stack.get(name) or {})["metadata"].get("finalizers")))
+
+
+def test_a_forged_content_is_refused_and_no_foreign_handle_is_used(
+    lab: Lab, stack: Stack, vmsnapshot: Callable[..., str]
+) -> None:
+    victim, forger = vmsnapshot("victim"), vmsnapshot("forger")
+    stack.wait(victim)
+    stack.wait(forger)
+    theirs, ours = stack.content(victim), stack.content(forger)
+    assert theirs is not None
+    assert ours is not None
+    ours["spec"]["groups"] = theirs["spec"]["groups"]
+    ours["spec"]["volumes"] = theirs["spec"]["volumes"]
+    ours["metadata"].pop("managedFields", None)
+    lab.kubectl("replace", "-f", "-", stdin=json.dumps(ours))
+    body = stack.wait(forger, "Stalled")
+    assert conditions(body)["Stalled"]["reason"] == "ContentNotBound"
+    stack.delete(forger)
+    again = stack.get(victim)
+    assert again is not None
+    assert conditions(again)["Ready"]["status"] == "True"
+    assert all(Path(v["handle"]).exists() for v in theirs["spec"]["volumes"] if v["handle"].startswith("/"))
+
+
+@pytest.mark.parametrize("policy", ["Prefer", "Require"])
+def test_time_to_live(lab: Lab, stack: Stack, fresh: Callable[[str], str], policy: str) -> None:
+    name = stack.snapshot(fresh("ttl"), quiesce={"policy": policy}, ttlSeconds=60)
+    stack.wait(name)
+    lab.kubectl("-n", "team-a", "patch", "vmsnapshots.vmsnapshot.io", name, "--type=merge", "-p", '{"spec":{"ttlSeconds":1}}')
+    until("it is gone by itself", lambda: stack.get(name) is None)
+
+
+def test_retain_keeps_content_and_cut(lab: Lab, stack: Stack, fresh: Callable[[str], str], tmp_path: Path) -> None:
+    name = stack.snapshot(fresh("kept"), deletionPolicy="Retain")
+    stack.wait(name)
+    content = stack.content(name)
+    assert content is not None
+    stack.delete(name)
+    try:
+        assert proof.read(lab, content, tmp_path).one_instant
+    finally:
+        _clean(lab, content)
+
+
+def _clean(lab: Lab, content: dict) -> None:  # type: ignore[type-arg]  # plain JSON
+    """Remove what `Retain` kept, as an administrator would."""
+    import rbd  # Debian's bindings; only where the laboratory is
+
+    lab.kubectl("delete", "vmsnapshotcontents.vmsnapshot.io", content["metadata"]["name"])
+    for volume in content["spec"]["volumes"]:
+        if volume["handle"].startswith("/"):
+            Path(volume["handle"]).unlink()
+    with lab.ceph.connect() as (_, ioctx):
+        for group in rbd.RBD().group_list(ioctx):
+            for snap in list(rbd.Group(ioctx, group).list_snaps()):
+                rbd.Group(ioctx, group).remove_snap(snap["name"])
+            rbd.RBD().group_remove(ioctx, group)
+
+
+def test_twenty_snapshots_at_once(lab: Lab, stack: Stack, fresh: Callable[[str], str]) -> None:
+    names = [fresh("burst") for _ in range(20)]
+    threads = [threading.Thread(target=stack.snapshot, args=(n,)) for n in names]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for name in names:
+        assert stack.wait(name)["status"]["consistency"] == "Filesystem"
+    for name in names:
+        stack.delete(name, wait=False)
+    until("all are gone", lambda: not any(stack.get(n) for n in names))
+    assert not [x for x in proof.leftovers(lab) if not x.startswith("object")]

@@ -1,0 +1,114 @@
+"""What the storage and the hypervisor really hold: read from them, past the operator and its drivers.
+
+The content of a snapshot is fetched to a plain file and read there: `tests.lab.truth` counts the guest's records and checks
+the file system. `leftovers` lists everything of ours in the world.
+"""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import libvirt
+
+from tests.lab import Lab, truth
+
+JOURNAL = "https://vmsnapshot.io/journal/1"
+CLEAN = "clean"
+
+
+@dataclass(frozen=True, slots=True)
+class Truth:
+    """What the disks of one snapshot hold, by target."""
+
+    records: Mapping[str, int]
+    fsck: Mapping[str, str]
+
+    @property
+    def one_instant(self) -> bool:
+        """All disks hold the same number of records: only a quiesced guest leaves them so."""
+        return len(set(self.records.values())) == 1 and min(self.records.values(), default=0) > 0
+
+    @property
+    def clean(self) -> bool:
+        """Every file system is clean."""
+        return bool(self.fsck) and all(v == CLEAN for v in self.fsck.values())
+
+    @property
+    def in_order(self) -> bool:
+        """What one atomic crash-consistent instant holds: no later disk is ahead, none lags by more than one record."""
+        counts = [self.records[t] for t in sorted(self.records)]
+        return all(a >= b for a, b in zip(counts, counts[1:], strict=False)) and counts[0] - counts[-1] <= 1
+
+
+def read(lab: Lab, content: Mapping[str, Any], into: Path) -> Truth:
+    """Fetch what a VMSnapshotContent says is held, and read it."""
+    into.mkdir(parents=True, exist_ok=True)
+    drivers = {g["className"]: g["driver"] for g in content["spec"]["groups"]}
+    records: dict[str, int] = {}
+    fsck: dict[str, str] = {}
+    for volume in content["spec"]["volumes"]:
+        target, handle = volume["target"], volume["handle"]
+        raw = into / f"{content['metadata']['name']}-{target}.raw"
+        if drivers[volume["className"]] == "ceph-rbd":
+            image, snap = handle.rsplit("@", 1)
+            truth.fetch_rbd_snapshot(lab.ceph, image.split("/")[-1], int(snap), raw)
+        else:
+            truth.fetch_file(Path(handle), raw)
+        records[target] = truth.records(raw)
+        fsck[target] = truth.fsck(raw)
+        raw.unlink()
+    return Truth(records, fsck)
+
+
+def leftovers(lab: Lab) -> list[str]:
+    """Name everything that storage, hypervisor or API server still hold of any snapshot."""
+    return [*_files(lab), *_ceph(lab), *_domains(lab), *_objects(lab)]
+
+
+def _files(lab: Lab) -> list[str]:
+    return [f"file {p}" for pool in ("reflink", "plain") for p in sorted(lab.pool_path(pool).iterdir()) if p.name.startswith("vms-")]
+
+
+def _ceph(lab: Lab) -> list[str]:
+    import rbd  # Debian's bindings; only where the laboratory is
+
+    found = []
+    with lab.ceph.connect() as (_, ioctx):
+        found += [f"rbd group {n}" for n in rbd.RBD().group_list(ioctx)]
+        for name in rbd.RBD().list(ioctx):
+            if name.startswith("vms-"):
+                found.append(f"rbd image {name}")
+            with rbd.Image(ioctx, name, read_only=True) as image:
+                found += [f"rbd snapshot {name}@{s['name']}" for s in image.list_snaps()]
+        found += [f"rbd trash {e['name']}" for e in rbd.RBD().trash_list(ioctx)]
+    return found
+
+
+def _domains(lab: Lab) -> list[str]:
+    found = []
+    connection = lab.libvirt()
+    try:
+        for domain in connection.listAllDomains():
+            for flag in (libvirt.VIR_DOMAIN_AFFECT_LIVE, libvirt.VIR_DOMAIN_AFFECT_CONFIG):
+                try:
+                    domain.metadata(libvirt.VIR_DOMAIN_METADATA_ELEMENT, JOURNAL, flag)
+                except libvirt.libvirtError:
+                    continue
+                found.append(f"journal in the metadata of domain {domain.name()}")
+            found += [f"libvirt snapshot {s.getName()} of {domain.name()}" for s in domain.listAllSnapshots()]
+            for disk in ET.fromstring(domain.XMLDesc()).findall("devices/disk"):  # noqa: S314 - libvirt's own
+                source = disk.find("source")
+                if source is not None and "vms-" in "".join(source.attrib.values()):
+                    found.append(f"overlay on {domain.name()}")
+    finally:
+        connection.close()
+    return found
+
+
+def _objects(lab: Lab) -> list[str]:
+    kinds = "vmsnapshots.vmsnapshot.io,vmsnapshotcontents.vmsnapshot.io"
+    return [f"object {n}" for n in lab.kubectl("get", kinds, "-A", "-o", "name").split()]

@@ -1,0 +1,300 @@
+"""The operator and its guardian beside the laboratory, under exactly the permissions of the chart.
+
+Shared by the demo, the integration tests and the benchmarks. Not the laboratory itself (`tests.lab`).
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.lab import Lab, LabError
+
+ROOT = Path(__file__).resolve().parent.parent
+CHART = ROOT / "charts" / "vmsnapshot-operator"
+EXAMPLES = ROOT / "examples"
+NAMESPACE = "vmsnapshot-system"
+TENANT = "team-a"
+SERVICE_ACCOUNT = "vmsnapshot-operator"
+GUARD_SECONDS = 120.0
+"""Longer than anything here takes: a guard against hanging, not a measure."""
+
+
+def free_port() -> int:
+    """Return a port of the loopback interface that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass(slots=True)
+class Program:
+    """A child process with its log; ends with the one who started it."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    @property
+    def pid(self) -> int:
+        """Number of the process."""
+        return self.process.pid
+
+    def kill(self, sig: int = signal.SIGKILL) -> None:
+        """Send a signal; wait for the end if it is a deadly one."""
+        self.process.send_signal(sig)
+        if sig in (signal.SIGKILL, signal.SIGTERM):
+            self.process.wait(timeout=GUARD_SECONDS)
+
+    def stop(self) -> None:
+        """End it as Kubernetes would."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGCONT)
+            self.process.terminate()
+            try:
+                self.process.wait(timeout=30)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+
+
+def until(what: str, ready: Callable[[], bool], timeout: float = GUARD_SECONDS) -> None:
+    """Wait until something holds; raises LabError naming it otherwise."""
+    end = time.monotonic() + timeout
+    while not ready():
+        if time.monotonic() > end:
+            raise LabError(f"not within {timeout:g} s: {what}")
+        time.sleep(0.05)
+
+
+@dataclass(slots=True)
+class Stack:
+    """The operator under test. `snapshots` and friends speak to the API server as the administrator does."""
+
+    lab: Lab
+    state: Path
+    telemetry_port: int = 0
+    programs: dict[str, Program] = field(default_factory=dict)
+
+    # --- starting and ending -------------------------------------------------------------------------------------
+
+    def install(self) -> None:
+        """Apply CRDs, namespaces and the chart's RBAC, and nothing more."""
+        self.lab.kubectl("apply", "--server-side", "--force-conflicts", "-f", str(ROOT / "crds"))
+        self.lab.kubectl("wait", "--for=condition=Established", "--timeout=60s", "-f", str(ROOT / "crds"))
+        for name in (NAMESPACE, TENANT):
+            self._apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}})
+        self.lab.kubectl("apply", "--server-side", "--force-conflicts", "-f", "-", stdin=self.chart_permissions())
+
+    def chart_permissions(self) -> str:
+        """Render the chart's ServiceAccount and RBAC."""
+        shown = ["-s", "templates/serviceaccount.yaml", "-s", "templates/rbac.yaml"]
+        helm = [str(self.lab.bin("helm")), "template", "vmsnapshot-operator", str(CHART), "--namespace", NAMESPACE]
+        done = subprocess.run([*helm, *shown], capture_output=True, text=True, check=False, timeout=GUARD_SECONDS)
+        if done.returncode:
+            raise LabError(f"helm template: {done.stderr}")
+        return done.stdout
+
+    def start(self) -> None:
+        """Start guardian and operator, and wait until the operator is ready."""
+        self.start_guardian()
+        self.start_operator()
+
+    def start_guardian(self) -> None:
+        """Start the guardian and wait for its socket."""
+        self.guardian_socket.unlink(missing_ok=True)
+        self._spawn("guardian", ["guardian", "--socket", str(self.guardian_socket)])
+        until("the guardian listens", self.guardian_socket.exists)
+
+    def start_operator(self, name: str = "operator", *, wait: bool = True) -> None:
+        """Start the operator as its ServiceAccount."""
+        kubeconfig = self.lab.service_account_kubeconfig(NAMESPACE, SERVICE_ACCOUNT)
+        port = free_port()
+        if name == "operator":
+            self.telemetry_port = port
+        options = ["--kubeconfig", str(kubeconfig), "--namespace", NAMESPACE, "--telemetry-host", "127.0.0.1"]
+        options += ["--telemetry-port", str(port), "--guardian-socket", str(self.guardian_socket), "--log-format", "text"]
+        self._spawn(name, ["run", *options])
+        if wait:
+            until(f"the operator is ready (log: {self.programs[name].log})", self.ready)
+
+    def stop(self) -> None:
+        """End operator and guardian, in this order."""
+        for name in sorted(self.programs, key=lambda n: n == "guardian"):
+            self.programs.pop(name).stop()
+
+    def __enter__(self) -> Stack:
+        self.state.mkdir(parents=True, exist_ok=True)
+        try:
+            self.install()
+            self.configure()
+            self.start()
+            self.observed()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    @property
+    def guardian_socket(self) -> Path:
+        """Where the guardian listens."""
+        return self.state / "guardian.sock"
+
+    def ready(self) -> bool:
+        """Whether the operator says that it is ready."""
+        for name, program in self.programs.items():
+            if program.process.poll() is not None:
+                raise LabError(f"{name} ended with {program.process.returncode}:\n{program.log.read_text()[-3000:]}")
+        try:
+            return self.http("/readyz")[0] == 200
+        except OSError:
+            return False
+
+    def http(self, path: str) -> tuple[int, str]:
+        """Ask the operator's telemetry port."""
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.telemetry_port}{path}", timeout=5) as answer:  # noqa: S310 - our own port
+                return int(answer.status), answer.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+    def _spawn(self, name: str, arguments: list[str]) -> None:
+        log = self.state / f"{name}.log"
+        with log.open("ab") as out:
+            process = subprocess.Popen(
+                [str(Path(sys.executable).parent / "vmsnapshot-operator"), *arguments],
+                stdout=out,
+                stderr=out,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+                env={k: v for k, v in os.environ.items() if k != "KUBECONFIG"} | {"PYTHONUNBUFFERED": "1"},
+            )
+        self.programs[name] = Program(name, process, log)
+
+    # --- the examples, fitted to this laboratory --------------------------------------------------------------------
+
+    def configure(self) -> None:
+        """Apply the examples of an administrator: Hypervisor, classes, Ceph's key."""
+        key = base64.b64encode(self.lab.ceph.key("vmsnapshot").encode()).decode()
+        secret = {"apiVersion": "v1", "kind": "Secret", "type": "Opaque"}
+        self._apply(secret | {"metadata": {"name": "ceph-rbd", "namespace": NAMESPACE}, "data": {"key": key}})
+        for document in self.example("hypervisor.yaml"):
+            document["spec"]["libvirt"]["endpoints"] = [self.endpoint()]
+            self._apply(document)
+        for document in self.example("storage-classes.yaml"):
+            parameters = document["spec"]["parameters"]
+            if document["spec"]["driver"] == "ceph-rbd":
+                parameters["monHosts"] = self.lab.ceph.mon_host
+                parameters["pool"] = self.lab.ceph.pool
+            else:
+                parameters["socketPath"] = str(self.lab.libvirt_socket)
+            self._apply(document)
+
+    def observed(self) -> None:
+        """Wait until the operator has looked at the classes and hypervisors."""
+        for kind in ("storagedriverclasses.vmsnapshot.io", "hypervisors.vmsnapshot.io"):
+            until(f"each of {kind} was observed", lambda kind=kind: all(_observed(o) for o in self.all(kind)))
+
+    def endpoint(self) -> dict[str, Any]:
+        """The laboratory's libvirt as an endpoint of a Hypervisor."""
+        return {"driver": "qemu", "transport": "unix", "socketPath": str(self.lab.libvirt_socket)}
+
+    @staticmethod
+    def example(name: str) -> list[dict[str, Any]]:
+        """The documents of an example file."""
+        return [d for d in yaml.safe_load_all((EXAMPLES / name).read_text()) if d]
+
+    # --- objects -----------------------------------------------------------------------------------------------------
+
+    def apply(self, document: Mapping[str, Any]) -> None:
+        """Apply an object as a user does."""
+        self._apply(document)
+
+    def _apply(self, document: Mapping[str, Any]) -> None:
+        self.lab.kubectl("apply", "--server-side", "--force-conflicts", "-f", "-", stdin=json.dumps(document))
+
+    def snapshot(self, name: str, domain: str = "demo", *, namespace: str = TENANT, **spec: Any) -> str:
+        """Create a VMSnapshot and return its name."""
+        body = {
+            "apiVersion": "vmsnapshot.io/v1alpha1",
+            "kind": "VMSnapshot",
+            "metadata": {"name": name, "namespace": namespace},
+            "spec": {"source": {"hypervisorName": "lab", "domain": domain}, **spec},
+        }
+        self._apply(body)
+        return name
+
+    def get(self, name: str, namespace: str = TENANT) -> dict[str, Any] | None:
+        """The VMSnapshot as it is, or None."""
+        text = self.lab.kubectl(
+            "-n", namespace, "get", "vmsnapshots.vmsnapshot.io", name, "-o", "json", "--ignore-not-found"
+        )
+        return json.loads(text) if text.strip() else None
+
+    def all(self, resource: str) -> list[dict[str, Any]]:
+        """All objects of a resource."""
+        return list(json.loads(self.lab.kubectl("get", resource, "-A", "-o", "json"))["items"])
+
+    def wait(self, name: str, kind: str = "Ready", status: str = "True", *, namespace: str = TENANT, timeout: float = GUARD_SECONDS) -> dict[str, Any]:
+        """Wait for a condition (for Ready: fail at once when it stalls) and return the object."""
+        end = time.monotonic() + timeout
+        while True:
+            body = self.get(name, namespace)
+            found = conditions(body or {})
+            if found.get(kind, {}).get("status") == status and body is not None:
+                return body
+            if kind == "Ready" and status == "True" and found.get("Stalled", {}).get("status") == "True":
+                raise LabError(f"{name} stalled: {found['Stalled'].get('reason')}: {found['Stalled'].get('message')}")
+            if time.monotonic() > end:
+                raise LabError(f"{name}: {kind} is not {status} after {timeout:g} s: {json.dumps((body or {}).get('status'), indent=1)}")
+            time.sleep(0.1)
+
+    def delete(self, name: str, *, namespace: str = TENANT, wait: bool = True) -> None:
+        """Delete a VMSnapshot; by default wait until it is gone."""
+        self.lab.kubectl("-n", namespace, "delete", "vmsnapshots.vmsnapshot.io", name, "--wait=false", "--ignore-not-found")
+        if wait:
+            until(f"{name} is gone", lambda: self.get(name, namespace) is None)
+
+    def content(self, name: str, namespace: str = TENANT) -> dict[str, Any] | None:
+        """The VMSnapshotContent of a VMSnapshot, or None."""
+        body = self.get(name, namespace)
+        if body is None:
+            return None
+        text = self.lab.kubectl(
+            "get", "vmsnapshotcontents.vmsnapshot.io", f"vmsnapcontent-{body['metadata']['uid']}", "-o", "json", "--ignore-not-found"
+        )
+        return json.loads(text) if text.strip() else None
+
+
+def conditions(body: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The conditions of an object by type."""
+    return {c["type"]: c for c in (body.get("status") or {}).get("conditions") or ()}
+
+
+def _observed(body: Mapping[str, Any]) -> bool:
+    return (body.get("status") or {}).get("observedGeneration") == body["metadata"]["generation"]
+
+
+@contextmanager
+def stack(lab: Lab, name: str = "stack") -> Iterator[Stack]:
+    """Run operator and guardian beside a laboratory for a while."""
+    with Stack(lab, lab.state / name) as running:
+        yield running
