@@ -60,6 +60,8 @@ def decide(seen: Observation, now: datetime, *, installation: str) -> Decision:
     record = seen.record
     if record is None:
         return _begin(seen, now, installation)
+    if not seen.finalizer and not record.foreign:
+        return _say(seen, Adopt(), "Preparing", "our finalizer was removed while something is held: putting it back")
     if record.problem:
         return Decision(
             effect=Wait(),

@@ -52,7 +52,7 @@ async def gather(world: World, body: Mapping[str, Any]) -> Observation:
     memory = world.memory(request.uid)
     deleting = bool(body["metadata"].get("deletionTimestamp"))
     finalizer = FINALIZER in (body["metadata"].get("finalizers") or ())
-    record = await _record(world, body, request) if finalizer else None
+    record = await _record(world, body, request)
     refused = _refused(body) if record is None and not deleting else None
     journal, journal_problem = await _journal(world, request, record)
     if record is None or record.taken or record.failure is not None:
