@@ -120,7 +120,7 @@ class DriverHost:
         """
         name = None if request is None else request.name
         async with self._process("reserve", timeout, name) as (process, seconds):
-            if request is not None and request.name not in process.prepared:
+            if request is not None and not process.is_warm(request.name):
                 await _prepare(process, request, seconds)
             yield Slot(process)
 
@@ -197,7 +197,7 @@ class DriverHost:
         self._idle = [p for p in self._idle if p.usable]
         if not self._idle:
             return None
-        chosen = next((p for p in self._idle if prepared in p.prepared), self._idle[-1])
+        chosen = next((p for p in self._idle if prepared and p.is_warm(prepared)), self._idle[-1])
         self._idle.remove(chosen)
         return chosen
 
@@ -259,7 +259,6 @@ class Slot:
         answer is never used. Raises DriverError if the answer is not about exactly the volumes that were asked for.
         """
         process = self._process
-        process.prepared.discard(request.name)
         result: CutResult = await process.call("cut", (request,), request.timeout)
         missing = {v.id for v in request.volumes} - result.handles.keys()
         strange = result.handles.keys() - {v.id for v in request.volumes}
@@ -271,7 +270,7 @@ class Slot:
 
 async def _prepare(process: DriverProcess, request: SnapshotRequest, seconds: float) -> None:
     await process.call("prepare", (request,), seconds)
-    process.prepared.add(request.name)
+    process.remember(request.name)
 
 
 def _shown(process: DriverProcess, fit: Fit) -> Fit:

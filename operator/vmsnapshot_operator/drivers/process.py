@@ -62,7 +62,7 @@ class DriverProcess:
         self.calls = 0
         self.usable = False
         self.killed = False
-        self.prepared: set[str] = set()
+        self.prepared: tuple[str, float] | None = None
         self.ended = asyncio.Event()
         self._spec = spec
         self._on_end = on_end
@@ -142,6 +142,7 @@ class DriverProcess:
         """
         deadline = self._loop.time() + seconds
         self.calls += 1
+        self.prepared = None
         try:
             answer = await self._exchange(wire.call(operation, arguments, seconds), deadline)
             return wire.result(operation, answer)
@@ -184,6 +185,16 @@ class DriverProcess:
     def _told(self, operation: str, error: DriverError) -> DriverError:
         text = self.setup.where(operation) + (printable(self._hide(error.message)) or "failed without a reason")
         return type(error)(text, reason=word(error.reason, type(error).reason), retryable=error.retryable)
+
+    def remember(self, name: str) -> None:
+        """Note that this process has just prepared a request."""
+        self.prepared = (name, self._loop.time())
+
+    def is_warm(self, name: str) -> bool:
+        """Tell whether this process prepared the request last, and so recently that it has not put it away."""
+        if self.prepared is None or self.prepared[0] != name:
+            return False
+        return self._loop.time() - self.prepared[1] < wire.REST_SECONDS / 2
 
     def clean(self, text: str) -> str:
         """Return a text that the driver wrote, fit to be shown."""

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 MAX_FRAME: Final = 16 * 1024 * 1024
 """Bytes: some ten thousand volumes; a longer frame is a broken driver, not a longer answer."""
+REST_SECONDS: Final = 120.0
+"""More than any window takes: what was prepared for one is put away by a process that is asked nothing for so long."""
 LENGTH: Final = struct.Struct(">I")
 
 

@@ -3,6 +3,9 @@
 One request at a time, read from an inherited socket; parameters and credentials come through it as well, never by
 argument or environment, where `ps` and /proc show them. It ends when the operator closes the socket, ends, or is
 killed, and at the deadline of a request even if nobody is left to kill it. Not responsible for the pool (`host`).
+
+A driver may have a method `rest()`: it is called when a cut has been answered, and when nothing was asked for a while after
+something was prepared, so that what `prepare` opened for the window (connections, images) does not stay open for ever.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import ctypes
 import faulthandler
 import logging
 import os
+import select
 import signal
 import socket
 import sys
@@ -65,9 +69,29 @@ def serve(sock: socket.socket) -> int:
         return 1
     del hello
     sock.sendall(wire.frame({"ready": True}))
-    while (message := wire.receive(sock)) is not None:
+    prepared = False
+    while True:
+        if prepared and not select.select([sock], [], [], wire.REST_SECONDS)[0]:
+            _rest(driver)
+            prepared = False
+        message = wire.receive(sock)
+        if message is None:
+            return 0
         sock.sendall(_call(driver, message))
-    return 0
+        if message["operation"] == "prepare":
+            prepared = True
+        elif message["operation"] == "cut":
+            _rest(driver)
+            prepared = False
+
+
+def _rest(driver: StorageDriver) -> None:
+    rest = getattr(driver, "rest", None)
+    if rest is not None:
+        try:
+            rest()
+        except Exception:  # noqa: BLE001 - nobody waits for it; the trace goes to the operator's log
+            traceback.print_exc()
 
 
 def main(arguments: list[str]) -> int:

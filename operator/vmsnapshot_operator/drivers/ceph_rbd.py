@@ -1,0 +1,377 @@
+"""Driver `ceph-rbd`: snapshots of RBD images; several images by one group snapshot, a single one by a plain snapshot.
+
+Facts it rests on, seen on Ceph 16.2 (docs/decisions/0003-ceph-groups.md has the measurements):
+
+- An image can be a member of one group only. Membership is needed while the group snapshot is made, not afterwards: an
+  image taken out of the group keeps its part, and rollback and removal of the group snapshot still work, in any order.
+  Hence one group per request, filled by `prepare` and emptied by `wait_ready`: snapshots of different sets of images,
+  with images in common, stand side by side.
+- A group snapshot is one instant because the snapshotting client takes the exclusive lock of every image. Without that
+  feature it is not, and is refused. A client that dies in the middle holds the locks until the watch timeout of the OSDs
+  (30 s by default), and the guest's writes wait: `delete` fences such a client off.
+- A plain snapshot of an image that a guest uses is made by the guest's own client on request, without taking its lock: two
+  thirds of the time. It may thus still appear after the process that asked for it was killed: `delete` waits for it.
+
+Held under a request name N: the group `N` with the group snapshot `N`, or on one image the plain snapshot `N`; and groups
+without members that are nothing but records, so that `list` and `delete` need not open every image of the pool: `N.i-<image
+id>` (a plain snapshot of that image) and `N.c-<address in hex>` (the client that may die while it holds locks).
+
+A handle is `<pool>/[<namespace>/]<image>@N`: the plain snapshot N of that image, or else the image's part of the group
+snapshot N of the group N, to be opened by its id (`snapshot_id`). The group's handle is `<pool>/[<namespace>/]N@N`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
+from pydantic.alias_generators import to_camel
+
+from vmsnapshot_operator.core import names
+from vmsnapshot_operator.core.driver import Capabilities, CutKind, CutResult, Fit, SnapshotRequest
+from vmsnapshot_operator.core.volumes import Handle, Layer, SourceKind, Volume, VolumeId
+from vmsnapshot_operator.drivers import ceph_cluster, ceph_snapshots
+from vmsnapshot_operator.drivers.ceph_cluster import told
+from vmsnapshot_operator.errors import DriverError, DriverUnavailableError
+
+_PROBE = "vms-probe-"  # no request name: those have six characters in the second place
+_PROBE_SECONDS = 600.0
+
+
+class CephRbdParameters(BaseModel):
+    """Where the images are. Durations in seconds."""
+
+    model_config = ConfigDict(frozen=True, alias_generator=to_camel, validate_by_name=True, validate_by_alias=True)
+
+    mon_hosts: str = Field(min_length=1, description="addresses of the monitors, separated by commas")
+    pool: str = Field(min_length=1, pattern=r"^[^/@]+$")
+    namespace: str = Field(default="", pattern=r"^[^/@]*$")
+    client_name: str = Field(default="admin", pattern=r"^[A-Za-z0-9_.-]+$", description="cephx user, without `client.`")
+    connect_timeout_seconds: int = Field(default=5, ge=1, le=120)
+    operation_timeout_seconds: int = Field(default=30, ge=1, le=600)
+    allow_disks_without_hosts: bool = Field(
+        default=False,
+        description="serve disks that name no monitor: their hypervisor's own file decides on the cluster",
+    )
+
+    @field_validator("mon_hosts")
+    @classmethod
+    def _readable(cls, value: str) -> str:
+        if not ceph_cluster.addresses(value):
+            raise ValueError("has no address of a monitor in it")
+        return value
+
+    @field_validator("client_name")
+    @classmethod
+    def _bare(cls, value: str) -> str:
+        return value.removeprefix("client.")
+
+
+class CephRbdCredentials(BaseModel):
+    """The cephx key of `clientName`."""
+
+    model_config = ConfigDict(frozen=True)
+
+    key: SecretStr
+
+
+class CephRbdDriver:
+    """See the module. Connects on first use; one connection for the life of the process."""
+
+    Parameters = CephRbdParameters
+    Credentials = CephRbdCredentials
+
+    def __init__(self, parameters: CephRbdParameters, credentials: CephRbdCredentials) -> None:
+        self._parameters = parameters
+        self._key = credentials.key
+        self._lock = threading.Lock()
+        self._connected: tuple[Any, Any] | None = None
+        self._warm: dict[str, Any] = {}
+
+    # ---------------------------------------------------------------- the contract
+
+    def capabilities(self) -> Capabilities:
+        """Take and remove a group snapshot of a tiny image of our own: versions promise more than permissions give."""
+        name = f"{_PROBE}{secrets.token_hex(4)}"
+        with self._pool() as (rbd, io), told(f"probing the pool {self._place} with an image and a group {name}"):
+            features = rbd.RBD_FEATURE_LAYERING | rbd.RBD_FEATURE_EXCLUSIVE_LOCK
+            self._remove_probes(rbd, io, older_than=_PROBE_SECONDS)
+            rbd.RBD().create(io, name, 4 << 20, features=features, old_format=False)
+            try:
+                ceph_snapshots.prepare_group(rbd, io, name, [name], self._address)
+                ceph_snapshots.cut_group(rbd, io, name, [name])
+            finally:
+                self._remove_probe(rbd, io, name)
+        return Capabilities(cut=CutKind.INSTANT, atomic=True, revert=True, clone=True)
+
+    def can_handle(self, volumes: Sequence[Volume]) -> Fit:
+        """Look whether each image is in our pool and cluster, has the exclusive lock, and is in nobody else's group."""
+        for volume in volumes:
+            refusal = self._misplaced(volume)
+            if refusal is not None:
+                return refusal
+        with self._pool() as (rbd, io):
+            for volume in volumes:
+                image = _image_of(volume.writable.source)
+                with told(f"looking at the image {self._place}/{image}"):
+                    refusal = _unfit(rbd, io, image)
+                if refusal is not None:
+                    return refusal
+        return Fit(ok=True, reason="Fits", message=f"RBD images in {self._place}")
+
+    def prepare(self, request: SnapshotRequest) -> None:
+        """Open the single image, or make the group and fill it."""
+        self.rest()
+        images = [_image_of(v.writable.source) for v in request.volumes]
+        with self._pool() as (rbd, io), told(f"preparing {request.name} of {', '.join(images)}"):
+            if len(images) > 1:
+                ceph_snapshots.prepare_group(rbd, io, request.name, images, self._address)
+                self._warm[request.name] = None
+                return
+            image = rbd.Image(io, images[0])
+            self._warm[request.name] = image
+            ceph_snapshots.prepare_single(rbd, io, request.name, image)
+
+    def cut(self, request: SnapshotRequest) -> CutResult:
+        """Make the snapshot. What `prepare` opened in this process is used."""
+        if request.name not in self._warm:
+            self.prepare(request)
+        images = [_image_of(v.writable.source) for v in request.volumes]
+        group = None
+        with self._pool() as (rbd, io), told(f"snapshot {request.name} of {', '.join(images)}"):
+            if len(images) > 1:
+                ceph_snapshots.cut_group(rbd, io, request.name, images)
+                group = Handle(f"{self._place}/{request.name}@{request.name}")
+            else:
+                ceph_snapshots.cut_single(rbd, request.name, self._warm[request.name])
+        handles = {
+            v.id: Handle(f"{self._place}/{i}@{request.name}") for v, i in zip(request.volumes, images, strict=True)
+        }
+        return CutResult(handles=handles, atomic=True, group=group)
+
+    def wait_ready(self, request: SnapshotRequest, cut: CutResult) -> None:
+        """See that every image has its snapshot, and let the images go from the group: others may need them."""
+        with self._pool() as (rbd, io):
+            for handle in cut.handles.values():
+                image, name = _parts(handle)
+                with told(f"looking for the snapshot {handle}"), rbd.Image(io, image, read_only=True) as opened:
+                    if ceph_snapshots.snapshot_id(opened, name) is None:
+                        raise DriverError(f"the snapshot {handle} does not exist (any more)", reason="SnapshotLost")
+            if cut.group is not None:
+                with told(f"emptying the group {request.name}"):
+                    ceph_snapshots.finish_group(rbd, io, request.name)
+
+    def check_revert(self, cut: CutResult, onto: Sequence[Volume]) -> Sequence[Fit]:
+        """Say for each image whether it is there, unused, and has its snapshot; a group goes back as a whole."""
+        with self._pool() as (rbd, io):
+            return [self._revertible(rbd, io, cut, {v.id for v in onto}, volume) for volume in onto]
+
+    def revert(self, cut: CutResult, onto: Sequence[Volume]) -> None:
+        """Roll the images back; refused while a client has one open, since Ceph itself would not refuse."""
+        for fit in self.check_revert(cut, onto):
+            if not fit.ok:
+                raise DriverError(fit.message, reason=fit.reason)
+        with self._pool() as (rbd, io):
+            if cut.group is not None:
+                name = _parts(cut.group)[1]
+                with told(f"rolling back to the group snapshot {cut.group}"):
+                    rbd.Group(io, name).rollback_to_snap(name)
+                return
+            for volume in onto:
+                image, name = _parts(cut.handles[volume.id])
+                with told(f"rolling back to {cut.handles[volume.id]}"), rbd.Image(io, image) as opened:
+                    opened.rollback_to_snap(name)
+
+    def clone(self, cut: CutResult, name: str) -> Mapping[VolumeId, Layer]:
+        """Copy each snapshot to a new image `<name>-<member>`. Repeatable: a copy has its name only when it is whole."""
+        hosts = tuple(f"{h}:{p}" if p else h for h, p in ceph_cluster.addresses(self._parameters.mon_hosts))
+        made = {}
+        with self._pool() as (rbd, io):
+            for volume, handle in cut.handles.items():
+                target = f"{name}-{names.member(volume)}"
+                with told(f"copying {handle} to {target}"):
+                    _copy(rbd, io, handle, target)
+                source = f"{self._place}/{target}"
+                made[volume] = Layer(
+                    kind=SourceKind.NETWORK,
+                    protocol="rbd",
+                    source=source,
+                    format="raw",
+                    pool=self._parameters.pool,
+                    hosts=hosts,
+                )
+        return made
+
+    def delete(self, name: str) -> None:
+        """Remove everything under a name, also what was left half made."""
+        self.rest()
+        with self._pool() as (rbd, io), told(f"deleting {name}"):
+            ceph_snapshots.delete(rbd, io, self._connect()[0], name)
+
+    def list(self, prefix: str) -> Sequence[str]:
+        """Name the requests by their groups and records."""
+        with self._pool() as (rbd, io), told(f"listing the groups of {self._place}"):
+            return [n for n in ceph_snapshots.held(rbd, io, prefix) if not n.startswith(_PROBE)]
+
+    def rest(self) -> None:
+        """Close what `prepare` opened: with a watcher on it, nobody can remove an image or roll it back."""
+        for opened in self._warm.values():
+            if opened is not None:
+                with contextlib.suppress(Exception):  # its connection may be gone, and the watcher with it
+                    opened.close()
+        self._warm.clear()
+
+    # ---------------------------------------------------------------- what an image must be
+
+    def _misplaced(self, volume: Volume) -> Fit | None:
+        layer, given = volume.writable, self._parameters
+        if layer.kind is not SourceKind.NETWORK or layer.protocol != "rbd":
+            return Fit(ok=False, reason="NotRbd", message=f"{layer.source} is not an RBD image")
+        place, _, image = layer.source.rpartition("/")
+        if place != self._place or not image:
+            return Fit(ok=False, reason="OtherPool", message=f"{layer.source} is not in {self._place}")
+        if not layer.hosts:
+            if given.allow_disks_without_hosts:
+                return None
+            text = f"{layer.source} names no monitor in its domain, so its cluster is unknown (allowDisksWithoutHosts)"
+            return Fit(ok=False, reason="UnknownCluster", message=text)
+        disk = [a for h in layer.hosts for a in ceph_cluster.addresses(h)]
+        if ceph_cluster.same_monitor(disk, ceph_cluster.addresses(given.mon_hosts)):
+            return None
+        with told("asking the cluster for its monitors"):
+            known = ceph_cluster.monitors_of(self._connect()[0])
+        if ceph_cluster.same_monitor(disk, known):
+            return None
+        text = f"{layer.source} is on the monitors {', '.join(layer.hosts)}, this class on {given.mon_hosts}"
+        return Fit(ok=False, reason="OtherCluster", message=text)
+
+    def _revertible(self, rbd: Any, io: Any, cut: CutResult, onto: set[VolumeId], volume: Volume) -> Fit:
+        handle = cut.handles.get(volume.id)
+        if handle is None or volume.writable.source != handle.rpartition("@")[0]:
+            text = f"{volume.writable.source} is not what was cut ({handle or 'nothing'})"
+            return Fit(ok=False, reason="OtherVolume", message=text)
+        if cut.group is not None and onto != set(cut.handles):
+            text = f"{cut.group} is rolled back as a whole: {len(cut.handles)} images, not {len(onto)}"
+            return Fit(ok=False, reason="PartOfGroup", message=text)
+        image, name = _parts(handle)
+        try:
+            with told(f"looking at {handle}"), rbd.Image(io, image, read_only=True) as opened:
+                if ceph_snapshots.snapshot_id(opened, name) is None:
+                    return Fit(ok=False, reason="SnapshotLost", message=f"{handle} does not exist")
+                watchers = [w["addr"] for w in opened.watchers_list()]
+        except DriverError as error:
+            return Fit(ok=False, reason=error.reason, message=error.message)
+        if watchers:
+            text = f"{volume.writable.source} is in use by {', '.join(watchers)}"
+            return Fit(ok=False, reason="InUse", message=text)
+        return Fit(ok=True, reason="Fits")
+
+    # ---------------------------------------------------------------- the connection
+
+    @property
+    def _place(self) -> str:
+        parameters = self._parameters
+        return f"{parameters.pool}/{parameters.namespace}" if parameters.namespace else parameters.pool
+
+    @property
+    def _address(self) -> str:
+        return str(self._connect()[0].get_addrs()).partition(",")[0]
+
+    @contextmanager
+    def _pool(self) -> Iterator[tuple[Any, Any]]:
+        """Give the module `rbd` and the pool; a connection that the cluster fenced off is not used again."""
+        io = self._connect()[1]
+        try:
+            yield ceph_cluster.binding("rbd"), io
+        except DriverUnavailableError as error:
+            if ceph_cluster.number_of(error.__cause__ or error) in ceph_cluster.FENCED:
+                self._connected = None
+                self._warm.clear()
+            raise
+
+    def _connect(self) -> tuple[Any, Any]:
+        with self._lock:
+            if self._connected is None:
+                given = self._parameters
+                settings = {
+                    "mon_host": given.mon_hosts,
+                    "client_mount_timeout": str(given.connect_timeout_seconds),
+                    "rados_mon_op_timeout": str(given.operation_timeout_seconds),
+                    "rados_osd_op_timeout": str(given.operation_timeout_seconds),
+                    "log_file": "",  # else librados tries to write below /var/log
+                }
+                cluster = ceph_cluster.connect(given.client_name, settings, self._key.get_secret_value())
+                try:
+                    with told(f"opening the pool {given.pool}"):
+                        io = cluster.open_ioctx(given.pool)
+                        io.set_namespace(given.namespace)
+                except BaseException:
+                    cluster.shutdown()
+                    raise
+                self._connected = (cluster, io)
+            return self._connected
+
+    def _remove_probes(self, rbd: Any, io: Any, older_than: float) -> None:
+        """Remove the probes of processes that were killed while they probed."""
+        for image in rbd.RBD().list(io):
+            if image.startswith(_PROBE):
+                with contextlib.suppress(rbd.ImageNotFound), rbd.Image(io, image, read_only=True) as opened:
+                    made = opened.create_timestamp().replace(tzinfo=UTC)
+                    if (datetime.now(UTC) - made).total_seconds() < older_than:
+                        continue
+                self._remove_probe(rbd, io, image)
+
+    def _remove_probe(self, rbd: Any, io: Any, name: str) -> None:
+        ceph_snapshots.delete(rbd, io, self._connect()[0], name)
+        with contextlib.suppress(rbd.ImageNotFound):
+            rbd.RBD().remove(io, name)
+
+
+def _unfit(rbd: Any, io: Any, image: str) -> Fit | None:
+    try:
+        with rbd.Image(io, image, read_only=True) as opened:
+            exclusive = opened.features() & rbd.RBD_FEATURE_EXCLUSIVE_LOCK
+            holder = ceph_snapshots.holder_of(opened, io)
+    except rbd.ImageNotFound:
+        return Fit(ok=False, reason="ImageNotFound", message=f"there is no image {image}")
+    if not exclusive:
+        text = f"{image} lacks the feature exclusive-lock, without which a snapshot is not one instant"
+        return Fit(ok=False, reason="NoExclusiveLock", message=text)
+    # Groups of ours are emptied as soon as the cut is ready; `prepare` takes the image over, or says why not.
+    if holder is not None and names.attempt_of(holder) is None:
+        text = f'{image} is in the group "{holder}"; an image can be in one group only'
+        return Fit(ok=False, reason="InGroup", message=text)
+    return None
+
+
+def _image_of(source: str) -> str:
+    return source.rpartition("/")[2]
+
+
+def _parts(handle: str) -> tuple[str, str]:
+    """Return the image (or group) and the snapshot's name in a handle."""
+    source, _, name = handle.rpartition("@")
+    return _image_of(source), name
+
+
+def _copy(rbd: Any, io: Any, handle: str, target: str) -> None:
+    existing = rbd.RBD().list(io)
+    if target in existing:
+        return
+    partial = f"{target}.partial"
+    if partial in existing:
+        rbd.RBD().remove(io, partial)
+    image, name = _parts(handle)
+    with rbd.Image(io, image, read_only=True) as opened:
+        found = ceph_snapshots.snapshot_id(opened, name)
+        if found is None:
+            raise DriverError(f"the snapshot {handle} does not exist (any more)", reason="SnapshotLost")
+        opened.set_snap_by_id(found)
+        opened.copy(io, partial, features=opened.features())
+    rbd.RBD().rename(io, partial, target)

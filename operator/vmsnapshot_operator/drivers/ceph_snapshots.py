@@ -1,0 +1,196 @@
+"""What a request holds in a Ceph pool, and the steps that make and remove it. Not the driver's contract (`ceph_rbd`).
+
+All functions take the module `rbd` and an open pool, and let the errors of the bindings through.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+from vmsnapshot_operator.core import names
+from vmsnapshot_operator.errors import AlreadyCutError, DriverError
+
+_COMPLETE = 1  # RBD_GROUP_SNAP_STATE_COMPLETE of librbd.h; the bindings have no name for it
+_USER, _GROUP = 0, 1  # RBD_SNAP_NAMESPACE_TYPE_*
+_FENCE_SECONDS = 600
+_IMAGE, _CLIENT = ".i-", ".c-"
+
+
+def already_cut(name: str) -> AlreadyCutError:
+    """Return the error for a name under which something was cut before."""
+    return AlreadyCutError(f"{name} was cut before: delete it and take another name")
+
+
+def snapshot_id(image: Any, name: str) -> int | None:
+    """Return the id of the snapshot of an open image that belongs to a request: for `set_snap_by_id`."""
+    for snapshot in image.list_snaps():
+        if snapshot["namespace"] == _USER and snapshot["name"] == name:
+            return int(snapshot["id"])
+        group = snapshot.get("group") or {}
+        if snapshot["namespace"] == _GROUP and group.get("name") == name and group.get("snap_name") == name:
+            return int(snapshot["id"])
+    return None
+
+
+def holder_of(image: Any, io: Any) -> str | None:
+    """Return the name of the group that an open image is a member of (`<pool id>/name` if it is in another pool)."""
+    group = image.group()
+    if not group["name"]:
+        return None
+    return str(group["name"]) if group["pool"] == io.get_pool_id() else f"{group['pool']}/{group['name']}"
+
+
+def held(rbd: Any, io: Any, prefix: str) -> list[str]:
+    """Return the requests, by their names, of which anything is held."""
+    return sorted({g.partition(".")[0] for g in rbd.RBD().group_list(io) if g.startswith(prefix)})
+
+
+def prepare_single(rbd: Any, io: Any, name: str, image: Any) -> None:
+    """Record that an open image will get the plain snapshot `name`."""
+    if snapshot_id(image, name) is not None:
+        raise already_cut(name)
+    _make(rbd, io, f"{name}{_IMAGE}{image.id()}")
+
+
+def cut_single(rbd: Any, name: str, image: Any) -> None:
+    """Make the plain snapshot. Other clients' quiesce hooks are not waited for: the guest stands still already."""
+    try:
+        image.create_snap(name, rbd.RBD_SNAP_CREATE_SKIP_QUIESCE)
+    except rbd.ImageExists:
+        raise already_cut(name) from None
+
+
+def prepare_group(rbd: Any, io: Any, name: str, images: Sequence[str], client: str) -> None:
+    """Make the group with exactly these images as members; `client` is the address of who is going to cut.
+
+    An image that is still a member of another group of this installation is taken over: that cut is finished, or given up
+    and not deleted yet. Were it not, it would find the image missing and fail, never claim it.
+    """
+    _make(rbd, io, name)
+    group = rbd.Group(io, name)
+    if list(group.list_snaps()):
+        raise already_cut(name)
+    _make(rbd, io, f"{name}{_CLIENT}{client.encode().hex()}")
+    for image in images:
+        with rbd.Image(io, image, read_only=True) as opened:
+            holder = holder_of(opened, io)
+        if holder == name:
+            continue
+        if holder is not None:
+            if not same_installation(name, holder):
+                text = f'the image {image} is in the group "{holder}"; an image can be in one group only'
+                raise DriverError(text, reason="InGroup", retryable=holder.startswith("vms-"))
+            with contextlib.suppress(rbd.ObjectNotFound):
+                rbd.Group(io, holder).remove_image(io, image)
+        group.add_image(io, image)
+    _same_members(group, name, images)
+
+
+def same_installation(name: str, other: str) -> bool:
+    """Tell whether two request names are of one installation."""
+    return names.attempt_of(name) is not None and names.is_ours(other, name.split("-")[1])
+
+
+def cut_group(rbd: Any, io: Any, name: str, images: Sequence[str]) -> None:
+    """Make the group snapshot, and look whether it is complete and of exactly these images."""
+    group = rbd.Group(io, name)
+    try:
+        group.create_snap(name, rbd.RBD_SNAP_CREATE_SKIP_QUIESCE)
+    except rbd.ObjectExists:
+        raise already_cut(name) from None
+    except rbd.Error:
+        with contextlib.suppress(rbd.Error):  # what is left is deleted by its name
+            group.remove_snap(name)
+        raise
+    if not _is_complete(group, name):
+        group.remove_snap(name)
+        raise DriverError(f"the group snapshot {name} was left incomplete by the cluster and has been removed")
+    _same_members(group, name, images)
+
+
+def _same_members(group: Any, name: str, images: Sequence[str]) -> None:
+    members = sorted(m["name"] for m in group.list_images())
+    if members != sorted(images):
+        wanted = ", ".join(sorted(images))
+        raise DriverError(f"the group {name} has the images {', '.join(members) or 'none'}, not {wanted}")
+
+
+def _is_complete(group: Any, name: str) -> bool:
+    return any(s["name"] == name and s["state"] == _COMPLETE for s in group.list_snaps())
+
+
+def finish_group(rbd: Any, io: Any, name: str) -> None:
+    """Let the images go, so that others can group them. Repeatable. The group snapshot stays whole."""
+    group = rbd.Group(io, name)
+    if not _is_complete(group, name):
+        raise DriverError(
+            f"the group snapshot {name} does not exist (any more), or is incomplete", reason="SnapshotLost"
+        )
+    for member in list(group.list_images()):
+        group.remove_image(io, member["name"])
+    _remove_records(rbd, io, name, _CLIENT)
+
+
+def delete(rbd: Any, io: Any, cluster: Any, name: str) -> None:
+    """Remove what a request holds: snapshots first, records last, so that the rest is found after any failure."""
+    groups = rbd.RBD().group_list(io)
+    if name in groups:
+        clients = [bytes.fromhex(r.partition(_CLIENT)[2]).decode() for r in groups if r.startswith(name + _CLIENT)]
+        _delete_group(rbd, io, cluster, name, clients)
+    for record in groups:
+        if record.startswith(name + _IMAGE):
+            _delete_single(rbd, io, record.removeprefix(name + _IMAGE), name)
+    _remove_records(rbd, io, name, _IMAGE)
+    _remove_records(rbd, io, name, _CLIENT)
+
+
+def _delete_group(rbd: Any, io: Any, cluster: Any, name: str, clients: Sequence[str]) -> None:
+    group = rbd.Group(io, name)
+    snapshots = list(group.list_snaps())
+    if any(s["state"] != _COMPLETE for s in snapshots):
+        # Whoever made it was killed on the way and may hold the locks of the images: their guest waits for them until
+        # the watch timeout. Fenced off, it holds nothing and can finish nothing.
+        for client in clients:
+            if client not in _own_addresses(cluster):
+                cluster.blocklist_add(client, _FENCE_SECONDS)
+    for snapshot in snapshots:
+        with contextlib.suppress(rbd.ObjectNotFound):
+            group.remove_snap(snapshot["name"])
+    for member in list(group.list_images()):
+        with contextlib.suppress(rbd.ObjectNotFound):
+            group.remove_image(io, member["name"])
+    with contextlib.suppress(rbd.ObjectNotFound):
+        rbd.RBD().group_remove(io, name)
+
+
+def _own_addresses(cluster: Any) -> list[str]:
+    return str(cluster.get_addrs()).split(",")
+
+
+def _delete_single(rbd: Any, io: Any, image_id: str, name: str) -> None:
+    try:
+        image = rbd.Image(io, image_id=image_id)  # by its id: it may have been renamed or moved to the trash
+    except rbd.ImageNotFound:
+        return
+    with image:
+        if snapshot_id(image, name) is None:
+            # The guest's client may still be at it, asked by a process that was killed. It does one after the other:
+            # once it has made this one, or says that it exists, none will come later.
+            with contextlib.suppress(rbd.ImageExists, rbd.DiskQuotaExceeded):
+                image.create_snap(name, rbd.RBD_SNAP_CREATE_SKIP_QUIESCE)
+        with contextlib.suppress(rbd.ImageNotFound):
+            image.remove_snap(name)
+
+
+def _make(rbd: Any, io: Any, name: str) -> None:
+    with contextlib.suppress(rbd.ObjectExists):
+        rbd.RBD().group_create(io, name)
+
+
+def _remove_records(rbd: Any, io: Any, name: str, kind: str) -> None:
+    for record in rbd.RBD().group_list(io):
+        if record.startswith(name + kind):
+            with contextlib.suppress(rbd.ObjectNotFound):
+                rbd.RBD().group_remove(io, record)
