@@ -1,0 +1,104 @@
+"""Blocking calls off the event loop: a thread for each, a deadline for each, counted.
+
+No pool: six guests whose agents hang must not delay the thaw of a seventh. A thread whose call does not return is left
+behind and counted; its call ends when libvirt gives up, or never.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import libvirt
+
+from vmsnapshot_operator.core.volumes import Seconds
+from vmsnapshot_operator.errors import AgentError, CallTimeoutError, DomainGoneError, HypervisorError, HypervisorUnreachableError
+
+T = TypeVar("T")
+
+TEXT_LIMIT = 256
+_running = 0
+_lock = threading.Lock()
+
+_GONE = frozenset({libvirt.VIR_ERR_NO_DOMAIN})
+_UNREACHABLE = frozenset(
+    {
+        libvirt.VIR_ERR_RPC,
+        libvirt.VIR_ERR_SYSTEM_ERROR,
+        libvirt.VIR_ERR_NO_CONNECT,
+        libvirt.VIR_ERR_INVALID_CONN,
+        libvirt.VIR_ERR_AUTH_FAILED,
+        libvirt.VIR_ERR_AUTH_CANCELLED,
+    }
+)
+_AGENT = frozenset(
+    {libvirt.VIR_ERR_AGENT_UNRESPONSIVE, libvirt.VIR_ERR_AGENT_UNSYNCED, libvirt.VIR_ERR_AGENT_COMMAND_FAILED, libvirt.VIR_ERR_AGENT_COMMAND_TIMEOUT}
+)
+
+
+def threads_running() -> int:
+    """Number of calls that have not returned, those left behind included."""
+    return _running
+
+
+def sanitised(text: str) -> str:
+    """Make a text from a guest or a daemon fit for status: printable, one line, at most 256 characters."""
+    plain = "".join(c if c.isprintable() else " " for c in text)
+    return " ".join(plain.split())[:TEXT_LIMIT]
+
+
+def translate(error: libvirt.libvirtError, what: str) -> HypervisorError:
+    """Turn libvirt's error into ours."""
+    code = error.get_error_code()
+    text = f"{what}: {sanitised(str(error.get_error_message()))}"
+    if code in _GONE:
+        return DomainGoneError(text)
+    if code in _AGENT:
+        return AgentError(text)
+    if code in _UNREACHABLE:
+        return HypervisorUnreachableError(text)
+    return HypervisorError(text, retryable=code == libvirt.VIR_ERR_OPERATION_TIMEOUT)
+
+
+async def call(what: str, function: Callable[..., T], *arguments: Any, timeout: Seconds) -> T:  # noqa: ASYNC109 - the thread is left behind at the deadline
+    """Run a blocking call in a thread of its own.
+
+    Raises HypervisorError or a child of it; CallTimeoutError after `timeout` seconds: the call may still take effect.
+    """
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def deliver(result: T | None, error: BaseException | None) -> None:
+        if future.done():
+            return
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(result)  # type: ignore[arg-type]  # None is a result like any other
+
+    def body() -> None:
+        global _running  # noqa: PLW0603 - a process-wide count
+        with _lock:
+            _running += 1
+        result, failure = None, None
+        try:
+            result = function(*arguments)
+        except libvirt.libvirtError as error:
+            failure = translate(error, what)
+        except BaseException as error:  # noqa: BLE001 - handed to the one who waits
+            failure = error
+        finally:
+            with _lock:
+                _running -= 1
+        try:
+            loop.call_soon_threadsafe(deliver, result, failure)
+        except RuntimeError:
+            pass  # the loop has ended: nobody waits any more
+
+    threading.Thread(target=body, name=f"libvirt {what}"[:60], daemon=True).start()
+    try:
+        return await asyncio.wait_for(future, timeout)
+    except TimeoutError:
+        raise CallTimeoutError(f"{what}: no answer within {timeout:g} s") from None
