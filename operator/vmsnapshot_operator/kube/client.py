@@ -83,7 +83,7 @@ class Client:
 
     @property
     def last_answer(self) -> Seconds | None:
-        """When the API server last answered anything at all, in readings of CLOCK_BOOTTIME; None before the first time."""
+        """When the API server last answered anything at all (`time.monotonic`); None before the first time."""
         return self._last_answer
 
     async def __aenter__(self) -> Self:
@@ -148,7 +148,7 @@ class Client:
             raise KubeUnavailableError(f"the API server did not answer {what} within {timeout:g} s") from error
         except (aiohttp.ClientError, OSError) as error:
             raise KubeUnavailableError(f"the API server cannot be reached ({what}): {error}") from error
-        self._last_answer = Seconds(time.clock_gettime(time.CLOCK_BOOTTIME))
+        self._last_answer = Seconds(time.monotonic())
         return _answer(what, status, data)
 
     async def _send(

@@ -56,7 +56,7 @@ class Cluster:
 
     @property
     def last_answer(self) -> Seconds | None:
-        """When the API server last answered, in readings of CLOCK_BOOTTIME; None before the first time."""
+        """When the API server last answered (`time.monotonic`); None before the first time."""
         return self.client.last_answer
 
     # --- VMSnapshot ---------------------------------------------------------------------------------------------------

@@ -1,0 +1,119 @@
+"""The operator's metrics: names, labels, buckets. Labels are bounded (never an object's name but a hypervisor's or a class's).
+
+Not when something is counted (the workflow), nor how they are served (`telemetry.http`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+
+_FROZEN_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0)
+_CUT_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+
+
+class Metrics:
+    """All metrics of one process, in a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._frozen = Histogram(
+            "vmsnapshot_frozen_seconds",
+            "How long VMs were held still, from asking them to stand still to their answer that they go on",
+            ("method", "hypervisor"),
+            buckets=_FROZEN_BUCKETS,
+            registry=self.registry,
+        )
+        self._cut = Histogram(
+            "vmsnapshot_cut_seconds",
+            "How long a storage driver took to cut all the volumes it serves of one VM",
+            ("driver",),
+            buckets=_CUT_BUCKETS,
+            registry=self.registry,
+        )
+        self._frozen_vms = Gauge(
+            "vmsnapshot_frozen_vms",
+            "VMs that are still held still by us although no window is open",
+            ("hypervisor",),
+            registry=self.registry,
+        )
+        self._thaw_failures = Counter(
+            "vmsnapshot_thaw_failures_total",
+            "Windows that ended without a confirmation that the VM goes on",
+            ("hypervisor",),
+            registry=self.registry,
+        )
+        self._snapshots = Counter(
+            "vmsnapshot_snapshots_total",
+            "VMSnapshots that came to an end, by what is claimed of them and how they ended",
+            ("consistency", "outcome"),
+            registry=self.registry,
+        )
+        self._queue = Gauge("vmsnapshot_queue_depth", "Objects that wait for a worker", registry=self.registry)
+        self._threads = Gauge(
+            "vmsnapshot_abandoned_threads",
+            "Threads in a call to a hypervisor that missed its deadline and has not returned since",
+            registry=self.registry,
+        )
+        self._workers = Gauge(
+            "vmsnapshot_driver_workers",
+            "Processes that host the driver of a StorageDriverClass",
+            ("class_name",),
+            registry=self.registry,
+        )
+        self._leader = Gauge("vmsnapshot_leader", "1 while this instance holds the lease", registry=self.registry)
+        self._classes: frozenset[str] = frozenset()
+
+    def frozen(self, *, seconds: float, method: str, hypervisor: str) -> None:
+        """One VM was held still for so long."""
+        self._frozen.labels(method, hypervisor).observe(seconds)
+
+    def cut(self, *, seconds: float, driver: str) -> None:
+        """One group was cut in so long."""
+        self._cut.labels(driver).observe(seconds)
+
+    def frozen_vms(self, count: int, *, hypervisor: str) -> None:
+        """So many VMs of a hypervisor are held now."""
+        self._frozen_vms.labels(hypervisor).set(count)
+
+    def thaw_failed(self, *, hypervisor: str) -> None:
+        """Nobody confirmed that a VM goes on."""
+        self._thaw_failures.labels(hypervisor).inc()
+
+    def snapshot(self, *, consistency: str, outcome: str) -> None:
+        """One VMSnapshot was `taken` or has `failed`."""
+        self._snapshots.labels(consistency, outcome).inc()
+
+    def driver_workers(self, count_by_class: Mapping[str, int]) -> None:
+        """All classes with the number of their processes; those not named are forgotten."""
+        for gone in self._classes - count_by_class.keys():
+            self._workers.remove(gone)
+        for name, count in count_by_class.items():
+            self._workers.labels(name).set(count)
+        self._classes = frozenset(count_by_class)
+
+    def forget_hypervisor(self, hypervisor: str) -> None:
+        """A Hypervisor object is gone, and its series with it."""
+        self._frozen.remove_by_labels({"hypervisor": hypervisor})
+        self._frozen_vms.remove_by_labels({"hypervisor": hypervisor})
+        self._thaw_failures.remove_by_labels({"hypervisor": hypervisor})
+
+    def watch_queue(self, depth: Callable[[], int]) -> None:
+        """Ask this function for the depth of the queue at each scrape."""
+        self._queue.set_function(depth)
+
+    def watch_threads(self, abandoned: Callable[[], int]) -> None:
+        """Ask this function for the number of abandoned threads at each scrape."""
+        self._threads.set_function(abandoned)
+
+    def watch_leadership(self, leader: Callable[[], bool]) -> None:
+        """Ask this function at each scrape whether this instance holds the lease."""
+        self._leader.set_function(lambda: float(leader()))
+
+    def text(self) -> bytes:
+        """Return all metrics in Prometheus's text format."""
+        return generate_latest(self.registry)
