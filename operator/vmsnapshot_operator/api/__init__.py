@@ -1,0 +1,1 @@
+"""What users write: the models of each kind, and the CustomResourceDefinitions generated from them."""
