@@ -106,6 +106,7 @@ class Guest:
 
     def connection(self) -> Any:
         """A connection of its own to libvirtd, opened again after libvirtd was restarted."""
+        libvirt.registerErrorHandler(lambda *_: None, None)
         if self._connection is None or not self._alive():
             self._connection = libvirt.open(hypervisor.uri(self.state))
         return self._connection
