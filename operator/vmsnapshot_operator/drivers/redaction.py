@@ -19,6 +19,7 @@ def _spellings(value: str) -> Iterable[str]:
     yield from (line for line in value.splitlines() if len(line.strip()) >= _SHORTEST_LINE)
     yield repr(value)[1:-1]
     yield json.dumps(value)[1:-1]
+    yield json.dumps(value, ensure_ascii=False)[1:-1]
     yield quote(value, safe="")
     yield quote_plus(value)
     yield base64.b64encode(value.encode()).decode()

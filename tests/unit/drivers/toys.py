@@ -52,6 +52,7 @@ class Toy:
     def cut(self, request):
         how = request.name.partition("-")[0]
         if how == "hang":
+            (self.held / ".hangs").touch()
             # Inside of C and deaf to Python: signals that Python would handle do not interrupt it.
             ctypes.PyDLL(None).sleep(3600)
         if how == "abort":
