@@ -15,7 +15,6 @@ from typing import Any
 from vmsnapshot_operator.core.effects import Condition, RecordedGroup
 from vmsnapshot_operator.core.planning import StorageClass
 from vmsnapshot_operator.core.volumes import Seconds
-from vmsnapshot_operator.drivers import registry
 from vmsnapshot_operator.drivers.host import DriverHost
 from vmsnapshot_operator.errors import DriverError, DriverUnavailableError, KubeError, RefusedError, SnapshotError
 from vmsnapshot_operator.kube import conditions, distill
@@ -141,7 +140,6 @@ class Classes:
     async def _launch(
         self, name: str, driver: str, parameters: Mapping[str, str], credentials: Mapping[str, str]
     ) -> DriverHost:
-        registry.validate(driver, parameters, credentials)
         host = DriverHost(name, driver, parameters, credentials)
         try:
             await host.start()

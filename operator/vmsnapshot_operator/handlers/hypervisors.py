@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from vmsnapshot_operator.core.effects import Condition
+from vmsnapshot_operator.core.endpoint import Endpoint
 from vmsnapshot_operator.core.journal import Journal
 from vmsnapshot_operator.core.volumes import Seconds
 from vmsnapshot_operator.errors import HypervisorError, RefusedError, SnapshotError
@@ -44,18 +45,19 @@ class Hypervisors:
         try:
             spec = distill.hypervisor(body)
             credentials = await world.cluster.secret(spec.secret_name) if spec.secret_name else {}
-            key = (spec.endpoints, tuple(sorted(credentials.items())))
+            endpoints = tuple(Endpoint(**e) for e in spec.endpoints)
+            key = (endpoints, tuple(sorted(credentials.items())))
             live = self._live.get(name)
             if live is None or live.client is None or self._spec.get(name) != key:
                 await self.remove(name)
-                client = await Hypervisor.connect(name, spec.endpoints, credentials)
+                client = await Hypervisor.connect(name, endpoints, credentials)
                 live = LiveHypervisor(name=name, access=spec.access, client=client)
                 self._spec[name] = key
             self._live[name] = live = replace(live, access=spec.access, problem="")
             assert live.client is not None, "made above"  # noqa: S101 - for the type checker
             about = await live.client.about()
             held = await self.sweep(name, live.client, world)
-            await _report(body, world, about, held, None)
+            await _report(body, world, {**about, "heldDomains": list(held) or None}, held, None)
         except (HypervisorError, RefusedError) as error:
             before = self._live.get(name)
             # A connection that broke mends itself; only a hypervisor that was never reached has no client.

@@ -202,14 +202,14 @@ def wire(operator: Operator) -> kopf.OperatorRegistry:
     """Return kopf's registry with our handlers: one line each."""
     registry = kopf.OperatorRegistry()
 
-    @kopf.on.startup(registry=registry)  # type: ignore[arg-type]  # kopf types handlers by their keyword arguments
+    @kopf.on.startup(registry=registry)
     async def startup(settings: kopf.OperatorSettings, **_: Any) -> None:
         settings.posting.enabled = False
         settings.watching.server_timeout = 300
         settings.persistence.finalizer = f"{GROUP}/kopf"
         await operator.start()
 
-    @kopf.on.cleanup(registry=registry)  # type: ignore[arg-type]  # as above
+    @kopf.on.cleanup(registry=registry)
     async def cleanup(**_: Any) -> None:
         await operator.stop()
 
@@ -227,7 +227,7 @@ def run(options: Options) -> None:
     operator = Operator(options)
     registry = wire(operator)
 
-    @kopf.on.login(registry=registry)  # type: ignore[arg-type]  # kopf types handlers by their keyword arguments
+    @kopf.on.login(registry=registry)
     def login(**kwargs: Any) -> kopf.ConnectionInfo | None:
         if options.kubeconfig is not None:
             os.environ["KUBECONFIG"] = str(options.kubeconfig)

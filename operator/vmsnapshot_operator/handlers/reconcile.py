@@ -66,7 +66,7 @@ class Reconciler:
         if not self._world.leadership.is_leader():
             return STANDBY_SECONDS
         for _ in range(MAX_STEPS):
-            body = await self._world.cluster.snapshot(namespace, name)
+            body: Mapping[str, Any] | None = await self._world.cluster.snapshot(namespace, name)
             if body is None or body["metadata"]["uid"] != uid:
                 await self._gone(uid)
                 return None

@@ -82,7 +82,8 @@ async def call(what: str, function: Callable[..., T], *arguments: Any, timeout: 
         global _running  # noqa: PLW0603 - a process-wide count
         with _lock:
             _running += 1
-        result, failure = None, None
+        result: T | None = None
+        failure: BaseException | None = None
         try:
             result = function(*arguments)
         except libvirt.libvirtError as error:

@@ -17,6 +17,7 @@ from typing import Any
 import libvirt
 
 from vmsnapshot_operator.core import journal as journals
+from vmsnapshot_operator.core.endpoint import Endpoint
 from vmsnapshot_operator.core.journal import Journal, UnreadableJournalError
 from vmsnapshot_operator.core.machine import AgentState, Disk, Machine, PowerState
 from vmsnapshot_operator.core.volumes import Layer, Seconds, SourceKind
@@ -31,7 +32,7 @@ from vmsnapshot_operator.hypervisors import domain_xml
 from vmsnapshot_operator.hypervisors.calls import call
 from vmsnapshot_operator.hypervisors.connection import Connection
 from vmsnapshot_operator.hypervisors.events import EventWatch
-from vmsnapshot_operator.hypervisors.uri import Endpoint, compose
+from vmsnapshot_operator.hypervisors.uri import compose
 
 LOOK_TIMEOUT = Seconds(15.0)
 ACT_TIMEOUT = Seconds(10.0)

@@ -2,27 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
+from vmsnapshot_operator.core.endpoint import Endpoint
 from vmsnapshot_operator.errors import RefusedError
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Endpoint:
-    """One libvirt daemon. `driver` is qemu or test; `transport` unix, tls, tcp or ssh."""
-
-    driver: str = "qemu"
-    transport: str = "unix"
-    host: str = ""
-    port: int | None = None
-    socket_path: str = ""
-
-    @property
-    def name(self) -> str:
-        """What a user recognises it by."""
-        return self.socket_path or (f"{self.host}:{self.port}" if self.port else self.host) or self.driver
 
 
 def compose(endpoint: Endpoint, *, user: str = "", credentials: Path | None = None) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vmsnapshot_operator.api.meta import FINALIZER
 from vmsnapshot_operator.core import names
 from vmsnapshot_operator.core.driver import Fit
 from vmsnapshot_operator.core.effects import Failure, Observation, Record
@@ -26,7 +27,6 @@ from vmsnapshot_operator.errors import (
 )
 from vmsnapshot_operator.hypervisors.domains import Hypervisor, Ref
 from vmsnapshot_operator.kube import contents, distill
-from vmsnapshot_operator.kube.cluster import FINALIZER
 from vmsnapshot_operator.plan import access, disks, grouping, planner
 from vmsnapshot_operator.strategies.world import LiveHypervisor, Memory, World
 

@@ -36,7 +36,7 @@ from vmsnapshot_operator.core.evidence import Evidence, GroupOutcome, WindowOutc
 from vmsnapshot_operator.core.journal import Journal
 from vmsnapshot_operator.core.volumes import Seconds
 from vmsnapshot_operator.drivers.host import Slot
-from vmsnapshot_operator.errors import ConflictError, DomainGoneError, DriverError, SnapshotError
+from vmsnapshot_operator.errors import DomainGoneError, DriverError, SnapshotError
 from vmsnapshot_operator.kube import contents
 from vmsnapshot_operator.plan import next_effect, verdict
 from vmsnapshot_operator.quiesce.base import Context, find, undisturbed
@@ -117,6 +117,7 @@ class StorageStrategy:
             return  # somebody was faster; the next look says who
         record = Record(
             name=contents.name_for(request.uid),
+            version=seen.record.version if seen.record is not None else "",
             attempt=effect.attempt,
             plan=effect.plan,
             groups={
@@ -279,12 +280,8 @@ class StorageStrategy:
         body = contents.to_body(record, seen.request, self._world.installation)
         if create:
             await self._world.cluster.create_content(body)
-            return
-        stored = await self._world.cluster.content(record.name)
-        if stored is None:
-            raise ConflictError(f"VMSnapshotContent {record.name} is gone; looking again")
-        body["metadata"] = {**stored["metadata"], **body["metadata"]}
-        await self._world.cluster.replace_content(body)
+        else:
+            await self._world.cluster.replace_content(body)
 
 
 def _with_result(group: RecordedGroup, outcome: GroupOutcome) -> RecordedGroup:

@@ -101,18 +101,19 @@ async def _held(
     if not plan.quiesce.holds_vm:
         yield
         return
-    if not world.leadership.is_leader(plan.quiesce.budget + LEASE_MARGIN):
-        raise GuardianError("the lease does not outlast the window: another instance may take over", reason="NotLeader")
     guardian = _guardian(world)
-    await client.write_journal(ref, journal)
-    try:
-        await guardian.arm(client.uri(ref), ref.uuid, journal.nonce)
-        yield
-    finally:
-        if progress.is_free():
-            await undisturbed(_unhold(guardian, journal, ref, client))
-        else:
-            log.error("domain %s is not confirmed free: its journal and the guardian stay", ref.name)
+    async with world.leadership.outlasting(plan.quiesce.budget + LEASE_MARGIN) as leading:
+        if not leading:
+            raise GuardianError("the lease does not outlast the window: another instance may take over", reason="NotLeader")
+        try:
+            await client.write_journal(ref, journal)
+            await guardian.arm(client.uri(ref), ref.uuid, journal.nonce)
+            yield
+        finally:
+            if progress.is_free():
+                await undisturbed(_unhold(guardian, journal, ref, client))
+            else:
+                log.error("domain %s is not confirmed free: its journal and the guardian stay", ref.name)
 
 
 def _guardian(world: World) -> GuardianLink:
@@ -155,23 +156,31 @@ async def _cut_all(
     remaining = journal.budget - (clock() - start)
     progress.cut_time = wall()
     try:
-        async with asyncio.timeout(remaining), asyncio.TaskGroup() as cuts:
-            for name, request in requests.items():
-                cuts.create_task(_cut(replace(request, timeout=Seconds(remaining)), name, slots[name], progress))
+        async with asyncio.timeout(remaining):
+            try:
+                async with asyncio.TaskGroup() as cuts:
+                    for name, request in requests.items():
+                        cuts.create_task(_cut(replace(request, timeout=Seconds(remaining)), name, slots[name], progress))
+            except* _CutFailedError:
+                pass  # each group has told its own failure
     except TimeoutError:
-        late = ", ".join(c for c, g in progress.groups.items() if not g.ok)
-        progress.fail("FrozenTooLong", f"class {late} did not cut within the budget of {journal.budget:g} s: the VM was freed")
-    except* _CutFailedError:
-        pass  # each group has told its own failure
+        late = [f'class "{c}", disk {_disks(requests[c])}' for c, g in progress.groups.items() if not g.ok]
+        progress.fail(
+            "FrozenTooLong",
+            f"not cut within the budget of {journal.budget:g} s, so the VM was freed first: {'; '.join(late)}",
+        )
+
+
+def _disks(request: SnapshotRequest) -> str:
+    return ", ".join(v.label for v in request.volumes)
 
 
 async def _cut(request: SnapshotRequest, name: str, slot: Slot, progress: _Progress) -> None:
-    disks = ", ".join(v.label for v in request.volumes)
     start = clock()
     try:
         result = await slot.cut(request)
     except DriverError as error:
-        message = f'class "{name}", disk {disks}: {error.message}'
+        message = f"disk {_disks(request)}: {error.message}"
         progress.groups[name] = GroupOutcome(class_name=name, reason=error.reason, message=message)
         progress.fail(error.reason, message)
         raise _CutFailedError from error
