@@ -136,7 +136,7 @@ class CephRbdDriver:
                 return
             image = rbd.Image(io, images[0])
             self._warm[request.name] = image
-            ceph_snapshots.prepare_single(rbd, io, request.name, image)
+            ceph_snapshots.prepare_single(rbd, io, request.name, image, self._address)
 
     def cut(self, request: SnapshotRequest) -> CutResult:
         """Make the snapshot. What `prepare` opened in this process is used."""
@@ -163,9 +163,8 @@ class CephRbdDriver:
                 with told(f"looking for the snapshot {handle}"), rbd.Image(io, image, read_only=True) as opened:
                     if ceph_snapshots.snapshot_id(opened, name) is None:
                         raise DriverError(f"the snapshot {handle} does not exist (any more)", reason="SnapshotLost")
-            if cut.group is not None:
-                with told(f"emptying the group {request.name}"):
-                    ceph_snapshots.finish_group(rbd, io, request.name)
+            with told(f"completing {request.name}"):
+                ceph_snapshots.finish(rbd, io, request.name, is_group=cut.group is not None)
 
     def check_revert(self, cut: CutResult, onto: Sequence[Volume]) -> Sequence[Fit]:
         """Say for each image whether it is there, unused, and has its snapshot; a group goes back as a whole."""

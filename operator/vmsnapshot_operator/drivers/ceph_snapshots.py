@@ -6,7 +6,7 @@ All functions take the module `rbd` and an open pool, and let the errors of the 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from vmsnapshot_operator.core import names
@@ -47,11 +47,12 @@ def held(rbd: Any, io: Any, prefix: str) -> list[str]:
     return sorted({g.partition(".")[0] for g in rbd.RBD().group_list(io) if g.startswith(prefix)})
 
 
-def prepare_single(rbd: Any, io: Any, name: str, image: Any) -> None:
-    """Record that an open image will get the plain snapshot `name`."""
+def prepare_single(rbd: Any, io: Any, name: str, image: Any, client: str) -> None:
+    """Record that an open image will get the plain snapshot `name`, and by whom."""
     if snapshot_id(image, name) is not None:
         raise already_cut(name)
     _make(rbd, io, f"{name}{_IMAGE}{image.id()}")
+    _make(rbd, io, f"{name}{_CLIENT}{client.encode().hex()}")
 
 
 def cut_single(rbd: Any, name: str, image: Any) -> None:
@@ -121,40 +122,44 @@ def _is_complete(group: Any, name: str) -> bool:
     return any(s["name"] == name and s["state"] == _COMPLETE for s in group.list_snaps())
 
 
-def finish_group(rbd: Any, io: Any, name: str) -> None:
+def finish(rbd: Any, io: Any, name: str, *, is_group: bool) -> None:
     """Let the images go, so that others can group them. Repeatable. The group snapshot stays whole."""
-    group = rbd.Group(io, name)
-    if not _is_complete(group, name):
-        raise DriverError(
-            f"the group snapshot {name} does not exist (any more), or is incomplete", reason="SnapshotLost"
-        )
-    for member in list(group.list_images()):
-        group.remove_image(io, member["name"])
+    if is_group:
+        group = rbd.Group(io, name)
+        if not _is_complete(group, name):
+            text = f"the group snapshot {name} does not exist (any more), or is incomplete"
+            raise DriverError(text, reason="SnapshotLost")
+        for member in list(group.list_images()):
+            group.remove_image(io, member["name"])
     _remove_records(rbd, io, name, _CLIENT)
 
 
 def delete(rbd: Any, io: Any, cluster: Any, name: str) -> None:
     """Remove what a request holds: snapshots first, records last, so that the rest is found after any failure."""
     groups = rbd.RBD().group_list(io)
+    recorded = {bytes.fromhex(r.partition(_CLIENT)[2]).decode() for r in groups if r.startswith(name + _CLIENT)}
+    others = recorded - set(str(cluster.get_addrs()).split(","))
+
+    def fence(clients: Collection[str]) -> None:
+        """Take from dead clients what they hold: until their watch timeout, a guest would wait for their locks."""
+        for client in others.intersection(clients):
+            cluster.blocklist_add(client, _FENCE_SECONDS)
+
     if name in groups:
-        clients = [bytes.fromhex(r.partition(_CLIENT)[2]).decode() for r in groups if r.startswith(name + _CLIENT)]
-        _delete_group(rbd, io, cluster, name, clients)
+        _delete_group(rbd, io, name, lambda: fence(others))
     for record in groups:
         if record.startswith(name + _IMAGE):
-            _delete_single(rbd, io, record.removeprefix(name + _IMAGE), name)
+            _delete_single(rbd, io, name, record.removeprefix(name + _IMAGE), fence)
     _remove_records(rbd, io, name, _IMAGE)
     _remove_records(rbd, io, name, _CLIENT)
 
 
-def _delete_group(rbd: Any, io: Any, cluster: Any, name: str, clients: Sequence[str]) -> None:
+def _delete_group(rbd: Any, io: Any, name: str, fence: Callable[[], None]) -> None:
     group = rbd.Group(io, name)
     snapshots = list(group.list_snaps())
     if any(s["state"] != _COMPLETE for s in snapshots):
-        # Whoever made it was killed on the way and may hold the locks of the images: their guest waits for them until
-        # the watch timeout. Fenced off, it holds nothing and can finish nothing.
-        for client in clients:
-            if client not in _own_addresses(cluster):
-                cluster.blocklist_add(client, _FENCE_SECONDS)
+        # Whoever made it was killed on the way and holds locks of images, or is about to get them.
+        fence()
     for snapshot in snapshots:
         with contextlib.suppress(rbd.ObjectNotFound):
             group.remove_snap(snapshot["name"])
@@ -165,16 +170,14 @@ def _delete_group(rbd: Any, io: Any, cluster: Any, name: str, clients: Sequence[
         rbd.RBD().group_remove(io, name)
 
 
-def _own_addresses(cluster: Any) -> list[str]:
-    return str(cluster.get_addrs()).split(",")
-
-
-def _delete_single(rbd: Any, io: Any, image_id: str, name: str) -> None:
+def _delete_single(rbd: Any, io: Any, name: str, image_id: str, fence: Callable[[Collection[str]], None]) -> None:
     try:
         image = rbd.Image(io, image_id=image_id)  # by its id: it may have been renamed or moved to the trash
     except rbd.ImageNotFound:
         return
     with image:
+        # A client that was killed while no guest used the image, so that it had to take the lock itself.
+        fence([locker[2] for locker in (image.list_lockers() or {}).get("lockers", ())])
         if snapshot_id(image, name) is None:
             # The guest's client may still be at it, asked by a process that was killed. It does one after the other:
             # once it has made this one, or says that it exists, none will come later.
