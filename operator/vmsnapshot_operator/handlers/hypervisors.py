@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 from vmsnapshot_operator.core.effects import Condition
-from vmsnapshot_operator.core.endpoint import Endpoint
 from vmsnapshot_operator.core.journal import Journal
 from vmsnapshot_operator.core.volumes import Seconds
 from vmsnapshot_operator.errors import HypervisorError, RefusedError, SnapshotError
@@ -45,12 +44,11 @@ class Hypervisors:
         try:
             spec = distill.hypervisor(body)
             credentials = await world.cluster.secret(spec.secret_name) if spec.secret_name else {}
-            endpoints = tuple(Endpoint(**e) for e in spec.endpoints)
-            key = (endpoints, tuple(sorted(credentials.items())))
+            key = (spec.endpoints, tuple(sorted(credentials.items())))
             live = self._live.get(name)
             if live is None or live.client is None or self._spec.get(name) != key:
                 await self.remove(name)
-                client = await Hypervisor.connect(name, endpoints, credentials)
+                client = await Hypervisor.connect(name, spec.endpoints, credentials)
                 live = LiveHypervisor(name=name, access=spec.access, client=client)
                 self._spec[name] = key
             self._live[name] = live = replace(live, access=spec.access, problem="")
