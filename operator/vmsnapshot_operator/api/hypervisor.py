@@ -1,0 +1,306 @@
+"""Hypervisor: where VMs live, and who may snapshot them. Not how a connection is made (`hypervisors`)."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+from pydantic import ConfigDict, Field
+
+from vmsnapshot_operator.api.conditions import Conditional
+from vmsnapshot_operator.api.model import (
+    AGE,
+    LIST_TYPE,
+    MAP_TYPE,
+    PATTERN_MESSAGE,
+    Bytes,
+    Column,
+    Count,
+    Kind,
+    Model,
+    Name,
+    Object,
+    ObjectName,
+    Trimmed,
+    Word,
+    message_column,
+    ready_column,
+    rule,
+    rules,
+)
+
+
+class LibvirtDriver(StrEnum):
+    """Which of libvirt's drivers."""
+
+    QEMU = "qemu"
+    TEST = "test"
+
+
+class Transport(StrEnum):
+    """How libvirt is reached."""
+
+    UNIX = "unix"
+    TLS = "tls"
+    TCP = "tcp"
+    SSH = "ssh"
+
+
+Host = Annotated[
+    str,
+    Field(
+        max_length=253,
+        pattern=r"^([A-Za-z0-9]([-A-Za-z0-9.]*[A-Za-z0-9])?|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*)$",
+        json_schema_extra={
+            PATTERN_MESSAGE: "must be a host name or an IP address alone, without scheme, user, port or brackets"
+        },
+    ),
+]
+
+SocketPath = Annotated[
+    str,
+    Field(
+        max_length=107,
+        pattern=r"^/[^\x00-\x1f]*$",
+        json_schema_extra={PATTERN_MESSAGE: "must be an absolute path, as /run/libvirt/libvirt-sock"},
+    ),
+]
+"""Of a Unix socket: Linux takes no more than 107 characters."""
+
+
+class Endpoint(Model):
+    """One libvirt daemon. The libvirt URI is composed from these fields."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            MAP_TYPE: "atomic",
+            **rules(
+                rule(
+                    "self.driver != 'test' || (self.transport == 'unix' && !has(self.host) && !has(self.port) && !has(self.socketPath))",
+                    "driver test is libvirt's built-in double and takes no transport, host, port or socketPath: remove them, or use driver qemu",
+                    path=".driver",
+                ),
+                rule(
+                    "self.transport != 'unix' || (!has(self.host) && !has(self.port))",
+                    "transport unix is a socket of this machine and takes no host or port: remove them, or use transport tls, tcp or ssh",
+                    path=".transport",
+                ),
+                rule(
+                    "self.transport == 'unix' || has(self.host)",
+                    "transports tls, tcp and ssh need a host",
+                    path=".host",
+                ),
+                rule(
+                    "self.transport == 'unix' || !has(self.socketPath)",
+                    "socketPath is for transport unix alone: remove it, or use transport unix without a host",
+                    path=".socketPath",
+                ),
+            ),
+        }
+    )
+
+    driver: LibvirtDriver = LibvirtDriver.QEMU
+    """qemu: QEMU and KVM. test: libvirt's built-in double, which takes no snapshots."""
+    transport: Transport = Transport.UNIX
+    """How it is reached. tls verifies both sides by certificates; ssh by key and known hosts; tcp is not protected at all."""
+    host: Host | None = None
+    """Name or address of the machine, for tls, tcp and ssh."""
+    port: Annotated[int, Field(ge=1, le=65535)] | None = None
+    """Port, if it is not the usual one of the transport (tls 16514, tcp 16509, ssh 22)."""
+    socket_path: SocketPath | None = None
+    """For unix: the daemon's socket, if it is not /run/libvirt/libvirt-sock."""
+
+
+class Libvirt(Model):
+    """How the hypervisor is reached."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            rule(
+                "self.endpoints.all(e, e.driver == self.endpoints[0].driver)",
+                "all endpoints must have the same driver: between them one pool of VMs may migrate",
+                path=".endpoints",
+            ),
+            rule(
+                "!self.endpoints.exists(e, e.transport == 'ssh') || has(self.credentialsSecretName)",
+                "transport ssh needs credentialsSecretName: a Secret with the keys ssh-privatekey and known_hosts",
+                path=".credentialsSecretName",
+            ),
+        )
+    )
+
+    endpoints: Annotated[tuple[Endpoint, ...], Field(min_length=1, max_length=64, json_schema_extra={LIST_TYPE: "set"})]
+    """The libvirt daemons. Several are one pool of hosts between which VMs may migrate: a VM is looked up on all of them."""
+    credentials_secret_name: ObjectName | None = None
+    """A Secret in the operator's own namespace: TLS client certificate, SSH key and known hosts, or user and password."""
+
+
+LabelKey = Annotated[
+    str,
+    Field(
+        max_length=316,
+        pattern=r"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$",
+        json_schema_extra={PATTERN_MESSAGE: "must be the key of a label, as kubernetes.io/metadata.name"},
+    ),
+]
+
+LabelValue = Annotated[
+    str,
+    Field(
+        max_length=63,
+        pattern=r"^([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?$",
+        json_schema_extra={PATTERN_MESSAGE: "must be the value of a label: letters, digits, '-', '_' and '.'"},
+    ),
+]
+
+
+class SelectorOperator(StrEnum):
+    """How a label is compared."""
+
+    IN = "In"
+    NOT_IN = "NotIn"
+    EXISTS = "Exists"
+    DOES_NOT_EXIST = "DoesNotExist"
+
+
+class LabelRequirement(Model):
+    """One expression of a label selector."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            rule(
+                "!(self.operator in ['In', 'NotIn']) || (has(self.values) && self.values.size() > 0)",
+                "operators In and NotIn need at least one of values",
+                path=".values",
+            ),
+            rule(
+                "!(self.operator in ['Exists', 'DoesNotExist']) || !has(self.values) || self.values.size() == 0",
+                "operators Exists and DoesNotExist take no values: remove them",
+                path=".values",
+            ),
+        )
+    )
+
+    key: LabelKey
+    """Key of the label."""
+    operator: SelectorOperator
+    """In, NotIn, Exists or DoesNotExist."""
+    values: Annotated[tuple[LabelValue, ...], Field(max_length=64, json_schema_extra={LIST_TYPE: "set"})] = ()
+    """Values to compare with."""
+
+
+class LabelSelector(Model):
+    """Objects by their labels; all parts must agree."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            rule(
+                "(has(self.matchLabels) && self.matchLabels.size() > 0) || (has(self.matchExpressions) && self.matchExpressions.size() > 0)",
+                "an empty selector would mean every namespace: name one by matchLabels, as {kubernetes.io/metadata.name: team-a},"
+                " or say every one by matchExpressions: [{key: kubernetes.io/metadata.name, operator: Exists}]",
+            )
+        )
+    )
+
+    match_labels: Annotated[
+        dict[str, LabelValue],
+        Field(
+            max_length=16,
+            json_schema_extra=rules(
+                rule(
+                    "self.all(k, k.size() <= 316 && k.matches('^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$'))",
+                    "each key must be the key of a label, as kubernetes.io/metadata.name",
+                )
+            ),
+        ),
+    ] = Field(default_factory=dict)
+    """Labels that must be there with exactly these values."""
+    match_expressions: Annotated[
+        tuple[LabelRequirement, ...], Field(max_length=16, json_schema_extra={LIST_TYPE: "atomic"})
+    ] = ()
+    """Expressions that must hold."""
+
+
+class AccessRule(Model):
+    """Which namespaces may snapshot which VMs."""
+
+    namespace_selector: LabelSelector
+    """The namespaces. Prefer kubernetes.io/metadata.name: other labels may be the tenant's to edit."""
+    domains: Annotated[tuple[Trimmed, ...], Field(min_length=1, max_length=64, json_schema_extra={LIST_TYPE: "set"})]
+    """The VMs, by patterns of their names: * is any text, ? any character, [abc] one of these."""
+
+
+class Overlay(Model):
+    """Where overlays are kept while the quiesce method HypervisorSnapshot lets a VM write past its disks."""
+
+    pool_name: Trimmed
+    """A libvirt storage pool of each host."""
+    min_free_bytes: Bytes = 1 << 30
+    """So much must be free there, else no overlay is made."""
+
+
+class HypervisorSpec(Model):
+    """How the hypervisor is reached, and who may snapshot its VMs."""
+
+    libvirt: Libvirt
+    """How the hypervisor is reached."""
+    access: Annotated[tuple[AccessRule, ...], Field(max_length=64, json_schema_extra={LIST_TYPE: "atomic"})] = ()
+    """Which namespaces may snapshot which VMs. Empty: nobody."""
+    overlay: Overlay | None = None
+    """Where overlays are kept; without it the quiesce method HypervisorSnapshot cannot be used here."""
+
+
+class GuardianLayer(StrEnum):
+    """Where a guardian runs that frees a VM when nobody else does."""
+
+    SIDECAR = "Sidecar"
+    SECOND_POD = "SecondPod"
+    HOST = "Host"
+    GUEST = "Guest"
+
+
+class HypervisorStatus(Conditional):
+    """What was last seen of the hypervisor."""
+
+    libvirt_version: Word | None = None
+    """Version of libvirt."""
+    hypervisor_version: Word | None = None
+    """Version of the hypervisor itself."""
+    domains: Count | None = None
+    """How many VMs were seen on all endpoints."""
+    held_domains: Annotated[tuple[Name, ...], Field(max_length=256, json_schema_extra={LIST_TYPE: "set"})] = ()
+    """VMs that are still held by us and could not be freed yet (frozen or paused)."""
+    overlay_domains: Annotated[tuple[Name, ...], Field(max_length=256, json_schema_extra={LIST_TYPE: "set"})] = ()
+    """VMs that still write to an overlay of ours."""
+    guardian_layers: Annotated[
+        tuple[GuardianLayer, ...], Field(max_length=8, json_schema_extra={LIST_TYPE: "set"})
+    ] = ()
+    """Guardians that answered."""
+
+
+class Hypervisor(Object):
+    """A libvirt hypervisor, or a pool of them between which VMs migrate, and who may snapshot which of its VMs."""
+
+    spec: HypervisorSpec
+    """How the hypervisor is reached, and who may snapshot its VMs."""
+    status: HypervisorStatus = HypervisorStatus()
+    """What was last seen of the hypervisor."""
+
+
+KIND = Kind(
+    model=Hypervisor,
+    name="Hypervisor",
+    plural="hypervisors",
+    short_names=("vmhv",),
+    namespaced=False,
+    columns=(
+        Column(name="Domains", type="integer", path=".status.domains", description="VMs seen."),
+        ready_column(),
+        AGE,
+        Column(
+            name="Libvirt", type="string", path=".status.libvirtVersion", description="Version of libvirt.", wide=True
+        ),
+        Column(name="Held", type="string", path=".status.heldDomains", description="VMs still held by us.", wide=True),
+        message_column(),
+    ),
+)
