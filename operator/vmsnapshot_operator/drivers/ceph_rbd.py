@@ -23,11 +23,9 @@ snapshot N of the group N, to be opened by its id (`snapshot_id`). The group's h
 from __future__ import annotations
 
 import contextlib
-import secrets
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
@@ -36,12 +34,9 @@ from pydantic.alias_generators import to_camel
 from vmsnapshot_operator.core import names
 from vmsnapshot_operator.core.driver import Capabilities, CutKind, CutResult, Fit, SnapshotRequest
 from vmsnapshot_operator.core.volumes import Handle, Layer, SourceKind, Volume, VolumeId
-from vmsnapshot_operator.drivers import ceph_cluster, ceph_snapshots
+from vmsnapshot_operator.drivers import ceph_cluster, ceph_snapshots, probes
 from vmsnapshot_operator.drivers.ceph_cluster import told
 from vmsnapshot_operator.errors import DriverError, DriverUnavailableError
-
-_PROBE = "vms-probe-"  # no request name: those have six characters in the second place
-_PROBE_SECONDS = 600.0
 
 
 class CephRbdParameters(BaseModel):
@@ -98,10 +93,10 @@ class CephRbdDriver:
 
     def capabilities(self) -> Capabilities:
         """Take and remove a group snapshot of a tiny image of our own: versions promise more than permissions give."""
-        name = f"{_PROBE}{secrets.token_hex(4)}"
+        name = probes.new_name()
         with self._pool() as (rbd, io), told(f"probing the pool {self._place} with an image and a group {name}"):
             features = rbd.RBD_FEATURE_LAYERING | rbd.RBD_FEATURE_EXCLUSIVE_LOCK
-            self._remove_probes(rbd, io, older_than=_PROBE_SECONDS)
+            self._sweep_probes(rbd, io)
             rbd.RBD().create(io, name, 4 << 20, features=features, old_format=False)
             try:
                 ceph_snapshots.prepare_group(rbd, io, name, [name], self._address)
@@ -216,7 +211,7 @@ class CephRbdDriver:
     def list(self, prefix: str) -> Sequence[str]:
         """Name the requests by their groups and records."""
         with self._pool() as (rbd, io), told(f"listing the groups of {self._place}"):
-            return [n for n in ceph_snapshots.held(rbd, io, prefix) if not n.startswith(_PROBE)]
+            return [n for n in ceph_snapshots.held(rbd, io, prefix) if not probes.is_probe(n)]
 
     def rest(self) -> None:
         """Close what `prepare` opened: with a watcher on it, nobody can remove an image or roll it back."""
@@ -316,14 +311,9 @@ class CephRbdDriver:
                 self._connected = (cluster, io)
             return self._connected
 
-    def _remove_probes(self, rbd: Any, io: Any, older_than: float) -> None:
-        """Remove the probes of processes that were killed while they probed."""
+    def _sweep_probes(self, rbd: Any, io: Any) -> None:
         for image in rbd.RBD().list(io):
-            if image.startswith(_PROBE):
-                with contextlib.suppress(rbd.ImageNotFound), rbd.Image(io, image, read_only=True) as opened:
-                    made = opened.create_timestamp().replace(tzinfo=UTC)
-                    if (datetime.now(UTC) - made).total_seconds() < older_than:
-                        continue
+            if probes.is_stale(image):
                 self._remove_probe(rbd, io, image)
 
     def _remove_probe(self, rbd: Any, io: Any, name: str) -> None:

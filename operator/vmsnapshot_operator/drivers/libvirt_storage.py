@@ -24,6 +24,7 @@ from vmsnapshot_operator.errors import DriverError, DriverUnavailableError
 
 _REFRESH_SECONDS = 20.0  # how long a pool may be busy with other volumes before a refresh is given up
 _HOST = re.compile(r"^[A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?$|^[0-9A-Fa-f:]+$")
+_BUSY = frozenset({libvirt.VIR_ERR_INTERNAL_ERROR, libvirt.VIR_ERR_OPERATION_INVALID})
 _GONE = frozenset({libvirt.VIR_ERR_NO_STORAGE_VOL, libvirt.VIR_ERR_NO_STORAGE_POOL})
 
 
@@ -128,7 +129,7 @@ def told(doing: str) -> Iterator[None]:
         # The client's side of the protocol complains only when the daemon is gone.
         if error.get_error_domain() == libvirt.VIR_FROM_RPC or error.get_error_code() == libvirt.VIR_ERR_NO_CONNECT:
             raise DriverUnavailableError(f"{doing}: {error}") from error
-        busy = error.get_error_code() == libvirt.VIR_ERR_OPERATION_INVALID
+        busy = error.get_error_code() in _BUSY
         raise DriverError(f"{doing}: {error}", retryable=busy) from error
 
 
@@ -159,7 +160,8 @@ def refresh(pool: Any) -> None:
         try:
             pool.refresh(0)
         except libvirt.libvirtError as error:
-            if error.get_error_code() != libvirt.VIR_ERR_OPERATION_INVALID or time.monotonic() > until:
+            # "Has asynchronous jobs running" has no code of its own.
+            if error.get_error_code() not in _BUSY or not pool.isActive() or time.monotonic() > until:
                 raise
             time.sleep(0.05)
         else:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +32,7 @@ from vmsnapshot_operator.core import names
 from vmsnapshot_operator.core.driver import Capabilities, CutKind, CutResult, Fit, Hold, SnapshotRequest
 from vmsnapshot_operator.core.volumes import Handle, Layer, SourceKind, Volume, VolumeId
 from vmsnapshot_operator.drivers import libvirt_storage as storage
+from vmsnapshot_operator.drivers import probes
 from vmsnapshot_operator.drivers.libvirt_storage import Endpoint, LibvirtCredentials, told
 from vmsnapshot_operator.errors import AlreadyCutError, DriverError
 
@@ -40,8 +40,7 @@ _log = logging.getLogger(__name__)
 
 _MEMBER = re.compile(r"(?P<request>.+)-[a-z2-7]{8}")
 _COPIED = ".copied"
-_PROBE = "vms-probe-"
-_PROBE_SECONDS = 600
+_SERVED = frozenset({SourceKind.FILE, SourceKind.VOLUME})
 _CALLS_PER_CONNECTION = 4  # libvirtd serves five requests of one connection at a time by default
 
 
@@ -247,7 +246,7 @@ class LibvirtVolumeDriver:
 
     def _unfit(self, pool: Any, volume: Volume) -> Fit | None:
         layer = volume.writable
-        if layer.kind not in {SourceKind.FILE, SourceKind.VOLUME}:
+        if layer.kind not in _SERVED:
             return Fit(ok=False, reason="NotAVolume", message=f"{layer.source} is neither a file nor a libvirt volume")
         if self._find_source(pool, layer) is None:
             text = f"{layer.source} is not in the pool {self._parameters.pool_name}"
@@ -317,8 +316,9 @@ class LibvirtVolumeDriver:
 
     def _revertible(self, pool: Any, source: str, cut: CutResult, volume: Volume) -> Fit:
         handle = cut.handles.get(volume.id)
-        path = PurePosixPath(volume.writable.source)
-        if volume.writable.kind is not SourceKind.FILE or str(path.parent) != source or volume.writable.format != "raw":
+        path, layer = PurePosixPath(volume.writable.source), volume.writable
+        home = source if layer.kind is SourceKind.FILE else self._parameters.pool_name
+        if layer.kind not in _SERVED or layer.format != "raw" or str(path.parent) != home:
             text = f"{path} is not a raw file of the pool {self._parameters.pool_name}"
             return Fit(ok=False, reason="OtherVolume", message=text)
         if handle is None or storage.find(pool, PurePosixPath(handle).name) is None:
@@ -331,14 +331,14 @@ class LibvirtVolumeDriver:
         old = storage.find(pool, name)
         like = (clone if old is None else old).XMLDesc(0)
         if flags:
-            pool.createXMLFrom(storage.describe(_probe_name(), clone.info()[1], like), clone, flags).delete(0)
+            pool.createXMLFrom(storage.describe(probes.new_name(), clone.info()[1], like), clone, flags).delete(0)
         if old is not None:
             old.delete(0)
         pool.createXMLFrom(storage.describe(name, clone.info()[1], like), clone, flags)
 
     def _probe(self) -> bool:
         """Tell whether the destination can share blocks with the pool. Leaves nothing behind; see `_sweep_probes`."""
-        name = _probe_name()
+        name = probes.new_name()
         with self._open() as connection, told(f"probing the pools {self._parameters.pool_name}, {self._destination}"):
             pool = connection.storagePoolLookupByName(self._parameters.pool_name)
             destination = connection.storagePoolLookupByName(self._destination)
@@ -360,16 +360,11 @@ class LibvirtVolumeDriver:
                     volume.delete(0)
 
 
-def _probe_name() -> str:
-    return f"{_PROBE}{int(time.time())}-{secrets.token_hex(3)}"
-
-
 def _sweep_probes(*pools: Any) -> None:
     """Delete the probes of processes that were killed while they probed."""
     for pool in pools:
         for volume in pool.listAllVolumes(0):
-            made = re.fullmatch(rf"{_PROBE}(\d+)-[0-9a-f]{{6}}[ab]?", volume.name())
-            if made and time.time() - int(made[1]) > _PROBE_SECONDS:
+            if probes.is_stale(volume.name()):
                 with contextlib.suppress(libvirt.libvirtError):  # another process is at it
                     volume.delete(0)
 

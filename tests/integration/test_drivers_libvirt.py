@@ -1,0 +1,222 @@
+"""What the driver libvirt-volume must do beside what all drivers do, on a real daemon and real file systems."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.integration.drivers_support import LONG, SIZE, LibvirtStorage, order
+from tests.lab import Lab
+from vmsnapshot_operator.core.driver import CutKind, Hold
+from vmsnapshot_operator.core.volumes import SourceKind
+from vmsnapshot_operator.drivers import probes
+from vmsnapshot_operator.drivers.host import DriverHost
+from vmsnapshot_operator.errors import DriverError
+
+
+@pytest.fixture
+def storage(lab: Lab) -> Iterator[LibvirtStorage]:
+    made = LibvirtStorage(lab)
+    yield made
+    made.clean()
+
+
+@pytest.fixture
+async def host(storage: LibvirtStorage) -> AsyncIterator[DriverHost]:
+    host = storage.host()
+    yield host
+    await host.close()
+
+
+@pytest.fixture(params=[("plain", "plain"), ("reflink", "plain")])
+def copying(request: pytest.FixtureRequest, lab: Lab) -> Iterator[LibvirtStorage]:
+    """Storage that cannot share blocks: no reflink at all, or another file system for the clones."""
+    pool, destination = request.param
+    made = LibvirtStorage(lab, pool=pool, destination=destination)
+    yield made
+    made.clean()
+
+
+async def test_a_clone_shares_the_blocks_of_its_volume(storage: LibvirtStorage, host: DriverHost) -> None:
+    volume = storage.volume(b"x" * 4_000_000)
+    pool = storage.lab.libvirt().storagePoolLookupByName("reflink")
+    pool.refresh(0)
+    before = pool.info()[3]
+    request = order(volume)
+
+    async with host.reserve(request) as slot:
+        await slot.cut(request)
+
+    pool.refresh(0)
+    assert before - pool.info()[3] < 1_000_000
+
+
+async def test_a_clone_keeps_size_and_permissions(storage: LibvirtStorage, host: DriverHost) -> None:
+    volume = storage.volume(b"1")
+    source = Path(volume.writable.source)
+    source.chmod(0o640)  # noqa: ASYNC240 - one call
+    request = order(volume)
+    async with host.reserve(request) as slot:
+        cut = await slot.cut(request)
+
+    for _ in range(2):
+        found = Path(cut.handles[volume.id]).stat()  # noqa: ASYNC240
+        assert (found.st_mode & 0o777, found.st_size) == (0o640, SIZE)
+        await host.revert(cut, [volume], timeout=LONG)
+        found = source.stat()  # noqa: ASYNC240
+        assert (found.st_mode & 0o777, found.st_size) == (0o640, SIZE)
+
+
+async def test_why_a_disk_does_not_fit(storage: LibvirtStorage, host: DriverHost) -> None:
+    good = storage.volume()
+    elsewhere = replace(good, writable=replace(good.writable, source="/var/lib/elsewhere.img"))
+    wrong = {
+        "FormatNotServed": storage.volume(format="qcow2"),
+        "OtherPool": elsewhere,
+        "NotAVolume": replace(good, writable=replace(good.writable, kind=SourceKind.NETWORK, source="p/i")),
+    }
+    for reason, volume in wrong.items():
+        fit = await host.can_handle([good, volume], timeout=LONG)
+        assert (fit.ok, fit.reason) == (False, reason)
+        assert volume.writable.source in fit.message
+
+
+async def test_a_disk_named_by_pool_and_volume(storage: LibvirtStorage, host: DriverHost) -> None:
+    file = storage.volume(b"1")
+    volume = replace(file, writable=replace(file.writable, kind=SourceKind.VOLUME, source=f"reflink/{file.label}"))
+    assert (await host.can_handle([volume], timeout=LONG)).ok
+    request = order(volume)
+    async with host.reserve(request) as slot:
+        cut = await slot.cut(request)
+    storage.write(file, b"2")
+    assert all(f.ok for f in await host.check_revert(cut, [volume], timeout=LONG))
+    await host.revert(cut, [volume], timeout=LONG)
+    assert storage.read(file) == b"1"
+
+
+async def test_a_pool_that_is_full_is_refused_before_the_freeze(storage: LibvirtStorage) -> None:
+    host = storage.host(minFreeBytes=str(1 << 50))
+    with pytest.raises(DriverError, match="minFreeBytes") as caught:
+        await host.prepare(order(storage.volume()))
+    await host.close()
+    assert (caught.value.reason, caught.value.retryable) == ("NoSpace", True)
+
+
+async def test_by_tcp(storage: LibvirtStorage, lab: Lab) -> None:
+    (line,) = [
+        x for x in (lab.state / "libvirtd" / "libvirtd.conf").read_text().splitlines() if x.startswith("tcp_port")
+    ]
+    host = storage.host(uriTransport="tcp", host="127.0.0.1", port=str(json.loads(line.split("=")[1])), socketPath="")
+    request = order(storage.volume(b"1"))
+    async with host.reserve(request) as slot:
+        cut = await slot.cut(request)
+    await host.close()
+    assert storage.read_handle(next(iter(cut.handles.values()))) == b"1"
+
+
+async def test_a_clone_that_libvirt_does_not_know_is_never_written_over(
+    storage: LibvirtStorage, host: DriverHost
+) -> None:
+    volumes = (storage.volume(b"1"), storage.volume(b"1"))
+    before = storage.held()
+    request = order(*volumes)
+    async with host.reserve(request) as slot:
+        cut = await slot.cut(request)
+    await host.delete(request.name, timeout=LONG)
+    left = Path(cut.handles[volumes[1].id])
+    left.write_bytes(b"of somebody else")  # noqa: ASYNC240 - behind libvirt's back
+
+    async with host.reserve(request) as slot:
+        with pytest.raises(DriverError, match="exists"):
+            await slot.cut(request)
+
+    assert left.read_bytes() == b"of somebody else"  # noqa: ASYNC240
+    assert not Path(cut.handles[volumes[0].id]).exists(), "one of two is none"  # noqa: ASYNC240
+    await host.delete(request.name, timeout=LONG)
+    assert storage.held() == before
+
+
+async def test_without_reflink_the_cut_only_names_and_the_copy_comes_later(copying: LibvirtStorage) -> None:
+    host = copying.host()
+    volumes = (copying.volume(b"1"), copying.volume(b"2"))
+    before = copying.held()
+    request = order(*volumes)
+
+    capabilities = await host.capabilities(timeout=LONG)
+    async with host.reserve(request) as slot:
+        cut = await slot.cut(request)
+    held = copying.held()
+    await host.wait_ready(request, cut, timeout=LONG)  # the base stands still until here
+    for volume in volumes:
+        copying.write(volume, b"3")
+    await host.wait_ready(request, cut, timeout=LONG)  # again, and what is whole is not copied again
+
+    assert capabilities.cut is CutKind.COPY
+    assert cut.hold is Hold.BASE
+    assert held == before
+    assert [copying.read_handle(cut.handles[v.id]) for v in volumes] == [b"1", b"2"]
+    assert await host.list("vms-aaaaaa-", timeout=LONG) == (request.name,)
+    await host.delete(request.name, timeout=LONG)
+    assert copying.held() == before
+    await host.close()
+
+
+async def test_a_copy_that_was_cut_short_is_made_anew(copying: LibvirtStorage) -> None:
+    host = copying.host()
+    volumes = (copying.volume(b"1"), copying.volume(b"2"))
+    request = order(*volumes)
+    async with host.reserve(request) as slot:
+        cut = await slot.cut(request)
+    partial = Path(cut.handles[volumes[0].id])
+    partial.write_bytes(b"half")  # noqa: ASYNC240 - as a daemon leaves it that was killed in the middle
+    connection = copying.lab.libvirt()
+    connection.storagePoolLookupByName(copying.destination).refresh(0)
+    connection.close()
+
+    await host.wait_ready(request, cut, timeout=LONG)
+
+    assert [copying.read_handle(cut.handles[v.id]) for v in volumes] == [b"1", b"2"]
+    await host.delete(request.name, timeout=LONG)
+    await host.close()
+
+
+async def test_a_pool_that_is_at_work_is_waited_for(storage: LibvirtStorage, host: DriverHost) -> None:
+    """Libvirt refuses to read a pool again while it makes a volume in it."""
+    volumes = [storage.volume(b"1") for _ in range(4)]
+    stop = asyncio.Event()
+
+    async def busy(volume_index: int) -> None:
+        while not stop.is_set():
+            request = order(volumes[volume_index])
+            async with host.reserve(request) as slot:
+                await slot.cut(request)
+            await host.delete(request.name, timeout=LONG)
+
+    workers = [asyncio.create_task(busy(n)) for n in range(2)]
+    for _ in range(20):
+        await host.list("vms-", timeout=LONG)
+    stop.set()
+    await asyncio.gather(*workers)
+
+
+async def test_probes_of_killed_processes_are_swept_and_those_at_work_are_not(
+    storage: LibvirtStorage, host: DriverHost
+) -> None:
+    folder = storage.lab.pool_path("reflink")
+    old, young = folder / "vms-probe-1700000000-abcdefa", folder / f"{probes.new_name()}a"
+    for path in (old, young):
+        path.touch()
+    await host.list("vms-", timeout=LONG)
+
+    await host.capabilities(timeout=LONG)
+
+    assert young.exists()
+    assert not old.exists()
+    with contextlib.suppress(FileNotFoundError):
+        young.unlink()
