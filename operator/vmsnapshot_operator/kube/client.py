@@ -20,6 +20,7 @@ from kubernetes.aio import config as _untyped_config
 from kubernetes.aio.client.api_client import ApiClient
 from kubernetes.aio.client.configuration import Configuration
 
+from vmsnapshot_operator.api.meta import FIELD_MANAGER
 from vmsnapshot_operator.core.volumes import Seconds
 from vmsnapshot_operator.errors import ConflictError, KubeError, KubeUnavailableError
 
@@ -29,8 +30,6 @@ config: Any = _untyped_config  # the generated client publishes types for a part
 
 REQUEST_TIMEOUT = Seconds(15.0)
 """Longer than a healthy API server ever needs for one of our small objects."""
-
-FIELD_MANAGER = "vmsnapshot-operator"
 
 APPLY = "application/apply-patch+yaml"
 JSON_PATCH = "application/json-patch+json"

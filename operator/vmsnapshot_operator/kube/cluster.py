@@ -9,19 +9,19 @@ import base64
 import binascii
 import logging
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+from vmsnapshot_operator.api.meta import FIELD_MANAGER, FINALIZER, GROUP, VERSION
 from vmsnapshot_operator.core import names
 from vmsnapshot_operator.core.volumes import Seconds
 from vmsnapshot_operator.errors import ConflictError, KubeError
-from vmsnapshot_operator.kube.client import FIELD_MANAGER, Client, Resource
+from vmsnapshot_operator.kube import conditions
+from vmsnapshot_operator.kube.client import Client, Resource
 
 log = logging.getLogger(__name__)
 
-GROUP, VERSION = "vmsnapshot.io", "v1alpha1"
-FINALIZER = "vmsnapshot.io/cleanup"
 INSTALLATION = "vmsnapshot-installation"
 """Name of the ConfigMap, in the operator's namespace, that holds the seed of the installation id."""
 
@@ -39,13 +39,21 @@ _TRIES = 5
 class Cluster:
     """The API server as one installation of the operator sees it. An async context manager; owns its connections.
 
-    `namespace` is the operator's own: its Lease, its installation id and all credentials live there. Every method may
-    raise KubeUnavailableError (no answer in time) and KubeError (refused, with the reason); more is said where it is so.
+    `namespace` is the operator's own: its Lease, its installation id and all credentials live there. `on_secret` is handed
+    each value of a Secret as it is read, so that logs can hide it. Every method may raise KubeUnavailableError (no answer in
+    time) and KubeError (refused, with the reason); more is said where it is so.
     """
 
-    def __init__(self, *, namespace: str, kubeconfig: Path | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        namespace: str,
+        kubeconfig: Path | None = None,
+        on_secret: Callable[[Iterable[str]], None] = lambda _values: None,
+    ) -> None:
         self.namespace = namespace
         self.client = Client(kubeconfig)
+        self._on_secret = on_secret
 
     async def __aenter__(self) -> Self:
         await self.client.__aenter__()
@@ -174,6 +182,7 @@ class Cluster:
             except (binascii.Error, UnicodeDecodeError):
                 # The error's own text quotes the value.
                 raise KubeError(f"{where}: key {key} is not text in UTF-8", reason="SecretInvalid") from None
+        self._on_secret(values.values())
         return values
 
     async def installation(self) -> str:
@@ -292,7 +301,7 @@ def _edited_by_others(written: Mapping[str, Any], status: Mapping[str, Any]) -> 
     others = any(
         (o.get("manager"), o.get("operation")) != ours and "f:status" in (o.get("fieldsV1") or {}) for o in owners
     )
-    return others and written.get("status") != status
+    return others and conditions.changed(written.get("status") or {}, status)
 
 
 def _exactly(body: Mapping[str, Any]) -> list[dict[str, Any]]:

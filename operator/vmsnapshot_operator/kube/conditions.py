@@ -40,20 +40,22 @@ def merge(
 
 
 def changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    """Tell whether a status brings any news. The order of conditions is none; absent and null are the same."""
-    return _comparable(old) != _comparable(new)
+    """Tell whether a status brings any news.
+
+    The order of conditions is none. What is only in `old` counts unless it is empty: the API server fills in empty defaults.
+    """
+    return not _says_the_same(_by_type(old), _by_type(new))
 
 
-def _comparable(status: Mapping[str, Any]) -> dict[str, Any]:
-    found = {k: _without_nulls(v) for k, v in status.items() if v is not None}
-    if "conditions" in found:
-        found["conditions"] = sorted(found["conditions"], key=lambda c: str(c.get("type")))
-    return found
+def _by_type(status: Mapping[str, Any]) -> dict[str, Any]:
+    return {**status, "conditions": {str(c.get("type")): c for c in status.get("conditions") or ()}}
 
 
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
-    if isinstance(value, list | tuple):
-        return [_without_nulls(v) for v in value]
-    return value
+def _says_the_same(old: Any, new: Any) -> bool:
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        return all(_says_the_same(old.get(k), v) for k, v in new.items()) and not any(
+            v for k, v in old.items() if k not in new
+        )
+    if isinstance(old, list | tuple) and isinstance(new, list | tuple):
+        return len(old) == len(new) and all(_says_the_same(o, n) for o, n in zip(old, new, strict=True))
+    return bool(old == new)
