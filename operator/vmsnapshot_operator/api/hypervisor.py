@@ -11,7 +11,6 @@ from vmsnapshot_operator.api.conditions import Conditional
 from vmsnapshot_operator.api.model import (
     AGE,
     LIST_TYPE,
-    MAP_TYPE,
     PATTERN_MESSAGE,
     Bytes,
     Column,
@@ -69,34 +68,29 @@ SocketPath = Annotated[
 
 
 class Endpoint(Model):
-    """One libvirt daemon. The libvirt URI is composed from these fields."""
+    """One libvirt daemon. The libvirt URI is composed from these fields: one from a user could name commands, or switch verification off."""
 
     model_config = ConfigDict(
-        json_schema_extra={
-            MAP_TYPE: "atomic",
-            **rules(
-                rule(
-                    "self.driver != 'test' || (self.transport == 'unix' && !has(self.host) && !has(self.port) && !has(self.socketPath))",
-                    "driver test is libvirt's built-in double and takes no transport, host, port or socketPath: remove them, or use driver qemu",
-                    path=".driver",
-                ),
-                rule(
-                    "self.transport != 'unix' || (!has(self.host) && !has(self.port))",
-                    "transport unix is a socket of this machine and takes no host or port: remove them, or use transport tls, tcp or ssh",
-                    path=".transport",
-                ),
-                rule(
-                    "self.transport == 'unix' || has(self.host)",
-                    "transports tls, tcp and ssh need a host",
-                    path=".host",
-                ),
-                rule(
-                    "self.transport == 'unix' || !has(self.socketPath)",
-                    "socketPath is for transport unix alone: remove it, or use transport unix without a host",
-                    path=".socketPath",
-                ),
+        json_schema_extra=rules(
+            rule(
+                "self.driver != 'test' || (self.transport == 'unix' && !has(self.host) && !has(self.port) && !has(self.socketPath))",
+                "driver test is libvirt's built-in double, without any daemon: leave transport, host, port and socketPath out,"
+                " or use driver qemu",
+                path=".driver",
             ),
-        }
+            rule(
+                "self.driver == 'test' || self.transport != 'unix' || (!has(self.host) && !has(self.port))",
+                "transport unix is a socket of this machine and takes no host or port: leave them out, or use transport tls,"
+                " tcp or ssh",
+                path=".transport",
+            ),
+            rule("self.transport == 'unix' || has(self.host)", "transports tls, tcp and ssh need a host", path=".host"),
+            rule(
+                "self.driver == 'test' || self.transport == 'unix' || !has(self.socketPath)",
+                "socketPath goes with transport unix only: leave it out, or use transport unix",
+                path=".socketPath",
+            ),
+        )
     )
 
     driver: LibvirtDriver = LibvirtDriver.QEMU
@@ -117,29 +111,39 @@ class Libvirt(Model):
     model_config = ConfigDict(
         json_schema_extra=rules(
             rule(
-                "self.endpoints.all(e, e.driver == self.endpoints[0].driver)",
-                "all endpoints must have the same driver: between them one pool of VMs may migrate",
+                "self.endpoints.all(e, self.endpoints.exists_one(o, o == e))",
+                "two endpoints are the same: leave one out",
                 path=".endpoints",
             ),
             rule(
-                "!self.endpoints.exists(e, e.transport == 'ssh') || has(self.credentialsSecretName)",
-                "transport ssh needs credentialsSecretName: a Secret with the keys ssh-privatekey and known_hosts",
+                "self.endpoints.all(e, e.driver == self.endpoints[0].driver)",
+                "all endpoints need the same driver, since VMs migrate between them: make another Hypervisor for the others",
+                path=".endpoints",
+            ),
+            rule(
+                "has(self.credentialsSecretName) || !self.endpoints.exists(e, e.transport == 'ssh')",
+                "transport ssh needs credentialsSecretName: a Secret in the operator's namespace with ssh-privatekey and"
+                " known_hosts",
                 path=".credentialsSecretName",
             ),
         )
     )
 
-    endpoints: Annotated[tuple[Endpoint, ...], Field(min_length=1, max_length=64, json_schema_extra={LIST_TYPE: "set"})]
+    endpoints: Annotated[
+        tuple[Endpoint, ...], Field(min_length=1, max_length=64, json_schema_extra={LIST_TYPE: "atomic"})
+    ]
     """The libvirt daemons. Several are one pool of hosts between which VMs may migrate: a VM is looked up on all of them."""
     credentials_secret_name: ObjectName | None = None
     """A Secret in the operator's own namespace: TLS client certificate, SSH key and known hosts, or user and password."""
 
 
+LABEL_KEY = r"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$"
+
 LabelKey = Annotated[
     str,
     Field(
-        max_length=316,
-        pattern=r"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$",
+        max_length=317,
+        pattern=LABEL_KEY,
         json_schema_extra={PATTERN_MESSAGE: "must be the key of a label, as kubernetes.io/metadata.name"},
     ),
 ]
@@ -175,7 +179,7 @@ class LabelRequirement(Model):
             ),
             rule(
                 "!(self.operator in ['Exists', 'DoesNotExist']) || !has(self.values) || self.values.size() == 0",
-                "operators Exists and DoesNotExist take no values: remove them",
+                "operators Exists and DoesNotExist take no values: leave them out",
                 path=".values",
             ),
         )
@@ -185,8 +189,8 @@ class LabelRequirement(Model):
     """Key of the label."""
     operator: SelectorOperator
     """In, NotIn, Exists or DoesNotExist."""
-    values: Annotated[tuple[LabelValue, ...], Field(max_length=64, json_schema_extra={LIST_TYPE: "set"})] = ()
-    """Values to compare with."""
+    values: Annotated[tuple[LabelValue, ...], Field(max_length=16, json_schema_extra={LIST_TYPE: "set"})] = ()
+    """Values to compare with, for In and NotIn."""
 
 
 class LabelSelector(Model):
@@ -196,8 +200,8 @@ class LabelSelector(Model):
         json_schema_extra=rules(
             rule(
                 "(has(self.matchLabels) && self.matchLabels.size() > 0) || (has(self.matchExpressions) && self.matchExpressions.size() > 0)",
-                "an empty selector would mean every namespace: name one by matchLabels, as {kubernetes.io/metadata.name: team-a},"
-                " or say every one by matchExpressions: [{key: kubernetes.io/metadata.name, operator: Exists}]",
+                "an empty selector would mean every namespace: name one by matchLabels (kubernetes.io/metadata.name), or say"
+                " every one by matchExpressions (key kubernetes.io/metadata.name, operator Exists)",
             )
         )
     )
@@ -208,7 +212,7 @@ class LabelSelector(Model):
             max_length=16,
             json_schema_extra=rules(
                 rule(
-                    "self.all(k, k.size() <= 316 && k.matches('^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$'))",
+                    f"self.all(k, k.size() <= 317 && k.matches('{LABEL_KEY}'))",
                     "each key must be the key of a label, as kubernetes.io/metadata.name",
                 )
             ),

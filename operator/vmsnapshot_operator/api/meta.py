@@ -13,7 +13,11 @@ FIELD_MANAGER = "vmsnapshot-operator"
 """Under this name we apply; what stands in status is owned by it."""
 
 CATEGORY = "vmsnap-all"
-"""`kubectl get vmsnap-all` lists every kind of the group. A category wins over a resource's name, so it must not be one."""
+"""`kubectl get vmsnap-all` lists all kinds of the group.
+
+kubectl takes a category before the name of a kind: one that is called as a kind would turn `kubectl get KIND NAME` into a
+search for NAME in every kind.
+"""
 
 LABEL_INSTALLATION = f"{GROUP}/installation"
 """On a VMSnapshotContent: which installation of the operator wrote it."""
@@ -23,9 +27,6 @@ LABEL_SNAPSHOT_NAMESPACE = f"{GROUP}/snapshot-namespace"
 
 LABEL_SNAPSHOT_UID = f"{GROUP}/snapshot-uid"
 """On a VMSnapshotContent: the UID of its VMSnapshot, to select by."""
-
-ANNOTATION_POKE = f"{GROUP}/poke"
-"""Changing its value makes the operator look at the object at once."""
 
 
 def content_name(uid: str) -> str:

@@ -33,7 +33,6 @@ PATTERN_MESSAGE = "x-pattern-message"
 RULES = "x-kubernetes-validations"
 LIST_TYPE = "x-kubernetes-list-type"
 LIST_MAP_KEYS = "x-kubernetes-list-map-keys"
-MAP_TYPE = "x-kubernetes-map-type"
 
 
 class Model(BaseModel):
@@ -189,7 +188,7 @@ Trimmed = Annotated[
         max_length=255,
         pattern=r"^[^\s\x00-\x1f]([^\x00-\x1f]*[^\s\x00-\x1f])?$",
         json_schema_extra={
-            PATTERN_MESSAGE: "must not be empty, nor begin or end with a space, nor contain control characters"
+            PATTERN_MESSAGE: "must not be empty, begin or end with a space, or contain control characters"
         },
     ),
 ]
@@ -228,8 +227,8 @@ Time = Annotated[AwareDatetime, PlainSerializer(_utc, return_type=str, when_used
 Count = Annotated[int, Field(ge=0, le=1_000_000)]
 """How many."""
 
-Milliseconds = Annotated[int, Field(ge=0, le=86_400_000)]
-"""A short duration."""
+Milliseconds = Annotated[int, Field(ge=0, le=315_360_000_000)]
+"""A duration: ten years at most, since a report of what went wrong must never be refused for its size."""
 
 Bytes = Annotated[int, Field(ge=0, le=2**62)]
 """A size in bytes."""

@@ -71,11 +71,11 @@ class Match(Model):
         json_schema_extra=rules(
             rule(
                 "has(self.type) || has(self.protocol) || has(self.pool) || has(self.sourcePattern) || has(self.format)",
-                "an empty entry would match every disk: give at least one of type, protocol, pool, sourcePattern and format",
+                "an empty match would take every disk: give at least one of type, protocol, pool, sourcePattern and format",
             ),
             rule(
                 "!has(self.protocol) || !has(self.type) || self.type == 'network'",
-                "only disks of type network have a protocol: remove protocol, or use type network",
+                "protocol goes with type network only: leave it out, or use type network",
                 path=".protocol",
             ),
         )
@@ -107,8 +107,8 @@ class StorageDriverClassSpec(Model):
         Field(
             json_schema_extra=rules(
                 rule(
-                    "!self.exists(k, k.matches('(?i)(password|passwd|passphrase|token|secret|privatekey)$'))",
-                    "this looks like a credential: put it into the Secret that secretName names; parameters can be read by many",
+                    "!self.exists(k, k.matches('(?i)(password|passwd|passphrase|token|secret|private_?key)$'))",
+                    "this looks like a credential: put it into the Secret that secretName names, since many can read parameters",
                 ),
             )
         ),

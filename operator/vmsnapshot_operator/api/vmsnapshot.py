@@ -44,12 +44,24 @@ class DeletionPolicy(StrEnum):
     RETAIN = "Retain"
 
 
+DomainName = Annotated[
+    str,
+    Field(
+        max_length=255,
+        pattern=r"^[^\s/\x00-\x1f]([^/\x00-\x1f]*[^\s/\x00-\x1f])?$",
+        json_schema_extra={
+            PATTERN_MESSAGE: "must be the VM's name or UUID as libvirt knows it: not empty, without a space at either end, without '/'"
+        },
+    ),
+]
+
+
 class Source(Model):
     """Which VM."""
 
     hypervisor_name: ObjectName
     """Name of the Hypervisor object where the VM lives."""
-    domain: Trimmed
+    domain: DomainName
     """The VM: its name or its UUID, as libvirt knows it."""
 
 
@@ -65,36 +77,6 @@ Mountpoint = Annotated[
 
 class Quiesce(Model):
     """Whether and how the VM is made to stand still for the moment of the snapshot."""
-
-    model_config = ConfigDict(
-        json_schema_extra=rules(
-            rule(
-                "self.policy != 'Never' || self.method == 'Auto'",
-                "policy Never sends nothing to the VM: remove method, or use policy Prefer or Require",
-                path=".method",
-            ),
-            rule(
-                "self.policy != 'Never' || !has(self.mountpoints) || self.mountpoints.size() == 0",
-                "policy Never freezes nothing: remove mountpoints, or use policy Prefer or Require",
-                path=".mountpoints",
-            ),
-            rule(
-                "self.method != 'Pause' || !has(self.mountpoints) || self.mountpoints.size() == 0",
-                "method Pause stops the whole VM and freezes no file system: remove mountpoints, or use method Auto or GuestAgent",
-                path=".mountpoints",
-            ),
-            rule(
-                "self.method != 'Pause' || self.policy != 'Require'",
-                "method Pause is crash-consistent at best, which policy Require does not accept: use policy Prefer, or method Auto or GuestAgent",
-                path=".method",
-            ),
-            rule(
-                "self.method != 'None'",
-                "to leave the VM alone use policy Never, and remove method",
-                path=".method",
-            ),
-        )
-    )
 
     policy: Policy = Policy.PREFER
     """Require: no snapshot unless file systems were frozen (or the VM was shut down cleanly). Prefer: falls back to less and says so. Never: nothing is sent to the VM."""
@@ -113,14 +95,56 @@ class Volumes(Model):
     """Targets of disks (as vdb), or names of other devices, that are left out on purpose. Whatever else bears state and cannot be snapshotted fails the plan."""
 
 
-_NEW_ONE = "is immutable: create a VMSnapshot of another name instead"
+def _immutable(field: str) -> dict[str, str]:
+    message = f"{field} is immutable: create a VMSnapshot of another name instead"
+    return rule(f"self.{field} == oldSelf.{field}", message, path=f".{field}")
 
 
-def _immutable(name: str, *, optional: bool = False) -> dict[str, str]:
-    same = f"self.{name} == oldSelf.{name}"
-    if optional:
-        same = f"has(self.{name}) == has(oldSelf.{name}) && (!has(self.{name}) || {same})"
-    return rule(same, f"{name} {_NEW_ONE}", path=f".{name}")
+_IMMUTABLE = tuple(
+    _immutable(field)
+    for field in ("source", "quiesce", "strategyName", "volumes", "deadlineSeconds", "readyDeadlineSeconds", "dryRun")
+)
+
+# They stand at the parent of `quiesce`: the API server holds a default, here {}, against the rules of its own place before
+# the defaults within have come true.
+_QUIESCE_RULES = (
+    rule(
+        "self.quiesce.method != 'None'",
+        "to leave the VM alone use policy Never, and leave method out",
+        path=".quiesce.method",
+    ),
+    rule(
+        "self.quiesce.policy != 'Never' || self.quiesce.method == 'Auto'",
+        "policy Never sends nothing to the VM: leave method out, or use policy Prefer or Require",
+        path=".quiesce.method",
+    ),
+    rule(
+        "self.quiesce.policy != 'Require' || self.quiesce.method != 'Pause'",
+        "method Pause is crash-consistent at best, which policy Require does not accept: use policy Prefer, or method Auto"
+        " or GuestAgent",
+        path=".quiesce.method",
+    ),
+    rule(
+        "self.quiesce.policy != 'Never' || !has(self.quiesce.maxFrozenSeconds)",
+        "policy Never freezes nothing: leave maxFrozenSeconds out, or use policy Prefer or Require",
+        path=".quiesce.maxFrozenSeconds",
+    ),
+    rule(
+        "self.quiesce.policy != 'Never' || !has(self.quiesce.mountpoints) || self.quiesce.mountpoints.size() == 0",
+        "policy Never freezes nothing: leave mountpoints out, or use policy Prefer or Require",
+        path=".quiesce.mountpoints",
+    ),
+    rule(
+        "self.quiesce.method != 'Pause' || !has(self.quiesce.mountpoints) || self.quiesce.mountpoints.size() == 0",
+        "method Pause stops the whole VM and freezes no file system: leave mountpoints out, or use method Auto or GuestAgent",
+        path=".quiesce.mountpoints",
+    ),
+    rule(
+        "!has(self.quiesce.maxFrozenSeconds) || self.quiesce.maxFrozenSeconds <= self.deadlineSeconds",
+        "quiesce.maxFrozenSeconds must not be greater than deadlineSeconds: the snapshot would be given up first",
+        path=".quiesce.maxFrozenSeconds",
+    ),
+)
 
 
 class VMSnapshotSpec(Model):
@@ -128,22 +152,12 @@ class VMSnapshotSpec(Model):
 
     model_config = ConfigDict(
         json_schema_extra=rules(
-            _immutable("source"),
-            _immutable("quiesce"),
-            _immutable("strategyName"),
-            _immutable("volumes"),
-            _immutable("deadlineSeconds"),
-            _immutable("readyDeadlineSeconds"),
-            _immutable("dryRun"),
+            *_IMMUTABLE,
+            *_QUIESCE_RULES,
             rule(
                 "self.deadlineSeconds <= self.readyDeadlineSeconds",
-                "deadlineSeconds must not be greater than readyDeadlineSeconds: the snapshot is taken before it is ready",
+                "deadlineSeconds must not be greater than readyDeadlineSeconds: a snapshot is taken before it is ready",
                 path=".deadlineSeconds",
-            ),
-            rule(
-                "!has(self.quiesce.maxFrozenSeconds) || self.quiesce.maxFrozenSeconds <= self.deadlineSeconds",
-                "quiesce.maxFrozenSeconds must not be greater than deadlineSeconds",
-                path=".quiesce.maxFrozenSeconds",
             ),
         )
     )
@@ -171,18 +185,18 @@ class VMSnapshotSpec(Model):
 class VM(Report):
     """The VM as it was found when planning."""
 
-    name: Name
+    name: Name = ""
     """Name of the domain."""
-    uuid: Word
+    uuid: Word = ""
     """UUID of the domain: from here on the VM is known by it."""
-    power_state: Word
+    power_state: Word = ""
     """Running, Paused, ShutOff, Crashed, Suspended or Unknown."""
 
 
 class StrategyChoice(Report):
     """Who takes the snapshot, and why."""
 
-    name: Word
+    name: Word = ""
     """Name of the strategy."""
     reason: Message = ""
     """Why this one."""
@@ -191,13 +205,13 @@ class StrategyChoice(Report):
 class QuiesceReport(Report):
     """How the VM was made to stand still, and for how long."""
 
-    method: Word
+    method: Word = ""
     """The chosen method; None if nothing had to be held, or nothing was to be."""
     reason: Message = ""
     """Why this one."""
-    budget_seconds: Annotated[int, Field(ge=0, le=600)]
+    budget_seconds: Count | None = None
     """So long the VM may stand still."""
-    attempts: Annotated[int, Field(ge=0, le=1295)] | None = None
+    attempts: Count | None = None
     """How many times it was tried."""
     frozen_time: Time | None = None
     """When we asked the VM to stand still."""
@@ -216,7 +230,7 @@ class VolumeReport(Report):
 
     target: Name
     """The disk, as the VM names it."""
-    class_name: Name
+    class_name: Name = ""
     """The StorageDriverClass that serves it."""
     reason: Message = ""
     """Why this class, and why not the others."""
@@ -233,9 +247,9 @@ class GroupReport(Report):
 
     class_name: Name
     """The StorageDriverClass."""
-    driver: Name
+    driver: Name = ""
     """Its driver."""
-    volumes: Count
+    volumes: Count | None = None
     """How many disks."""
     atomic: bool | None = None
     """Whether all of them are of one instant by the storage system's own word."""
@@ -250,7 +264,7 @@ class Excluded(Report):
 
     name: Name
     """The disk's target, or the device."""
-    rule: Word
+    rule: Word = ""
     """By which rule: ByRequest (it was asked for), RemovableMedia, ReadOnly, NVRAM or TPM."""
     message: Message = ""
     """Why."""

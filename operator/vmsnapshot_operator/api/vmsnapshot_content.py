@@ -266,6 +266,21 @@ class VMSnapshotContentSpec(Model):
     model_config = ConfigDict(
         json_schema_extra=rules(
             rule(
+                "self.vmSnapshotRef == oldSelf.vmSnapshotRef",
+                "vmSnapshotRef is immutable: a content belongs to one VMSnapshot for ever",
+                path=".vmSnapshotRef",
+            ),
+            rule(
+                "self.installation == oldSelf.installation",
+                "installation is immutable: the storage systems know the names of the one that wrote it",
+                path=".installation",
+            ),
+            rule(
+                "self.attempt >= oldSelf.attempt",
+                "attempt never goes back: the cut of an earlier attempt must not be adopted",
+                path=".attempt",
+            ),
+            rule(
                 "self.volumes.all(v, self.groups.exists(g, g.className == v.className))",
                 "each volume must belong to one of groups (by className)",
                 path=".volumes",
