@@ -67,26 +67,31 @@ SocketPath = Annotated[
 """Of a Unix socket: Linux takes no more than 107 characters."""
 
 
+# An endpoint's defaults are ours alone: items of a list have none in the schema (see there).
+_DRIVER = "(has(self.driver) ? self.driver : 'qemu')"
+_TRANSPORT = "(has(self.transport) ? self.transport : 'unix')"
+
+
 class Endpoint(Model):
     """One libvirt daemon. The libvirt URI is composed from these fields: one from a user could name commands, or switch verification off."""
 
     model_config = ConfigDict(
         json_schema_extra=rules(
             rule(
-                "self.driver != 'test' || (self.transport == 'unix' && !has(self.host) && !has(self.port) && !has(self.socketPath))",
+                f"{_DRIVER} != 'test' || ({_TRANSPORT} == 'unix' && !has(self.host) && !has(self.port) && !has(self.socketPath))",
                 "driver test is libvirt's built-in double, without any daemon: leave transport, host, port and socketPath out,"
                 " or use driver qemu",
                 path=".driver",
             ),
             rule(
-                "self.driver == 'test' || self.transport != 'unix' || (!has(self.host) && !has(self.port))",
+                f"{_DRIVER} == 'test' || {_TRANSPORT} != 'unix' || (!has(self.host) && !has(self.port))",
                 "transport unix is a socket of this machine and takes no host or port: leave them out, or use transport tls,"
                 " tcp or ssh",
                 path=".transport",
             ),
-            rule("self.transport == 'unix' || has(self.host)", "transports tls, tcp and ssh need a host", path=".host"),
+            rule(f"{_TRANSPORT} == 'unix' || has(self.host)", "transports tls, tcp and ssh need a host", path=".host"),
             rule(
-                "self.driver == 'test' || self.transport == 'unix' || !has(self.socketPath)",
+                f"{_DRIVER} == 'test' || {_TRANSPORT} == 'unix' || !has(self.socketPath)",
                 "socketPath goes with transport unix only: leave it out, or use transport unix",
                 path=".socketPath",
             ),
@@ -94,9 +99,9 @@ class Endpoint(Model):
     )
 
     driver: LibvirtDriver = LibvirtDriver.QEMU
-    """qemu: QEMU and KVM. test: libvirt's built-in double, which takes no snapshots."""
+    """qemu: QEMU and KVM, if nothing is said. test: libvirt's built-in double, which takes no snapshots."""
     transport: Transport = Transport.UNIX
-    """How it is reached. tls verifies both sides by certificates; ssh by key and known hosts; tcp is not protected at all."""
+    """How it is reached; unix if nothing is said. tls verifies both sides by certificates, ssh by key and known hosts; tcp protects nothing."""
     host: Host | None = None
     """Name or address of the machine, for tls, tcp and ssh."""
     port: Annotated[int, Field(ge=1, le=65535)] | None = None
@@ -116,12 +121,12 @@ class Libvirt(Model):
                 path=".endpoints",
             ),
             rule(
-                "self.endpoints.all(e, e.driver == self.endpoints[0].driver)",
+                "self.endpoints.all(e, has(e.driver) && e.driver == 'test') || !self.endpoints.exists(e, has(e.driver) && e.driver == 'test')",
                 "all endpoints need the same driver, since VMs migrate between them: make another Hypervisor for the others",
                 path=".endpoints",
             ),
             rule(
-                "has(self.credentialsSecretName) || !self.endpoints.exists(e, e.transport == 'ssh')",
+                "has(self.credentialsSecretName) || !self.endpoints.exists(e, has(e.transport) && e.transport == 'ssh')",
                 "transport ssh needs credentialsSecretName: a Secret in the operator's namespace with ssh-privatekey and"
                 " known_hosts",
                 path=".credentialsSecretName",

@@ -138,13 +138,25 @@ def structural(node: Mapping[str, Any], definitions: Mapping[str, Any]) -> dict[
         case "object" if isinstance(node.get("additionalProperties"), Mapping):
             made["additionalProperties"] = structural(node["additionalProperties"], definitions)
         case "array":
-            made["items"] = structural(node["items"], definitions)
+            made["items"] = _without_defaults(structural(node["items"], definitions))
         case "integer":
             made["format"] = "int64"
         case kind if kind not in _SCALARS:
             raise ValueError(f"a structural schema cannot say this: {dict(node)}")
     _say_pattern(made, node.get(PATTERN_MESSAGE))
     _fit_default(made)
+    return made
+
+
+def _without_defaults(item: dict[str, Any]) -> dict[str, Any]:
+    """Take the defaults out of what a list holds; they are filled in where the object is read.
+
+    Tools that compare on their own side hold a list against the manifest's as a whole: with a default filled in by the API
+    server the two would differ for ever.
+    """
+    made = {k: v for k, v in item.items() if k != "default"}
+    if "properties" in made:
+        made["properties"] = {k: _without_defaults(v) for k, v in made["properties"].items()}
     return made
 
 
