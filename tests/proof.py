@@ -55,7 +55,7 @@ def read(lab: Lab, content: Mapping[str, Any], into: Path) -> Truth:
         raw = into / f"{content['metadata']['name']}-{target}.raw"
         if drivers[volume["className"]] == "ceph-rbd":
             image, snap = handle.rsplit("@", 1)
-            truth.fetch_rbd_snapshot(lab.ceph, image.split("/")[-1], int(snap), raw)
+            truth.fetch_rbd_snapshot(lab.ceph, image.split("/")[-1], snap, raw)
         else:
             truth.fetch_file(Path(handle), raw)
         records[target] = truth.records(raw)

@@ -104,7 +104,7 @@ class Stack:
     def chart_permissions(self) -> str:
         """Render the chart's ServiceAccount and RBAC."""
         shown = ["-s", "templates/serviceaccount.yaml", "-s", "templates/rbac.yaml"]
-        helm = [str(self.lab.bin("helm")), "template", "vmsnapshot-operator", str(CHART), "--namespace", NAMESPACE]
+        helm = [str(self.lab.bin("helm")), "template", "vmsnapshot-operator", str(CHART), "--namespace", NAMESPACE, "--kube-version", "1.37.0"]
         done = subprocess.run([*helm, *shown], capture_output=True, text=True, check=False, timeout=GUARD_SECONDS)
         if done.returncode:
             raise LabError(f"helm template: {done.stderr}")

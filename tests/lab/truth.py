@@ -18,12 +18,12 @@ def fetch_file(volume: Path, into: Path) -> None:
     run("cp", "--reflink=auto", "--sparse=auto", volume, into)
 
 
-def fetch_rbd_snapshot(ceph: Ceph, image: str, snap_id: int, into: Path) -> None:
-    """Copy the content of an RBD snapshot, group snapshots included, to a raw file."""
+def fetch_rbd_snapshot(ceph: Ceph, image: str, snapshot: str, into: Path) -> None:
+    """Copy the content of an RBD snapshot (by its name, or a group's by its number) to a raw file."""
     import rbd  # Debian's bindings: there only after `make bindings`
 
     with ceph.connect() as (_, ioctx), rbd.Image(ioctx, image, read_only=True) as source:
-        source.set_snap_by_id(snap_id)
+        source.set_snap_by_id(int(snapshot) if snapshot.isdigit() else source.snap_get_id(snapshot))
         size, step = source.size(), 4 << 20
         with into.open("wb") as target:
             target.truncate(size)

@@ -124,7 +124,7 @@ async def _report(
     status: dict[str, Any] = {
         "observedGeneration": generation,
         "conditions": conditions.merge(old.get("conditions") or (), decided, generation, now()),
-        **(about or {}),
+        **{k: v for k, v in (about or {}).items() if v is not None},
     }
     if conditions.changed(old, status):
         await world.cluster.write_hypervisor_status(body, status)

@@ -9,7 +9,7 @@ import libvirt
 import libvirt_qemu
 
 from vmsnapshot_operator.core.machine import Agent, AgentState, FileSystem
-from vmsnapshot_operator.hypervisors.calls import sanitised
+from vmsnapshot_operator.hypervisors.calls import AGENT_COMMAND_FAILED, AGENT_COMMAND_TIMEOUT, sanitised
 
 STATUS_SECONDS = 2
 """What a healthy agent needs to answer is some milliseconds; a hung one costs a plan no more than this."""
@@ -38,7 +38,7 @@ def freeze_state(domain: Any, seconds: int) -> tuple[AgentState, str]:
             return AgentState.SILENT, text
         if code in (libvirt.VIR_ERR_AGENT_UNRESPONSIVE, libvirt.VIR_ERR_ARGUMENT_UNSUPPORTED, libvirt.VIR_ERR_CONFIG_UNSUPPORTED):
             return AgentState.ABSENT, text
-        if code in (libvirt.VIR_ERR_AGENT_COMMAND_TIMEOUT, libvirt.VIR_ERR_AGENT_UNSYNCED, libvirt.VIR_ERR_AGENT_COMMAND_FAILED):
+        if code in (AGENT_COMMAND_TIMEOUT, libvirt.VIR_ERR_AGENT_UNSYNCED, AGENT_COMMAND_FAILED):
             return AgentState.SILENT, text
         if code == libvirt.VIR_ERR_OPERATION_INVALID:
             return AgentState.ABSENT, text  # the domain does not run, or has just stopped

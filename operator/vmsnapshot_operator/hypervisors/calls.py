@@ -33,8 +33,16 @@ _UNREACHABLE = frozenset(
         libvirt.VIR_ERR_AUTH_CANCELLED,
     }
 )
+AGENT_COMMAND_TIMEOUT, AGENT_COMMAND_FAILED = 112, 113
+"""libvirt's codes since 11.2 (virterror.h), which bindings built against an older libvirt do not name."""
+
 _AGENT = frozenset(
-    {libvirt.VIR_ERR_AGENT_UNRESPONSIVE, libvirt.VIR_ERR_AGENT_UNSYNCED, libvirt.VIR_ERR_AGENT_COMMAND_FAILED, libvirt.VIR_ERR_AGENT_COMMAND_TIMEOUT}
+    {
+        libvirt.VIR_ERR_AGENT_UNRESPONSIVE,
+        libvirt.VIR_ERR_AGENT_UNSYNCED,
+        AGENT_COMMAND_TIMEOUT,
+        AGENT_COMMAND_FAILED,
+    }
 )
 
 

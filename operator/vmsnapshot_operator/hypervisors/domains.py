@@ -12,6 +12,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import PurePosixPath
 from typing import Any
 
 import libvirt
@@ -372,14 +373,17 @@ def _placed(connection: Any, layer: Layer, fingerprint: bool) -> Layer:
     if layer.kind is not SourceKind.FILE:
         return layer
     try:
-        volume = connection.storageVolLookupByPath(layer.source)
-        pool = volume.storagePoolLookupByVolume().name()
-        stamp = ""
-        if fingerprint:
-            root = ET.fromstring(volume.XMLDesc())  # noqa: S314 - written by libvirt
-            stamp = f"{root.findtext('allocation')}/{root.findtext('target/timestamps/mtime')}"
+        # By its folder: a volume made since the pool was last refreshed is not known to the pool yet.
+        pool = connection.storagePoolLookupByTargetPath(str(PurePosixPath(layer.source).parent)).name()
     except libvirt.libvirtError:
         return layer  # it lies in no pool
+    stamp = ""
+    if fingerprint:
+        try:
+            root = ET.fromstring(connection.storageVolLookupByPath(layer.source).XMLDesc())  # noqa: S314 - libvirt's own
+            stamp = f"{root.findtext('allocation')}/{root.findtext('target/timestamps/mtime')}"
+        except libvirt.libvirtError:
+            stamp = ""  # nothing is known that a later change would betray: restore says so
     return replace(layer, pool=pool, fingerprint=stamp)
 
 

@@ -1,0 +1,353 @@
+"""Bad input and bad luck, row by row: a clear refusal before anything happens, or a free VM and the truth afterwards."""
+
+from __future__ import annotations
+
+import base64
+import json
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from tests import proof
+from tests.lab import Lab, LabError
+from tests.stack import NAMESPACE, Stack, conditions, until
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left(lab: Lab) -> Iterator[None]:
+    """Whatever a test did: the guest is thawed and storage holds nothing that was not there before."""
+    before = set(proof.leftovers(lab))
+    yield
+    guest = lab.guest("demo")
+    until("the guest is thawed", lambda: guest.freeze_status() == "thawed")
+    until("nothing is left", lambda: not [x for x in proof.leftovers(lab) if x not in before and not x.startswith("object")])
+
+
+def _refused(stack: Stack, name: str, reason: str) -> str:
+    """Wait for the refusal; return its message."""
+    body = stack.wait(name, "Stalled")
+    found = conditions(body)
+    assert found["Planned"]["status"] == "False"
+    assert found["Planned"]["reason"] == reason
+    assert found["Stalled"]["reason"] == reason
+    assert found["Ready"]["status"] == "False"
+    assert not body["metadata"].get("finalizers")
+    assert stack.content(name) is None
+    return str(found["Stalled"]["message"])
+
+
+def _failed(stack: Stack, name: str, *reasons: str) -> str:
+    """Wait for the failure after something was touched; return its message."""
+    body = stack.wait(name, "Stalled")
+    found = conditions(body)
+    assert found["Stalled"]["reason"] in reasons, found["Stalled"]
+    assert found["Unquiesced"]["status"] == "True"
+    assert found["Ready"]["status"] == "False"
+    return str(found["Stalled"]["message"])
+
+
+def _class(stack: Stack, name: str, driver: str, match: list[dict[str, str]], priority: int = 0, **spec: Any) -> None:
+    stack.apply(
+        {
+            "apiVersion": "vmsnapshot.io/v1alpha1",
+            "kind": "StorageDriverClass",
+            "metadata": {"name": name},
+            "spec": {"driver": driver, "priority": priority, "match": match, **spec},
+        }
+    )
+
+
+@pytest.fixture
+def extra_class(stack: Stack, lab: Lab) -> Iterator[Callable[..., str]]:
+    """Create a StorageDriverClass for one test."""
+    made: list[str] = []
+
+    def create(name: str, driver: str, match: list[dict[str, str]], priority: int = 0, **spec: Any) -> str:
+        made.append(name)
+        _class(stack, name, driver, match, priority, **spec)
+        until(f"class {name} was looked at", lambda: bool(_conditions_of_class(stack, name)))
+        return name
+
+    yield create
+    for name in made:
+        lab.kubectl("delete", "storagedriverclasses.vmsnapshot.io", name)
+
+
+def _conditions_of_class(stack: Stack, name: str) -> dict[str, dict[str, Any]]:
+    for body in stack.all("storagedriverclasses.vmsnapshot.io"):
+        if body["metadata"]["name"] == name:
+            return conditions(body)
+    return {}
+
+
+# --- who and where ----------------------------------------------------------------------------------------------------
+
+
+def test_unknown_hypervisor(stack: Stack, vmsnapshot: Callable[..., str]) -> None:
+    name = vmsnapshot("nohost", source={"hypervisorName": "nowhere", "domain": "demo"})
+    assert "nowhere" in _refused(stack, name, "HypervisorNotFound")
+
+
+def test_a_domain_that_is_not_there_and_one_that_is_forbidden_look_the_same(
+    stack: Stack, lab: Lab, vmsnapshot: Callable[..., str], fresh: Callable[[str], str]
+) -> None:
+    other = fresh("other")
+    stack.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": other}})
+    forbidden = stack.snapshot(fresh("forbidden"), "demo", namespace=other)
+    body = stack.wait(forbidden, "Stalled", namespace=other)
+    told = conditions(body)["Stalled"]
+    missing = vmsnapshot("missing", source={"hypervisorName": "lab", "domain": "absent"})
+    message = _refused(stack, missing, "DomainNotFound")
+    assert told["reason"] == "DomainNotFound"
+    assert told["message"].replace(other, "NS").replace("demo", "D") == message.replace("team-a", "NS").replace("absent", "D")
+    assert "vm" not in body["status"]
+    stack.delete(forbidden, namespace=other)
+
+
+# --- classes ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_excluded_target_that_does_not_exist(stack: Stack, vmsnapshot: Callable[..., str]) -> None:
+    message = _refused(stack, vmsnapshot("excl", volumes={"exclude": ["vdq"]}), "ExcludedTargetNotFound")
+    assert "vdq" in message
+    assert "vda" in message
+
+
+def test_two_classes_with_one_priority(stack: Stack, vmsnapshot: Callable[..., str], extra_class: Callable[..., str]) -> None:
+    live = next(c for c in stack.all("storagedriverclasses.vmsnapshot.io") if c["spec"]["driver"] == "libvirt-volume")
+    extra_class("twin", "libvirt-volume", live["spec"]["match"], live["spec"].get("priority", 0), parameters=live["spec"]["parameters"])
+    message = _refused(stack, vmsnapshot("tie"), "ClassTie")
+    for disk in ("vda", "vdb", "vdc"):
+        assert disk in message
+    assert "twin" in message
+
+
+def test_a_driver_that_is_not_installed_is_passed_by_for_the_next_class(
+    stack: Stack, vmsnapshot: Callable[..., str], extra_class: Callable[..., str]
+) -> None:
+    extra_class("absent-driver", "no-such-driver", [{"type": "file"}], 1000)
+    assert _conditions_of_class(stack, "absent-driver")["Ready"]["status"] == "False"
+    status = stack.wait(vmsnapshot("bypass"))["status"]
+    reasons = {v["target"]: v["reason"] for v in status["volumes"]}
+    assert "absent-driver" in reasons["vda"]
+    assert "no-such-driver" in reasons["vda"] or "not Ready" in reasons["vda"]
+
+
+def test_no_class_for_a_disk_lists_every_disk(stack: Stack, lab: Lab, vmsnapshot: Callable[..., str]) -> None:
+    live = next(c for c in stack.all("storagedriverclasses.vmsnapshot.io") if c["spec"]["driver"] == "ceph-rbd")
+    name = live["metadata"]["name"]
+    patch = {"spec": {"match": [{"type": "network", "protocol": "rbd", "pool": "another"}]}}
+    lab.kubectl("patch", "storagedriverclasses.vmsnapshot.io", name, "--type=merge", "-p", json.dumps(patch))
+    try:
+        time.sleep(1)
+        message = _refused(stack, vmsnapshot("noclass"), "NoClassForDisk")
+        for disk in ("vda", "vdb", "vdc"):
+            assert disk in message
+    finally:
+        patch = {"spec": {"match": live["spec"]["match"]}}
+        lab.kubectl("patch", "storagedriverclasses.vmsnapshot.io", name, "--type=merge", "-p", json.dumps(patch))
+        time.sleep(1)
+
+
+def test_a_class_that_is_not_ready(stack: Stack, lab: Lab, vmsnapshot: Callable[..., str]) -> None:
+    secret = {"data": {"key": base64.b64encode(b"AQAAAAAAAAAAEAAAAAAAAAAAAAAAAAAAAAAAAA==").decode()}}
+    good = lab.kubectl("-n", NAMESPACE, "get", "secret", "ceph-rbd", "-o", "jsonpath={.data.key}")
+    live = next(c for c in stack.all("storagedriverclasses.vmsnapshot.io") if c["spec"]["driver"] == "ceph-rbd")
+    name = live["metadata"]["name"]
+
+    def is_ready() -> bool:
+        return _conditions_of_class(stack, name).get("Ready", {}).get("status") == "True"
+
+    lab.kubectl("-n", NAMESPACE, "patch", "secret", "ceph-rbd", "--type=merge", "-p", json.dumps(secret))
+    try:
+        lab.kubectl("annotate", "storagedriverclasses.vmsnapshot.io", name, "test/poke=1", "--overwrite")
+        until("the class is not Ready", lambda: not is_ready())
+        message = _refused(stack, vmsnapshot("unready"), "ClassNotReady")
+        assert name in message
+        assert secret["data"]["key"] not in message
+    finally:
+        lab.kubectl("-n", NAMESPACE, "patch", "secret", "ceph-rbd", "--type=merge", "-p", json.dumps({"data": {"key": good}}))
+        lab.kubectl("annotate", "storagedriverclasses.vmsnapshot.io", name, "test/poke=2", "--overwrite")
+        until("the class is Ready again", is_ready)
+
+
+# --- the guest and its agent --------------------------------------------------------------------------------------------
+
+
+def test_already_frozen_by_somebody_else_is_left_alone(stack: Stack, lab: Lab, vmsnapshot: Callable[..., str]) -> None:
+    guest = lab.guest("demo")
+    guest.agent("guest-fsfreeze-freeze")
+    try:
+        name = vmsnapshot("frozen", deadlineSeconds=10)
+        body = stack.wait(name, "Stalled")
+        assert "frozen already" in conditions(body)["Stalled"]["message"]
+        assert guest.freeze_status() == "frozen"
+    finally:
+        guest.agent("guest-fsfreeze-thaw")
+
+
+@pytest.mark.parametrize(("policy", "consistency"), [("Prefer", "Crash"), ("Never", "PerVolume")])
+def test_without_an_agent(stack: Stack, lab: Lab, vmsnapshot: Callable[..., str], policy: str, consistency: str) -> None:
+    guest = lab.guest("demo")
+    guest.control(["killall", "-STOP", "qemu-ga-main"])
+    try:
+        body = stack.wait(vmsnapshot("silent", quiesce={"policy": policy}))
+        assert body["status"]["consistency"] == consistency
+    finally:
+        guest.control(["killall", "-CONT", "qemu-ga-main"])
+
+
+def test_without_an_agent_require_is_refused(stack: Stack, lab: Lab, vmsnapshot: Callable[..., str]) -> None:
+    guest = lab.guest("demo")
+    guest.control(["killall", "-STOP", "qemu-ga-main"])
+    try:
+        assert "agent" in _refused(stack, vmsnapshot("silent", quiesce={"policy": "Require"}), "AgentSilent")
+    finally:
+        guest.control(["killall", "-CONT", "qemu-ga-main"])
+
+
+def test_a_freeze_that_fails_is_thawed_and_then_by_policy(stack: Stack, lab: Lab, vmsnapshot: Callable[..., str]) -> None:
+    guest = lab.guest("demo")
+    guest.control(["touch", "/run/hook-fail"])
+    try:
+        require = vmsnapshot("hook", quiesce={"policy": "Require"})
+        _failed(stack, require, "FreezeFailed")
+        prefer = stack.wait(vmsnapshot("hook"))["status"]
+        assert prefer["consistency"] == "Crash"
+        assert prefer["quiesce"]["method"] == "Pause"
+        assert "frozen" in prefer["quiesce"]["reason"]
+    finally:
+        guest.control(["rm", "-f", "/run/hook-fail"])
+
+
+def test_paused_by_somebody_stays_paused(stack: Stack, lab: Lab, vmsnapshot: Callable[..., str]) -> None:
+    domain = lab.guest("demo").domain()
+    domain.suspend()
+    try:
+        assert "paused" in _refused(stack, vmsnapshot("paused", quiesce={"policy": "Require"}), "VMPaused")
+        body = stack.wait(vmsnapshot("paused"))
+        assert body["status"]["consistency"] == "Crash"
+        assert domain.state()[0] == 3  # paused, as it was
+    finally:
+        domain.resume()
+
+
+def test_shut_off_from_within_is_filesystem_consistent(stack: Stack, lab: Lab, vmsnapshot: Callable[..., str]) -> None:
+    guest = lab.guest("demo")
+    guest.shutdown()
+    try:
+        body = stack.wait(vmsnapshot("off", quiesce={"policy": "Require"}))
+        assert body["status"]["consistency"] == "Filesystem"
+        assert body["status"]["vm"]["powerState"] == "ShutOff"
+    finally:
+        lab.guest("demo")
+
+
+def test_destroyed_is_crash_consistent(stack: Stack, lab: Lab, vmsnapshot: Callable[..., str]) -> None:
+    lab.guest("demo").destroy()
+    try:
+        assert "shut" in _refused(stack, vmsnapshot("off", quiesce={"policy": "Require"}), "VMNotCleanlyShutDown")
+        assert stack.wait(vmsnapshot("off"))["status"]["consistency"] == "Crash"
+    finally:
+        lab.guest("demo")
+
+
+# --- storage -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_cut_that_hangs_frees_the_guest_first(stack: Stack, lab: Lab, vmsnapshot: Callable[..., str]) -> None:
+    """The OSD stops: the cut cannot end. The guest is free after the budget, and nothing of the other group is left."""
+    osd = lab.component("ceph-osd")
+    name = vmsnapshot("hang", quiesce={"maxFrozenSeconds": 3})
+    osd.kill(signal.SIGSTOP)
+    try:
+        guest = lab.guest("demo")
+        body = stack.wait(name, "VolumesSnapshotted", "False")
+        assert guest.freeze_status() == "thawed"
+        assert conditions(body)["Ready"]["status"] != "True"
+    finally:
+        osd.kill(signal.SIGCONT)
+    body = stack.wait(name, "Stalled")
+    assert "ceph" in conditions(body)["Stalled"]["message"]
+    assert "vdc" in conditions(body)["Stalled"]["message"]
+
+
+def test_storage_down_at_delete_waits_and_says_so(stack: Stack, lab: Lab, fresh: Callable[[str], str]) -> None:
+    name = stack.snapshot(fresh("down"))
+    stack.wait(name)
+    osd = lab.component("ceph-osd")
+    osd.kill(signal.SIGSTOP)
+    try:
+        stack.delete(name, wait=False)
+        until("the trouble is told", lambda: "class" in conditions(stack.get(name) or {}).get("Reconciling", {}).get("message", ""))
+        assert stack.get(name) is not None
+    finally:
+        osd.kill(signal.SIGCONT)
+    until("it is gone", lambda: stack.get(name) is None)
+
+
+# --- the API's own refusals ------------------------------------------------------------------------------------------------
+
+
+def test_an_edited_spec_is_refused_by_the_api_server(stack: Stack, lab: Lab, vmsnapshot: Callable[..., str]) -> None:
+    name = vmsnapshot("edit")
+    stack.wait(name)
+    with pytest.raises(LabError, match="immutable"):
+        stack.snapshot(name, quiesce={"policy": "Never"})
+
+
+# --- crashes ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("delay", [0.05, 0.15, 0.25, 0.4, 0.6])
+def test_the_operator_is_killed_and_started_again(
+    stack: Stack, lab: Lab, vmsnapshot: Callable[..., str], delay: float
+) -> None:
+    name = vmsnapshot("killed")
+    time.sleep(delay)
+    stack.programs["operator"].kill()
+    try:
+        guest = lab.guest("demo")
+        until("the guardian thawed the guest", lambda: guest.freeze_status() == "thawed", 20)
+    finally:
+        stack.start_operator()
+    body = stack.wait(name)
+    assert body["status"]["consistency"] == "Filesystem"
+
+
+def test_the_operator_is_stopped_while_the_guest_is_frozen(
+    stack: Stack, lab: Lab, vmsnapshot: Callable[..., str]
+) -> None:
+    """SIGSTOP in mid-window: the guardian thaws after the budget; the cut is then not claimed as more than it is."""
+    guest = lab.guest("demo")
+    name = vmsnapshot("stopped", quiesce={"maxFrozenSeconds": 3})
+    operator = stack.programs["operator"]
+    until("the guest is frozen", lambda: guest.freeze_status() == "frozen", 20)
+    operator.kill(signal.SIGSTOP)
+    try:
+        until("the guardian thawed the guest", lambda: guest.freeze_status() == "thawed", 20)
+    finally:
+        operator.kill(signal.SIGCONT)
+    body = stack.wait(name)
+    content = stack.content(name)
+    assert content is not None
+    assert body["status"]["consistency"] in ("PerVolume", "Filesystem")
+    if body["status"]["consistency"] == "PerVolume":
+        assert body["status"]["quiesce"]["attempts"] == 1
+
+
+def test_the_same_manifest_by_kubectl_twice(stack: Stack, lab: Lab, vmsnapshot: Callable[..., str]) -> None:
+    name = vmsnapshot("manifest")
+    stack.wait(name)
+    body = stack.get(name)
+    assert body is not None
+    manifest = {k: body[k] for k in ("apiVersion", "kind", "spec")} | {"metadata": {"name": name, "namespace": "team-a"}}
+    done = subprocess.run(
+        [str(lab.bin("kubectl")), "--kubeconfig", str(lab.kubeconfig), "diff", "--server-side", "--force-conflicts", "-f", "-"],
+        input=json.dumps(manifest), text=True, capture_output=True, check=False, timeout=60,
+    )
+    assert done.returncode == 0, done.stdout
