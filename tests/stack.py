@@ -209,9 +209,11 @@ class Stack:
             self._apply(document)
 
     def observed(self) -> None:
-        """Wait until the operator has looked at the classes and hypervisors."""
-        for kind in ("storagedriverclasses.vmsnapshot.io", "hypervisors.vmsnapshot.io"):
-            until(f"each of {kind} was observed", lambda kind=kind: all(_observed(o) for o in self.all(kind)))
+        """Wait until the operator knows the classes and hypervisors: until it could plan a snapshot of the guest."""
+        self.delete("warm-up")
+        self.snapshot("warm-up", dryRun=True)
+        self.wait("warm-up", "Planned")
+        self.delete("warm-up")
 
     def endpoint(self) -> dict[str, Any]:
         """The laboratory's libvirt as an endpoint of a Hypervisor."""
@@ -287,10 +289,6 @@ class Stack:
 def conditions(body: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The conditions of an object by type."""
     return {c["type"]: c for c in (body.get("status") or {}).get("conditions") or ()}
-
-
-def _observed(body: Mapping[str, Any]) -> bool:
-    return (body.get("status") or {}).get("observedGeneration") == body["metadata"]["generation"]
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from tests.stack import ROOT, TENANT, Stack, conditions
 
 RESULT = ROOT / "build" / "demo.json"
 STEPS = ("Planned", "Quiesced", "VolumesSnapshotted", "Unquiesced", "Ready")
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 150)
 
 
 @dataclass(slots=True)

@@ -66,7 +66,9 @@ class Classes:
         """
         live = self._live.get(group.class_name)
         same = live is not None and live.cls.driver == group.driver and dict(live.cls.parameters) == dict(group.parameters)
-        if live is not None and same and live.host is not None:
+        if live is not None and same:
+            if live.host is None:
+                raise DriverUnavailableError(f'class "{group.class_name}": its driver has not started yet')
             return live.host
         key = _key(group.driver, group.parameters, {"secret": group.secret_name})
         if key not in self._adhoc:

@@ -217,15 +217,25 @@ async def _guardian(world: World) -> Fit:
 async def _fits(
     world: World, machine: Machine, request: Request, classes: Sequence[StorageClass]
 ) -> Mapping[VolumeId, Mapping[str, Fit]]:
-    """Ask each matching class's driver about each volume, all at once."""
+    """Ask each matching class's driver about each volume; the classes at once."""
     selected = disks.select(machine, request.exclude)
     if isinstance(selected, Refusal):
         return {}
-    pairs = [(v, c) for _, v in selected.volumes for c in grouping.candidates(classes, v) if c.ready]
-    answers = await asyncio.gather(*(_fit(world, c.name, v) for v, c in pairs))
+    wanted: dict[str, list[Volume]] = {}
+    for _, volume in selected.volumes:
+        for cls in grouping.candidates(classes, volume):
+            if cls.ready:
+                wanted.setdefault(cls.name, []).append(volume)
+
+    async def ask(class_name: str, volumes: Sequence[Volume]) -> list[Fit]:
+        # One after the other: a class has one idle process, and starting another takes longer than asking.
+        return [await _fit(world, class_name, v) for v in volumes]
+
+    answers = await asyncio.gather(*(ask(c, v) for c, v in wanted.items()))
     fits: dict[VolumeId, dict[str, Fit]] = {}
-    for (volume, cls), answer in zip(pairs, answers, strict=True):
-        fits.setdefault(volume.id, {})[cls.name] = answer
+    for (class_name, volumes), answer in zip(wanted.items(), answers, strict=True):
+        for volume, fit in zip(volumes, answer, strict=True):
+            fits.setdefault(volume.id, {})[class_name] = fit
     return fits
 
 
