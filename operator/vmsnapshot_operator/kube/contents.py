@@ -178,8 +178,8 @@ def _group(planned: PlannedGroup, record: Record) -> ContentGroup:
         hold=result.hold if result is not None else None,
         group_handle=result.group if result is not None else None,
         cut_milliseconds=kept.cut_milliseconds,
-        cut_start_milliseconds=_reading(bracket.start, zero, math.floor) if bracket is not None else None,
-        cut_end_milliseconds=_reading(bracket.end, zero, math.ceil) if bracket is not None else None,
+        cut_start_milliseconds=_reading(bracket.start, zero, up=False) if bracket is not None else None,
+        cut_end_milliseconds=_reading(bracket.end, zero, up=True) if bracket is not None else None,
         reason=clip(outcome.reason, _MAX_WORD) if outcome is not None else "",
         message=clip(outcome.message) if outcome is not None else "",
     )
@@ -189,8 +189,8 @@ def _evidence(outcome: WindowOutcome) -> ContentEvidence:
     seen, zero = outcome.evidence, _zero(outcome)
     return ContentEvidence(
         method=str(seen.method),
-        still_from_milliseconds=_reading(seen.still_from, zero, math.ceil) if seen.still_from is not None else None,
-        still_until_milliseconds=_reading(seen.still_until, zero, math.floor) if seen.still_until is not None else None,
+        still_from_milliseconds=_reading(seen.still_from, zero, up=True) if seen.still_from is not None else None,
+        still_until_milliseconds=_reading(seen.still_until, zero, up=False) if seen.still_until is not None else None,
         frozen_time=seen.frozen_time,
         thawed_time=seen.thawed_time,
         frozen_milliseconds=min(_MAX_READING, max(0, seen.frozen_milliseconds)),
@@ -224,8 +224,11 @@ def _zero(outcome: WindowOutcome | None) -> float:
     return min((r for r in readings if r is not None), default=0.0)
 
 
-def _reading(moment: float, zero: float, rounded: Any) -> int:
-    return int(min(_MAX_READING, max(0, rounded((moment - zero) * 1000))))
+def _reading(moment: float, zero: float, *, up: bool) -> int:
+    """Whole milliseconds since `zero`. By way of nanoseconds: else 1.001 s would be 1000 ms for the noise of its last bit."""
+    nanoseconds = round((moment - zero) * 1_000_000_000)
+    rounded = -(-nanoseconds // 1_000_000) if up else nanoseconds // 1_000_000
+    return min(_MAX_READING, max(0, rounded))
 
 
 # --- and back ---------------------------------------------------------------------------------------------------------
