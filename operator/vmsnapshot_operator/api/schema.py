@@ -1,7 +1,7 @@
 """The CustomResourceDefinitions, made from the models: those are the only source. Not what stands in them (each kind's module).
 
 Kubernetes takes structural schemas: no reference, no `anyOf` with null, no `additionalProperties: false`, a type everywhere.
-An optional field is one that may be left out; an explicit null is refused, so that no rule ever meets one.
+An optional field is one that may be left out; the API server takes an explicit null for that, so that no rule meets one.
 """
 
 from __future__ import annotations

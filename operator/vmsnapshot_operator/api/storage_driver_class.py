@@ -49,18 +49,7 @@ LowerWord = Annotated[
     ),
 ]
 
-Parameters = Annotated[
-    dict[str, Annotated[str, Field(max_length=1024)]],
-    Field(
-        max_length=64,
-        json_schema_extra=rules(
-            rule(
-                "self.all(k, k.matches('^[A-Za-z][A-Za-z0-9._-]{0,62}$'))",
-                "each parameter's name must be a word of at most 63 letters, digits, '.', '_' and '-' that begins with a letter",
-            ),
-        ),
-    ),
-]
+Parameters = Annotated[dict[str, Annotated[str, Field(max_length=1024)]], Field(max_length=64)]
 """Settings of a driver, as texts; the driver's own model validates them and makes numbers of them."""
 
 
@@ -106,6 +95,11 @@ class StorageDriverClassSpec(Model):
         Parameters,
         Field(
             json_schema_extra=rules(
+                rule(
+                    "self.all(k, k.matches('^[A-Za-z][-A-Za-z0-9._]{0,62}$'))",
+                    "the name of each parameter must be a word of at most 63 letters, digits, '-', '.' and '_' that begins"
+                    " with a letter",
+                ),
                 rule(
                     "!self.exists(k, k.matches('(?i)(password|passwd|passphrase|token|secret|private_?key)$'))",
                     "this looks like a credential: put it into the Secret that secretName names, since many can read parameters",
