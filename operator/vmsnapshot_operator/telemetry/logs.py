@@ -94,7 +94,9 @@ class JsonFormatter(logging.Formatter):
             line["error"] = self.formatException(record.exc_info)
         # Only simple values: an extra that is an object may hold anything.
         extra = {k: v for k, v in record.__dict__.items() if k not in _OWN and isinstance(v, str | int | float | bool)}
-        return self._redactor.clean(json.dumps(line | {k: v for k, v in extra.items() if k not in line}))
+        line |= {k: v for k, v in extra.items() if k not in line}
+        # Before it becomes JSON, which would spell a secret in yet another way.
+        return json.dumps({k: self._redactor.clean(v) if isinstance(v, str) else v for k, v in line.items()})
 
 
 def configure(log_format: str, *, verbose: bool = False, stream: TextIO | None = None) -> None:
