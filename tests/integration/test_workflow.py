@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -197,22 +197,35 @@ def _clean(lab: Lab, content: dict) -> None:  # type: ignore[type-arg]  # plain 
         if volume["handle"].startswith("/"):
             Path(volume["handle"]).unlink()
     with lab.ceph.connect() as (_, ioctx):
+        for image in rbd.RBD().list(ioctx):
+            with rbd.Image(ioctx, image) as opened:
+                for snap in list(opened.list_snaps()):
+                    opened.remove_snap(snap["name"])
         for group in rbd.RBD().group_list(ioctx):
-            for snap in list(rbd.Group(ioctx, group).list_snaps()):
-                rbd.Group(ioctx, group).remove_snap(snap["name"])
             rbd.RBD().group_remove(ioctx, group)
 
 
-def test_twenty_snapshots_at_once(lab: Lab, stack: Stack, fresh: Callable[[str], str]) -> None:
-    names = [fresh("burst") for _ in range(20)]
-    threads = [threading.Thread(target=stack.snapshot, args=(n,)) for n in names]
+@pytest.fixture(scope="module")
+def fleet(lab: Lab) -> Iterator[list[str]]:
+    """Fifteen domains beside the guest `demo`: paused, so that they need no kernel that runs."""
+    stubs = [lab.domain_stub(f"demo-{n}") for n in range(1, 16)]
+    yield ["demo", *(s.name for s in stubs)]
+    for stub in stubs:
+        stub.remove()
+
+
+def test_twenty_snapshots_over_sixteen_vms_at_once(
+    lab: Lab, stack: Stack, fleet: list[str], fresh: Callable[[str], str]
+) -> None:
+    wanted = {fresh("burst"): fleet[n % len(fleet)] for n in range(20)}
+    threads = [threading.Thread(target=stack.snapshot, args=(n, d)) for n, d in wanted.items()]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    for name in names:
-        assert stack.wait(name)["status"]["consistency"] == "Filesystem"
-    for name in names:
+    for name, domain in wanted.items():
+        assert stack.wait(name)["status"]["consistency"] == ("Filesystem" if domain == "demo" else "Crash")
+    for name in wanted:
         stack.delete(name, wait=False)
-    until("all are gone", lambda: not any(stack.get(n) for n in names))
+    until("all are gone", lambda: not any(stack.get(n) for n in wanted))
     assert not [x for x in proof.leftovers(lab) if not x.startswith("object")]

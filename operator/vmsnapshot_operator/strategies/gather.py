@@ -59,7 +59,7 @@ async def gather(world: World, body: Mapping[str, Any]) -> Observation:
         world.release(request.uid)
     planned = _Planned()
     if not deleting and refused is None and _undecided(record) and journal is None:
-        planned = await _planning(world, request, memory)
+        planned = await _planning(world, request, memory, record)
     held, unlisted = await _held(world, request, record, memory, deleting=deleting and finalizer)
     return Observation(
         request=request,
@@ -134,7 +134,7 @@ async def _journal(world: World, request: Request, record: Record | None) -> tup
     return (journal if ours else None), ""
 
 
-async def _planning(world: World, request: Request, memory: Memory) -> _Planned:
+async def _planning(world: World, request: Request, memory: Memory, record: Record | None) -> _Planned:
     live = world.hypervisors.get(request.hypervisor)
     if live is None:
         return _Planned(
@@ -146,11 +146,13 @@ async def _planning(world: World, request: Request, memory: Memory) -> _Planned:
     if live.client is None:
         return _Planned(refusal=_unreachable(live, live.problem))
     try:
-        return await _plan_on(world, request, memory, live, live.client)
+        return await _plan_on(world, request, memory, record, live, live.client)
     except DomainGoneError:
         return _Planned(refusal=access.not_found(request.domain, request.hypervisor, request.namespace))
     except HypervisorError as error:
         return _Planned(refusal=_unreachable(live, error.message))
+    except DriverError as error:
+        return _Planned(refusal=Refusal(reason=error.reason, message=error.message, patience=Patience.WAIT))
     except RefusedError as error:
         return _Planned(refusal=Refusal(reason=error.reason, message=error.message))
 
@@ -163,7 +165,9 @@ def _unreachable(live: LiveHypervisor, why: str) -> Refusal:
     )
 
 
-async def _plan_on(world: World, request: Request, memory: Memory, live: LiveHypervisor, client: Hypervisor) -> _Planned:
+async def _plan_on(
+    world: World, request: Request, memory: Memory, record: Record | None, live: LiveHypervisor, client: Hypervisor
+) -> _Planned:
     # The domain is looked up before the rules, so that one who may not use it cannot tell by the time it takes.
     ref = await client.find(request.domain)
     labels = await world.cluster.namespace_labels(request.namespace)
@@ -182,7 +186,8 @@ async def _plan_on(world: World, request: Request, memory: Memory, live: LiveHyp
     if (busy := _journalled(world, machine, request.uid)) != "":
         return _Planned(in_use_by=busy)
     classes = world.classes.all()
-    fits = await _fits(world, machine, request, classes)
+    prepared = memory.prepared is not None and record is not None and memory.prepared.attempt == record.attempt
+    fits = _answered(record) if record is not None and prepared else await _fits(world, machine, request, classes)
     made = planner.make_plan(request, machine, classes, fits, failed_before=memory.agent_failed)
     if isinstance(made, Refusal):
         return _Planned(refusal=made)
@@ -239,6 +244,16 @@ async def _fits(
     return fits
 
 
+def _answered(record: Record) -> Mapping[VolumeId, Mapping[str, Fit]]:
+    """What the drivers answered when this attempt was prepared, moments ago.
+
+    Asking again would need a second process of each class while the prepared one is held: with as many snapshots under way as
+    a class may have processes, they would all wait for each other.
+    """
+    fit = Fit(ok=True, reason="Fits", message="prepared")
+    return {v.volume.id: {v.class_name: fit} for v in record.plan.volumes}
+
+
 async def _fit(world: World, class_name: str, volume: Volume) -> Fit:
     host = world.classes.host(class_name)
     if host is None:
@@ -246,6 +261,8 @@ async def _fit(world: World, class_name: str, volume: Volume) -> Fit:
     try:
         return await host.can_handle((volume,), timeout=ASK_TIMEOUT)
     except DriverError as error:
+        if error.retryable:
+            raise  # it may fit: nothing is decided until it has answered
         return Fit(ok=False, reason=error.reason, message=error.message)
 
 

@@ -36,7 +36,7 @@ from vmsnapshot_operator.core.evidence import Evidence, GroupOutcome, WindowOutc
 from vmsnapshot_operator.core.journal import Journal
 from vmsnapshot_operator.core.volumes import Seconds
 from vmsnapshot_operator.drivers.host import Slot
-from vmsnapshot_operator.errors import DomainGoneError, DriverError, SnapshotError
+from vmsnapshot_operator.errors import DomainGoneError, DriverError, DriverUnavailableError, SnapshotError
 from vmsnapshot_operator.kube import contents
 from vmsnapshot_operator.plan import next_effect, verdict
 from vmsnapshot_operator.quiesce.base import Context, find, undisturbed
@@ -46,7 +46,8 @@ from vmsnapshot_operator.strategies.world import Memory, Prepared, World, now
 
 log = logging.getLogger(__name__)
 
-RESERVE_TIMEOUT = Seconds(30.0)
+RESERVE_TIMEOUT = Seconds(120.0)
+"""Back-pressure: so long a snapshot waits for a free process of each class, with its VM untouched."""
 DELETE_TIMEOUT = Seconds(60.0)
 
 
@@ -146,34 +147,26 @@ class StorageStrategy:
             )
 
     async def _reserve(self, effect: Prepare) -> Prepared:
-        """Take a driver process for each group and let it do what is slow."""
+        """Take a driver process for each group and let it do what is slow.
+
+        The classes come in the order of their names: two snapshots that each held what the other needs would wait for ever.
+        """
         stack = AsyncExitStack()
         slots: dict[str, Slot] = {}
-
-        async def ready(request: SnapshotRequest, name: str) -> None:
-            host = self._world.classes.host(name)
-            if host is None:
-                raise DriverError(f'class "{name}": its driver is not running', reason="DriverUnavailable", retryable=True)
-            slots[name] = await stack.enter_async_context(host.reserve(timeout=RESERVE_TIMEOUT))
-            try:
-                await slots[name].prepare(request)
-            except DriverError as error:
-                labels = ", ".join(v.label for v in request.volumes)
-                raise DriverError(
-                    f'class "{name}", disk {labels}: {error.message}', reason=error.reason, retryable=error.retryable
-                ) from error
-
         try:
-            results = await asyncio.gather(
-                *(ready(r, c) for c, r in effect.requests.items()), return_exceptions=True
-            )
-        except asyncio.CancelledError:
+            for name in sorted(effect.requests):
+                host = self._world.classes.host(name)
+                if host is None:
+                    raise DriverUnavailableError(f'class "{name}": its driver is not running')
+                slots[name] = await stack.enter_async_context(host.reserve(timeout=RESERVE_TIMEOUT))
+            async with asyncio.TaskGroup() as tasks:
+                for name, request in effect.requests.items():
+                    tasks.create_task(_let_prepare(slots[name], request))
+        except BaseException as error:
             await undisturbed(stack.aclose())
+            if isinstance(error, BaseExceptionGroup):
+                raise error.exceptions[0] from error
             raise
-        failures = [r for r in results if isinstance(r, BaseException)]
-        if failures:
-            await stack.aclose()
-            raise next((f for f in failures if not isinstance(f, DriverError)), failures[0])
         return Prepared(attempt=effect.attempt, slots=slots, stack=stack)
 
     async def _window(self, effect: TakeWindow, seen: Observation) -> None:
@@ -282,6 +275,14 @@ class StorageStrategy:
             await self._world.cluster.create_content(body)
         else:
             await self._world.cluster.replace_content(body)
+
+
+async def _let_prepare(slot: Slot, request: SnapshotRequest) -> None:
+    try:
+        await slot.prepare(request)
+    except DriverError as error:
+        disks = ", ".join(v.label for v in request.volumes)
+        raise DriverError(f"disk {disks}: {error.message}", reason=error.reason, retryable=error.retryable) from error
 
 
 def _with_result(group: RecordedGroup, outcome: GroupOutcome) -> RecordedGroup:
