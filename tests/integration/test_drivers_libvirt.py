@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import signal
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +15,10 @@ import pytest
 from tests.integration.drivers_support import LONG, SIZE, LibvirtStorage, order
 from tests.lab import Lab
 from vmsnapshot_operator.core.driver import CutKind, Hold
-from vmsnapshot_operator.core.volumes import SourceKind
+from vmsnapshot_operator.core.volumes import Seconds, SourceKind
 from vmsnapshot_operator.drivers import probes
 from vmsnapshot_operator.drivers.host import DriverHost
-from vmsnapshot_operator.errors import DriverError
+from vmsnapshot_operator.errors import DriverError, DriverTimeoutError
 
 
 @pytest.fixture
@@ -220,3 +221,27 @@ async def test_probes_of_killed_processes_are_swept_and_those_at_work_are_not(
     assert not old.exists()
     with contextlib.suppress(FileNotFoundError):
         young.unlink()
+
+
+@pytest.mark.parametrize("count", [1, 4])
+async def test_a_clone_that_comes_late_is_deleted_too(storage: LibvirtStorage, host: DriverHost, count: int) -> None:
+    """The daemon stands still past the deadline, and afterwards finds the request of a process that is dead."""
+    volumes = [storage.volume(b"1") for _ in range(count)]
+    before = storage.held()
+    daemon = storage.lab.component("libvirtd")
+    request = order(*volumes, timeout=0.5)
+    async with host.reserve(replace(request, timeout=Seconds(LONG))) as slot:
+        daemon.kill(signal.SIGSTOP)
+        try:
+            with pytest.raises(DriverTimeoutError):
+                await slot.cut(request)
+            deleting = asyncio.create_task(host.delete(request.name, timeout=LONG))
+            await asyncio.sleep(0.3)
+        finally:
+            daemon.kill(signal.SIGCONT)
+        await deleting
+
+    for _ in range(3):
+        await host.list("vms-", timeout=LONG)
+        assert storage.held() == before
+        await asyncio.sleep(0.1)

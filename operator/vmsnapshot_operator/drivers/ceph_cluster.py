@@ -53,12 +53,12 @@ def _load(name: str, file: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
         raise DriverUnavailableError(f"{file} is not a Python module", retryable=False)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # rbd imports rados by name
     try:
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module  # rbd imports rados by name
         spec.loader.exec_module(module)
     except ImportError as error:
-        del sys.modules[name]
+        sys.modules.pop(name, None)
         raise DriverUnavailableError(f"{file} does not load: {error}", retryable=False) from error
     return module
 
