@@ -64,6 +64,7 @@ lint: setup ## Formatting, lint rules, types, layers, generated files
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/vmsnapshot-operator crds --check crds
+	$(BIN)/vmsnapshot-operator crds --check charts/vmsnapshot-operator/crds-src
 
 .PHONY: test-unit
 test-unit: setup ## Unit tests; no laboratory
@@ -89,6 +90,7 @@ bench: bindings ## Measure; ONLY=NAME for one measurement
 .PHONY: generate
 generate: setup ## Write everything that is generated
 	$(BIN)/vmsnapshot-operator crds --write crds
+	$(BIN)/vmsnapshot-operator crds --write charts/vmsnapshot-operator/crds-src
 	$(BIN)/ruff format .
 
 .PHONY: constraints
