@@ -14,10 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.unit.kube.records import INSTALLATION, REQUEST, example, intent
 from vmsnapshot_operator.api.vmsnapshot_content import VMSnapshotContent
 from vmsnapshot_operator.core import names
 from vmsnapshot_operator.core.driver import Capabilities, CutKind, CutResult, Hold
-from vmsnapshot_operator.core.effects import Failure, Record, RecordedGroup
+from vmsnapshot_operator.core.effects import Failure, Record
 from vmsnapshot_operator.core.evidence import Bracket, Evidence, GroupOutcome, WindowOutcome
 from vmsnapshot_operator.core.machine import PowerState
 from vmsnapshot_operator.core.planning import (
@@ -25,26 +26,11 @@ from vmsnapshot_operator.core.planning import (
     Plan,
     PlannedGroup,
     PlannedVolume,
-    Policy,
     QuiesceChoice,
-    Request,
 )
 from vmsnapshot_operator.core.volumes import Consistency, Handle, Layer, Seconds, SourceKind, Volume, volume_id
 from vmsnapshot_operator.kube import contents
 from vmsnapshot_operator.plan import verdict
-from vmsnapshot_operator.plan.next_effect import requests_for
-
-INSTALLATION = "abc234"
-REQUEST = Request(
-    uid="6b0c2f5e-0f7e-4e0a-9f83-0d3c0e0a0001",
-    namespace="team-a",
-    name="backup",
-    generation=1,
-    created=datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC),
-    hypervisor="lab",
-    domain="demo",
-    policy=Policy.PREFER,
-)
 
 # An example is large, and takes long on a busy machine without anything being wrong.
 several = settings(max_examples=40, deadline=None)
@@ -132,26 +118,6 @@ def plans(draw: st.DrawFn) -> Plan:
         excluded=tuple(draw(st.lists(st.builds(Excluded, name=slugs, rule=words, message=texts), max_size=2))),
         notes=tuple(draw(st.lists(texts, max_size=3))),
         definition=draw(texts),
-    )
-
-
-def intent(plan: Plan, attempt: int) -> Record:
-    """What is written before the first cut of an attempt."""
-    requests = requests_for(plan, INSTALLATION, REQUEST.uid, attempt)
-    return Record(
-        name=contents.name_for(REQUEST.uid),
-        attempt=attempt,
-        plan=plan,
-        groups={
-            g.class_name: RecordedGroup(
-                class_name=g.class_name,
-                driver=g.driver,
-                parameters=g.parameters,
-                secret_name=g.secret_name,
-                request=requests[g.class_name],
-            )
-            for g in plan.groups
-        },
     )
 
 
@@ -316,60 +282,6 @@ def test_stillness_that_never_was_does_not_come_back(record: Record) -> None:
     assert back is not None
     assert back.evidence.still_from is None
     assert back.evidence.still_until is None
-
-
-def example(*, done: bool = True) -> Record:
-    """Three disks by two classes."""
-
-    def volume(target: str, source: str, class_name: str) -> PlannedVolume:
-        layer = Layer(kind=SourceKind.FILE, source=source, format="raw")
-        made = Volume(id=volume_id(layer), label=target, writable=layer, size_bytes=1)
-        return PlannedVolume(target=target, volume=made, class_name=class_name, reason="the only class that matches")
-
-    volumes = (volume("vda", "/a", "fast"), volume("vdb", "/b", "fast"), volume("vdc", "/c", "slow"))
-    groups = tuple(
-        PlannedGroup(
-            class_name=c,
-            driver="libvirt-volume",
-            parameters={},
-            secret_name="",
-            capabilities=Capabilities(cut=CutKind.INSTANT, atomic=True, revert=True),
-            volumes=tuple(v.volume for v in volumes if v.class_name == c),
-        )
-        for c in ("fast", "slow")
-    )
-    plan = Plan(
-        vm_name="demo",
-        vm_uuid="u",
-        endpoint="",
-        run_id=1,
-        power=PowerState.RUNNING,
-        strategy="Storage",
-        strategy_reason="",
-        quiesce=QuiesceChoice(method="Pause", reason="", budget=Seconds(30.0), holds_vm=True),
-        volumes=volumes,
-        groups=groups,
-    )
-    record = intent(plan, 1)
-    if not done:
-        return record
-    results = {
-        g.class_name: CutResult(handles={v.id: Handle(f"h-{v.label}") for v in g.volumes}, atomic=True) for g in groups
-    }
-    bracket = Bracket(start=Seconds(0.001), end=Seconds(0.002))
-    outcome = WindowOutcome(
-        attempt=1,
-        evidence=Evidence(method="Pause", still_from=Seconds(0.0), still_until=Seconds(0.01), same_vm=True),
-        groups={c: GroupOutcome(class_name=c, bracket=bracket, result=r) for c, r in results.items()},
-        free=True,
-        cut_time=REQUEST.created,
-    )
-    return replace(
-        record,
-        outcome=outcome,
-        groups={c: replace(g, result=results[c], cut_milliseconds=1) for c, g in record.groups.items()},
-        verdicts=verdict.judge(plan, outcome),
-    )
 
 
 def _spec(change: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]], None]:
