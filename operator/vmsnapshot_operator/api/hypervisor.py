@@ -218,7 +218,7 @@ class LabelSelector(Model):
             json_schema_extra=rules(
                 rule(
                     f"self.all(k, k.size() <= 317 && k.matches('{LABEL_KEY}'))",
-                    "each key must be the key of a label, as kubernetes.io/metadata.name",
+                    "the keys of matchLabels must be those of labels, as kubernetes.io/metadata.name",
                 )
             ),
         ),

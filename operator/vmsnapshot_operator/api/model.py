@@ -55,7 +55,8 @@ class Model(BaseModel):
             # By way of JSON: the strict mode then takes a text for a time and a list for a tuple, and nothing else.
             return cls.model_validate_json(json.dumps(dict(body), default=dict))
         except ValidationError as error:
-            raise RefusedError(f"{cls.__name__}: {_told(error)}", reason="InvalidObject") from error
+            # Without the cause: its text repeats the values.
+            raise RefusedError(f"{cls.__name__}: {_told(error)}", reason="InvalidObject") from None
 
     def to_body(self) -> dict[str, Any]:
         """Return it as the API server takes it: camelCase, plain JSON values, absent fields left out."""
@@ -69,7 +70,7 @@ class Report(Model):
 
 
 def _told(error: ValidationError) -> str:
-    # Without the values found: they may be anything, also something secret in the wrong place.
+    # Without the values: they may be anything, also something secret in the wrong place.
     found = [f"{'.'.join(str(p) for p in e['loc']) or 'it'}: {e['msg']}" for e in error.errors(include_input=False)]
     return "; ".join(found[:10])
 

@@ -162,7 +162,16 @@ class Reason(StrEnum):
     CONFLICT = "Conflict", "Somebody else wrote first; it is looked at again."
     KUBERNETES_ERROR = "KubernetesError", "The API server refused a request of the operator."
     KUBERNETES_UNAVAILABLE = "KubernetesUnavailable", "The API server does not answer."
+    NOT_FOUND = "NotFound", "The API server has no such object."
+    INVALID = "Invalid", "The API server refused what the operator wrote: its definitions are of another version."
+    FORBIDDEN = "Forbidden", "The operator's ServiceAccount may not do this."
+    UNAUTHORIZED = "Unauthorized", "The API server does not accept the operator's credentials."
     INSTALLATION_LOST = "InstallationLost", "The ConfigMap with the installation's id was emptied."
+
+    # --- why the operator does not start: in its log ----------------------------------------------------------------------
+    KUBECONFIG_INVALID = "KubeconfigInvalid", "The kubeconfig, or what the pod is given in its place, cannot be used."
+    CLOSED = "Closed", "The connection to the API server was closed before: a mistake in the operator."
+    PORT_IN_USE = "PortInUse", "The telemetry port is taken."
 
     # --- events -----------------------------------------------------------------------------------------------------------
     SNAPSHOT_TAKEN = "SnapshotTaken", "The point in time exists and was written down."
