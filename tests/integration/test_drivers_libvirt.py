@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import signal
+import subprocess
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -88,6 +89,31 @@ async def test_why_a_disk_does_not_fit(storage: LibvirtStorage, host: DriverHost
         assert volume.writable.source in fit.message
 
 
+async def test_a_guest_cannot_have_a_file_of_the_host_read(storage: LibvirtStorage, host: DriverHost) -> None:
+    """On its raw disk it writes the header of a qcow2 file whose backing file is a file of the host."""
+    good, bad, later = storage.volume(b"1"), storage.volume(), storage.volume(b"1")
+    secret = storage.volume(b"secret of the host")
+    forge = ["qemu-img", "create", "-q", "-u", "-f", "qcow2", "-F", "raw", "-b", secret.writable.source]
+
+    subprocess.run([*forge, bad.writable.source, "8M"], check=True)  # noqa: ASYNC221 - quick
+    await host.list("vms-", timeout=LONG)  # the pool is read
+    fit = await host.can_handle([good, bad], timeout=LONG)
+    with pytest.raises(DriverError, match="for qcow2, not raw"):
+        await host.prepare(order(good, bad))
+
+    request = order(good, later)
+    async with host.reserve(request) as slot:
+        subprocess.run([*forge, later.writable.source, "8M"], check=True)  # noqa: ASYNC221
+        await host.list("vms-", timeout=LONG)  # the pool is read between prepare and cut
+        with pytest.raises(DriverError, match="cloning"):
+            await slot.cut(request)
+    with pytest.raises(DriverError, match="for qcow2, not raw"):
+        await host.prepare(order(later))
+    await host.delete(request.name, timeout=LONG)
+
+    assert (fit.ok, fit.reason) == (False, "FormatNotServed")
+
+
 async def test_a_disk_named_by_pool_and_volume(storage: LibvirtStorage, host: DriverHost) -> None:
     file = storage.volume(b"1")
     volume = replace(file, writable=replace(file.writable, kind=SourceKind.VOLUME, source=f"reflink/{file.label}"))
@@ -165,6 +191,25 @@ async def test_without_reflink_the_cut_only_names_and_the_copy_comes_later(copyi
     assert await host.list("vms-aaaaaa-", timeout=LONG) == (request.name,)
     await host.delete(request.name, timeout=LONG)
     assert copying.held() == before
+    await host.close()
+
+
+async def test_a_guest_cannot_have_a_file_of_the_host_copied(copying: LibvirtStorage) -> None:
+    host = copying.host()
+    volume, secret = copying.volume(b"1"), copying.volume(b"secret of the host")
+    request = order(volume)
+    async with host.reserve(request) as slot:
+        cut = await slot.cut(request)
+    forge = ["qemu-img", "create", "-q", "-u", "-f", "qcow2", "-F", "raw", "-b", secret.writable.source]
+    subprocess.run([*forge, volume.writable.source, "8M"], check=True)  # noqa: ASYNC221 - quick
+    connection = copying.lab.libvirt()
+    connection.storagePoolLookupByName(copying.pool).refresh(0)
+    connection.close()
+
+    with pytest.raises(DriverError, match="for qcow2, not raw"):
+        await host.wait_ready(request, cut, timeout=LONG)
+
+    assert not Path(cut.handles[volume.id]).exists()  # noqa: ASYNC240
     await host.close()
 
 

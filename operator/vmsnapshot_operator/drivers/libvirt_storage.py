@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 from urllib.parse import quote, urlencode
 from xml.etree import ElementTree as ET  # only what libvirt itself wrote is parsed
@@ -20,6 +20,7 @@ import libvirt
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 from pydantic.alias_generators import to_camel
 
+from vmsnapshot_operator.core.volumes import Layer, SourceKind
 from vmsnapshot_operator.errors import DriverError, DriverUnavailableError
 
 _REFRESH_SECONDS = 20.0  # how long a pool may be busy with other volumes before a refresh is given up
@@ -146,6 +147,37 @@ def find(pool: Any, name: str) -> Any | None:
         if is_missing(error):
             return None
         raise
+
+
+def find_source(pool: Any, layer: Layer) -> Any | None:
+    """Return the volume of a layer, or None. The pool is read again only if it may help: a refresh holds others up."""
+    if layer.kind is SourceKind.VOLUME:
+        place, _, name = layer.source.partition("/")
+        if place != pool.name():
+            return None
+    else:
+        path = PurePosixPath(layer.source)
+        name = path.name
+        if str(path.parent) != directory_of(pool):
+            return None
+    found = find(pool, name)
+    if found is None:
+        refresh(pool)
+        found = find(pool, name)
+    return found
+
+
+def must_be_raw(volume: Any) -> None:
+    """Raise DriverError if libvirt takes the content of a volume for anything but raw.
+
+    It looks at the content whenever it reads a pool. A guest can write on its raw disk what looks like a qcow2 file with any
+    file of the host as its backing file; libvirt would then not clone it but convert it, and read that file.
+    """
+    found = ET.fromstring(volume.XMLDesc(0)).find("target/format")  # noqa: S314 - libvirt's own
+    kind = "" if found is None else found.get("type", "")
+    if kind != "raw":
+        text = f"libvirt takes the content of {volume.name()} for {kind or 'something'}, not raw: it would be converted"
+        raise DriverError(text, reason="FormatNotServed")
 
 
 def directory_of(pool: Any) -> str:

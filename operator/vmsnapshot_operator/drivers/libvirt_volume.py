@@ -176,6 +176,7 @@ class LibvirtVolumeDriver:
             for volume in onto:
                 with told(f"reverting {volume.writable.source}"):
                     clone = held.storageVolLookupByName(PurePosixPath(cut.handles[volume.id]).name)
+                    storage.must_be_raw(clone)
                     self._replace(pool, clone, PurePosixPath(volume.writable.source).name, flags)
 
     def clone(self, cut: CutResult, name: str) -> Mapping[VolumeId, Layer]:
@@ -189,6 +190,7 @@ class LibvirtVolumeDriver:
             for volume, handle in cut.handles.items():
                 with told(f"cloning {handle}"):
                     clone = pool.storageVolLookupByName(PurePosixPath(handle).name)
+                    storage.must_be_raw(clone)
                     target = _clone_name(name, volume)
                     new = storage.find(pool, target)
                     if new is None:
@@ -248,38 +250,29 @@ class LibvirtVolumeDriver:
         layer = volume.writable
         if layer.kind not in _SERVED:
             return Fit(ok=False, reason="NotAVolume", message=f"{layer.source} is neither a file nor a libvirt volume")
-        if self._find_source(pool, layer) is None:
-            text = f"{layer.source} is not in the pool {self._parameters.pool_name}"
-            return Fit(ok=False, reason="OtherPool", message=text)
         if layer.format != "raw":
             text = f"{layer.source} is {layer.format or 'of an unknown format'}; libvirt can reflink raw volumes only"
             return Fit(ok=False, reason="FormatNotServed", message=text)
-        return None
-
-    def _find_source(self, pool: Any, layer: Layer) -> Any | None:
-        """Return the volume of a layer. The pool is read again only if it is not known: a refresh holds others up."""
-        for again in (False, True):
-            if again:
-                storage.refresh(pool)
-            if layer.kind is SourceKind.VOLUME:
-                place, _, name = layer.source.partition("/")
-                found = storage.find(pool, name) if place == pool.name() else None
-            else:
-                path = PurePosixPath(layer.source)
-                found = storage.find(pool, path.name)
-                if found is not None and PurePosixPath(found.path()) != path:
-                    found = None
-            if found is not None:
-                return found
+        source = storage.find_source(pool, layer)
+        if source is None:
+            text = f"{layer.source} is not in the pool {self._parameters.pool_name}"
+            return Fit(ok=False, reason="OtherPool", message=text)
+        try:
+            storage.must_be_raw(source)
+        except DriverError as error:
+            return Fit(ok=False, reason=error.reason, message=error.message)
         return None
 
     def _look_up(self, ready: _Ready, request: SnapshotRequest) -> None:
         for index, volume in enumerate(request.volumes):
             connection = ready.connections[index // _CALLS_PER_CONNECTION]
-            source = self._find_source(connection.storagePoolLookupByName(self._parameters.pool_name), volume.writable)
+            source = storage.find_source(
+                connection.storagePoolLookupByName(self._parameters.pool_name), volume.writable
+            )
             if source is None:
                 text = f"{volume.writable.source} is not in the pool {self._parameters.pool_name} (any more)"
                 raise DriverError(text, reason="VolumeNotFound")
+            storage.must_be_raw(source)
             destination = connection.storagePoolLookupByName(self._destination)
             name = _clone_name(request.name, volume.id)
             if storage.find(destination, name) is not None:
@@ -304,14 +297,16 @@ class LibvirtVolumeDriver:
         """Copy all volumes. Copies that an earlier try left may be partial, and are made anew."""
         source = connection.storagePoolLookupByName(self._parameters.pool_name)
         for volume in request.volumes:
-            base = self._find_source(source, volume.writable)
+            base = storage.find_source(source, volume.writable)
             if base is None:
                 raise DriverError(f"{volume.writable.source} is gone", reason="VolumeNotFound")
             name = _clone_name(request.name, volume.id)
             partial = storage.find(pool, name)
             if partial is not None:
                 partial.delete(0)
+            storage.must_be_raw(base)
             pool.createXMLFrom(storage.describe(name, base.info()[1], base.XMLDesc(0)), base, 0)
+            storage.must_be_raw(base)  # again: the pool may have been read in between
         pool.createXML(storage.describe(f"{request.name}{_COPIED}", 0), 0)
 
     def _revertible(self, pool: Any, source: str, cut: CutResult, volume: Volume) -> Fit:
