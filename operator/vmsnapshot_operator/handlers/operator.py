@@ -21,11 +21,13 @@ from vmsnapshot_operator.handlers.classes import Classes
 from vmsnapshot_operator.handlers.hypervisors import Hypervisors
 from vmsnapshot_operator.handlers.queue import WorkQueue
 from vmsnapshot_operator.handlers.reconcile import Reconciler
+from vmsnapshot_operator.hypervisors.calls import threads_running
 from vmsnapshot_operator.hypervisors.guardian_link import GuardianLink
 from vmsnapshot_operator.kube.cluster import Cluster
 from vmsnapshot_operator.kube.events import Events
 from vmsnapshot_operator.kube.lease import Leadership
 from vmsnapshot_operator.strategies.world import World
+from vmsnapshot_operator.telemetry import logs
 from vmsnapshot_operator.telemetry.health import Heartbeats
 from vmsnapshot_operator.telemetry.http import TelemetryServer
 from vmsnapshot_operator.telemetry.metrics import Metrics
@@ -80,7 +82,7 @@ class Operator:
         options = self._options
         identity = options.identity or f"{os.uname().nodename}-{os.getpid()}"
         cluster = await self._stack.enter_async_context(
-            Cluster(namespace=options.namespace, kubeconfig=options.kubeconfig)
+            Cluster(namespace=options.namespace, kubeconfig=options.kubeconfig, on_secret=logs.hide)
         )
         metrics = Metrics()
         telemetry = TelemetryServer(
@@ -106,10 +108,14 @@ class Operator:
             metrics=metrics,
         )
         self._reconciler = Reconciler(self._world, lambda ns, n, uid: self._add(Key(SNAPSHOTS, ns, n, uid)))
+        # Ended after the reconciler, whose windows need the lease to the last.
+        self._keep(asyncio.create_task(leadership.run()))
         self._stack.push_async_callback(self._reconciler.close)
         self._queue = WorkQueue(self._work, workers=WORKERS, resync=lambda: list(self._snapshots))
         metrics.watch_queue(lambda: self._queue.depth if self._queue is not None else 0)
-        for task in (leadership.run(), self._queue.run(), self._beat(metrics)):
+        metrics.watch_leadership(leadership.is_leader)
+        metrics.watch_threads(threads_running)
+        for task in (self._queue.run(), self._beat(metrics)):
             self._keep(asyncio.create_task(task))
         for key in self._early:
             self._queue.add(key)
@@ -163,6 +169,8 @@ class Operator:
             return await self._hypervisors.reconcile(body, self._world)
         else:
             await self._hypervisors.remove(key.name)
+            self.heartbeats.forget(f"hypervisor {key.name}")
+            self._world.metrics.forget_hypervisor(key.name)
         return None
 
     def _keep(self, task: asyncio.Task[None]) -> None:
@@ -180,6 +188,8 @@ class Operator:
         while True:
             if self._queue is not None and self._queue.alive:
                 self.heartbeats.beat("queue")
+            if self._world is not None:
+                self.heartbeats.note("api server", self._world.cluster.last_answer)
             for name, client in self._hypervisors.clients().items():
                 self.heartbeats.note(f"hypervisor {name}", client.last_answer)
             if self._classes is not None:
@@ -215,7 +225,8 @@ def wire(operator: Operator) -> kopf.OperatorRegistry:
 
     for kind in (HYPERVISORS, CLASSES, SNAPSHOTS, CONTENTS):
 
-        def handler(event: Any, kind: str = kind, **_: Any) -> None:
+        # Asynchronous: kopf runs other handlers in threads, and the queue belongs to the event loop.
+        async def handler(event: Any, kind: str = kind, **_: Any) -> None:
             operator.seen(kind, event)
 
         kopf.on.event(GROUP, VERSION, kind, id=kind, registry=registry)(handler)

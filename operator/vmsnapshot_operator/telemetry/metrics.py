@@ -55,8 +55,8 @@ class Metrics:
         )
         self._queue = Gauge("vmsnapshot_queue_depth", "Objects that wait for a worker", registry=self.registry)
         self._threads = Gauge(
-            "vmsnapshot_abandoned_threads",
-            "Threads in a call to a hypervisor that missed its deadline and has not returned since",
+            "vmsnapshot_hypervisor_threads",
+            "Threads in a call to a hypervisor; one left behind at its deadline counts until the call returns, if ever",
             registry=self.registry,
         )
         self._workers = Gauge(
@@ -106,9 +106,9 @@ class Metrics:
         """Ask this function for the depth of the queue at each scrape."""
         self._queue.set_function(depth)
 
-    def watch_threads(self, abandoned: Callable[[], int]) -> None:
-        """Ask this function for the number of abandoned threads at each scrape."""
-        self._threads.set_function(abandoned)
+    def watch_threads(self, running: Callable[[], int]) -> None:
+        """Ask this function at each scrape for the number of threads in a call to a hypervisor."""
+        self._threads.set_function(running)
 
     def watch_leadership(self, leader: Callable[[], bool]) -> None:
         """Ask this function at each scrape whether this instance holds the lease."""

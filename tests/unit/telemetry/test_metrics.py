@@ -43,7 +43,7 @@ def test_what_is_asked_at_each_scrape(metrics: Metrics) -> None:
     assert _value(metrics, "vmsnapshot_queue_depth") == 3
     state |= {"depth": 0, "leader": False}
     assert _value(metrics, "vmsnapshot_queue_depth") == 0
-    assert _value(metrics, "vmsnapshot_abandoned_threads") == 1
+    assert _value(metrics, "vmsnapshot_hypervisor_threads") == 1
     assert _value(metrics, "vmsnapshot_leader") == 0
 
 
