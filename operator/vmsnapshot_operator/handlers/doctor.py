@@ -54,6 +54,8 @@ _ADVICE = {
     "InvalidParameters": "correct spec.parameters",
     "InvalidCredentials": "correct the Secret that spec.secretName names",
     "DriverUnavailable": "see that the storage system runs, can be reached from here, and takes these credentials",
+    "DriverTimeout": "see whether the storage system is up: it does not answer in time",
+    "DriverCrashed": "see the lines that the driver wrote to the log before it ended",
     "HypervisorUnreachable": "see that libvirtd runs, can be reached from here, and takes these credentials",
 }
 
@@ -71,15 +73,9 @@ class Finding:
 async def examine(kubeconfig: Path | None, namespace: str, guardian_socket: Path | None) -> list[Finding]:
     """Look at everything and return what was found. Each look has a deadline; none raises."""
     findings = await _told("this program", _versions())
-    cluster = Cluster(namespace=namespace, kubeconfig=kubeconfig)
     classes: list[StorageClass] = []
-    try:
-        async with cluster:
-            findings += [await _api_server(cluster.client)]
-            findings += await _in_cluster(cluster, classes)
-    except SnapshotError as error:
-        # Without it there are no objects to look at; what is on this side of it can be told all the same.
-        findings += [_bad("API server", error)]
+    # Without the API server there are no objects to look at; what is on this side of it can be told all the same.
+    findings += await _told("API server", _cluster(kubeconfig, namespace, classes))
     findings += await _told("storage drivers", _drivers())
     findings += await _told("Ceph's bindings", _ceph_bindings(c.name for c in classes if c.driver == _CEPH_DRIVER))
     return findings + await _told("guardian", _guardian(guardian_socket))
@@ -90,7 +86,8 @@ def render(findings: Sequence[Finding]) -> str:
     width = max((len(f.what) for f in findings), default=0)
     lines = []
     for finding in findings:
-        lines.append(f"{'ok  ' if finding.ok else 'FAIL'}  {finding.what:<{width}}  {finding.found}")
+        found = " ".join(finding.found.split())
+        lines.append(f"{'ok  ' if finding.ok else 'FAIL'}  {finding.what:<{width}}  {found}")
         if finding.advice and not finding.ok:
             lines.append(f"      {'':<{width}}  -> {finding.advice}")
     bad = sum(not f.ok for f in findings)
@@ -172,13 +169,15 @@ async def _guardian(path: Path | None) -> list[Finding]:
 # --- the API server ---------------------------------------------------------------------------------------------------
 
 
-async def _api_server(client: Client) -> Finding:
-    answer = await client.request("GET", "/version")
-    return Finding(ok=True, what="API server", found=f"Kubernetes {answer.get('gitVersion', 'of unknown version')}")
+async def _cluster(kubeconfig: Path | None, namespace: str, classes: list[StorageClass]) -> list[Finding]:
+    """Look at all that is in the cluster; the classes that can be understood are added to `classes`."""
+    async with Cluster(namespace=namespace, kubeconfig=kubeconfig) as cluster:
+        answer = await cluster.client.request("GET", "/version")
+        text = f"Kubernetes {answer.get('gitVersion', 'of unknown version')}"
+        return [Finding(ok=True, what="API server", found=text), *await _in_cluster(cluster, classes)]
 
 
 async def _in_cluster(cluster: Cluster, classes: list[StorageClass]) -> list[Finding]:
-    """Look at all that is in the cluster; the classes that can be understood are added to `classes`."""
     findings = await _told("CustomResourceDefinitions", _crds(cluster.client))
     findings += await _told("own namespace", _namespace(cluster))
     hypervisors, bad = await _objects(cluster.client, "Hypervisor", HYPERVISORS.path(), distill.hypervisor)

@@ -16,6 +16,7 @@ from typing import Any, Self
 from urllib.parse import quote
 
 import aiohttp
+import yaml
 from kubernetes.aio import config as _untyped_config
 from kubernetes.aio.client.api_client import ApiClient
 from kubernetes.aio.client.configuration import Configuration
@@ -182,7 +183,8 @@ class Client:
                 )
             else:
                 config.load_incluster_config(client_configuration=configuration)
-        except (config.ConfigException, OSError, ValueError) as error:
+        # The library checks little: of a file that is no kubeconfig it says so by whatever Python raises.
+        except (config.ConfigException, OSError, ValueError, TypeError, LookupError, yaml.YAMLError) as error:
             where = f"kubeconfig {self._kubeconfig}" if self._kubeconfig is not None else "the pod's ServiceAccount"
             raise KubeError(f"{where} cannot be used: {error}", reason="KubeconfigInvalid") from error
         return configuration
