@@ -107,7 +107,6 @@ class Column:
     path: str
     description: str
     wide: bool = False
-    format: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
