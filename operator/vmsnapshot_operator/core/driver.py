@@ -76,6 +76,11 @@ class StorageDriver(Protocol):
     by calling it with one instance of each. Every method may raise `errors.DriverError`; any other exception is
     reported by its type and text as a failure of the driver. All methods may be called from several threads or
     processes at once for different names.
+
+    What `prepare` opens for the cut may be kept; the cut usually comes to the same process, but not always, and must then
+    look up again. A method `rest()`, if there is one, is called when the cut has been answered, and when none came for two
+    minutes: whatever was kept open is closed there. A process is killed without notice: what a method made must be found
+    by `list` and `delete` whenever that happens, by its name alone.
     """
 
     def capabilities(self) -> Capabilities:

@@ -17,7 +17,8 @@ without members that are nothing but records, so that `list` and `delete` need n
 id>` (a plain snapshot of that image) and `N.c-<address in hex>` (the client that may die while it holds locks).
 
 A handle is `<pool>/[<namespace>/]<image>@N`: the plain snapshot N of that image, or else the image's part of the group
-snapshot N of the group N, to be opened by its id (`snapshot_id`). The group's handle is `<pool>/[<namespace>/]N@N`.
+snapshot N of the group N, to be opened by its id (`ceph_snapshots.snapshot_id`): it is known without asking the cluster while
+a guest is frozen. The group's handle is `<pool>/[<namespace>/]N@N`.
 """
 
 from __future__ import annotations
