@@ -143,8 +143,10 @@ class Leadership:
                 self._lease = (
                     None  # whether the request had an effect is unknown, or somebody else wrote: read it again
                 )
-            if was != self.is_leader():
-                log.warning("this instance (%s) %s", self._identity, "lost the lease" if was else "is the leader now")
+            if was and not self.is_leader():
+                log.warning("this instance (%s) lost the lease", self._identity)
+            elif self.is_leader() and not was:
+                log.info("this instance (%s) is the leader now", self._identity)
 
     async def _step(self) -> None:
         # Our own lease is known as we wrote it last; another's has to be read.

@@ -29,11 +29,13 @@ from vmsnapshot_operator.core.planning import (
     QuiesceChoice,
 )
 from vmsnapshot_operator.core.volumes import Consistency, Handle, Layer, Seconds, SourceKind, Volume, volume_id
+from vmsnapshot_operator.errors import RefusedError
 from vmsnapshot_operator.kube import contents
+from vmsnapshot_operator.kube.content_parts import MAX_DEFINITION
 from vmsnapshot_operator.plan import verdict
 
 # An example is large, and takes long on a busy machine without anything being wrong.
-several = settings(max_examples=40, deadline=None)
+several = settings(max_examples=25, deadline=None)
 
 texts = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), max_size=30)
 words = st.from_regex(r"[A-Z][A-Za-z]{0,12}", fullmatch=True)
@@ -378,16 +380,23 @@ def test_it_replaces_only_what_was_read() -> None:
 
 def test_texts_are_cut_to_what_the_schema_allows_and_a_long_definition_is_told() -> None:
     record = example()
-    plan = replace(
-        record.plan, notes=("n" * 5000,), strategy_reason="r" * 5000, definition="x" * (contents.MAX_DEFINITION + 1)
-    )
+    plan = replace(record.plan, notes=("n" * 5000,), strategy_reason="r" * 5000, definition="x" * (MAX_DEFINITION + 1))
     back = read(keep(replace(record, plan=plan)))
     assert back.problem == ""
     assert back.plan.definition == ""
-    assert (
-        back.plan.notes[-1] == f"the VM's definition is too long to be kept ({contents.MAX_DEFINITION + 1} characters)"
-    )
+    assert back.plan.notes[-1] == f"the VM's definition is too long to be kept ({MAX_DEFINITION + 1} characters)"
     assert len(back.plan.strategy_reason) == 1024
+
+
+def test_what_does_not_fit_is_refused_and_never_cut_short() -> None:
+    record = example()
+    group = record.groups["slow"]
+    assert group.result is not None
+    handles = {v: Handle("h" * 5000) for v in group.result.handles}
+    long = replace(group, result=replace(group.result, handles=handles))
+    with pytest.raises(RefusedError, match="cannot be written down") as caught:
+        contents.to_body(replace(record, groups={**record.groups, "slow": long}), REQUEST, INSTALLATION)
+    assert "hhh" not in caught.value.message
 
 
 def test_a_consistency_is_claimed_only_of_what_was_taken_whole() -> None:
