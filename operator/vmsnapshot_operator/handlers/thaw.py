@@ -6,6 +6,7 @@ Not the guardian, which frees by itself; both may do it at once, since freeing t
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from pathlib import Path
 
 from vmsnapshot_operator.core.journal import Journal
@@ -23,7 +24,7 @@ PATIENCE = Seconds(60.0)
 """How long one VM is tried to be freed before it is said that it could not be."""
 
 _THAW_TIMEOUT, _STATUS_TIMEOUT, _PAUSE = Seconds(5.0), Seconds(2.0), 1.0
-_DONE = {Method.GUEST_AGENT: "thawed", Method.PAUSE: "resumed", Method.NONE: "nothing was held"}
+_DONE: Mapping[str, str] = {Method.GUEST_AGENT: "thawed", Method.PAUSE: "resumed", Method.NONE: "nothing was held"}
 _BY_HAND = (
     "free a VM without it, on its host: `virsh domfsthaw DOMAIN` if it is frozen, `virsh resume DOMAIN` if it is paused"
 )
