@@ -24,6 +24,7 @@ from typing import Any
 import yaml
 
 from tests.lab import Lab, LabError
+from tests.lab.supervisor import die_with_parent
 
 ROOT = Path(__file__).resolve().parent.parent
 CHART = ROOT / "charts" / "vmsnapshot-operator"
@@ -185,6 +186,7 @@ class Stack:
                 stderr=out,
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
+                preexec_fn=die_with_parent,  # noqa: PLW1509 - nothing of ours holds a lock that the child could need
                 env={k: v for k, v in os.environ.items() if k != "KUBECONFIG"} | {"PYTHONUNBUFFERED": "1"},
             )
         self.programs[name] = Program(name, process, log)

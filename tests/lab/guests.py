@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -65,7 +66,8 @@ class Guest:
             self._make_disks()
             domain = connection.defineXML(self.xml())
         if domain.state()[0] == libvirt.VIR_DOMAIN_PAUSED:
-            domain.resume()
+            with contextlib.suppress(libvirt.libvirtError):  # it went on by itself, as after an I/O error
+                domain.resume()
         if not domain.isActive():
             domain.create()
         try:

@@ -21,7 +21,8 @@ from tests.lab.errors import LabError
 _PR_SET_PDEATHSIG = 1
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
+    """To be called in a child process: it ends when the one that started it does."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
@@ -82,7 +83,7 @@ class Supervisor:
         with log.open("ab") as out:
             child = subprocess.Popen(
                 spec["argv"], stdout=out, stderr=out, stdin=subprocess.DEVNULL, start_new_session=True,
-                env={**os.environ, **spec.get("env", {})}, preexec_fn=_die_with_parent, cwd=self._state,  # noqa: PLW1509 - one thread here
+                env={**os.environ, **spec.get("env", {})}, preexec_fn=die_with_parent, cwd=self._state,  # noqa: PLW1509 - one thread here
             )
         self._children[name] = child
         return {"pid": child.pid}

@@ -25,7 +25,9 @@ from vmsnapshot_operator.strategies.world import now
 log = logging.getLogger(__name__)
 
 PROBE_TIMEOUT = Seconds(20.0)
-PROBE_EVERY = Seconds(60.0)
+PROBE_EVERY = Seconds(300.0)
+"""A probe writes to the storage system: often enough to show a broken class, too seldom to be felt."""
+
 RETRY_EVERY = Seconds(5.0)
 
 
