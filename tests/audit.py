@@ -44,7 +44,7 @@ def requests(log: Path, *, user: str = OPERATOR, start: int = 0) -> Iterator[Ask
                 continue
             resource = what.get("resource", "") + (f"/{what['subresource']}" if what.get("subresource") else "")
             yield Asked(
-                time=datetime.fromisoformat(entry["requestReceivedTimestamp"].replace("Z", "+00:00")),
+                time=datetime.fromisoformat(entry["requestReceivedTimestamp"]),
                 user=user,
                 verb=entry["verb"],
                 resource=resource,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ class Truth:
     def in_order(self) -> bool:
         """What one atomic crash-consistent instant holds: no later disk is ahead, none lags by more than one record."""
         counts = [self.records[t] for t in sorted(self.records)]
-        return all(a >= b for a, b in zip(counts, counts[1:], strict=False)) and counts[0] - counts[-1] <= 1
+        return all(a >= b for a, b in pairwise(counts)) and counts[0] - counts[-1] <= 1
 
 
 def read(lab: Lab, content: Mapping[str, Any], into: Path) -> Truth:
@@ -73,7 +74,12 @@ def leftovers(lab: Lab) -> list[str]:
 
 
 def _files(lab: Lab) -> list[str]:
-    return [f"file {p}" for pool in ("reflink", "plain") for p in sorted(lab.pool_path(pool).iterdir()) if p.name.startswith("vms-")]
+    return [
+        f"file {p}"
+        for pool in ("reflink", "plain")
+        for p in sorted(lab.pool_path(pool).iterdir())
+        if p.name.startswith("vms-")
+    ]
 
 
 def _ceph(lab: Lab) -> list[str]:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import yaml
 
@@ -105,7 +105,16 @@ class Stack:
     def chart_permissions(self) -> str:
         """Render the chart's ServiceAccount and RBAC."""
         shown = ["-s", "templates/serviceaccount.yaml", "-s", "templates/rbac.yaml"]
-        helm = [str(self.lab.bin("helm")), "template", "vmsnapshot-operator", str(CHART), "--namespace", NAMESPACE, "--kube-version", "1.37.0"]
+        helm = [
+            str(self.lab.bin("helm")),
+            "template",
+            "vmsnapshot-operator",
+            str(CHART),
+            "--namespace",
+            NAMESPACE,
+            "--kube-version",
+            "1.37.0",
+        ]
         done = subprocess.run([*helm, *shown], capture_output=True, text=True, check=False, timeout=GUARD_SECONDS)
         if done.returncode:
             raise LabError(f"helm template: {done.stderr}")
@@ -129,7 +138,14 @@ class Stack:
         if name == "operator":
             self.telemetry_port = port
         options = ["--kubeconfig", str(kubeconfig), "--namespace", NAMESPACE, "--telemetry-host", "127.0.0.1"]
-        options += ["--telemetry-port", str(port), "--guardian-socket", str(self.guardian_socket), "--log-format", "text"]
+        options += [
+            "--telemetry-port",
+            str(port),
+            "--guardian-socket",
+            str(self.guardian_socket),
+            "--log-format",
+            "text",
+        ]
         self._spawn(name, ["run", *options])
         if wait:
             until(f"the operator is ready (log: {self.programs[name].log})", self.ready)
@@ -139,7 +155,7 @@ class Stack:
         for name in sorted(self.programs, key=lambda n: n == "guardian"):
             self.programs.pop(name).stop()
 
-    def __enter__(self) -> Stack:
+    def __enter__(self) -> Self:
         self.state.mkdir(parents=True, exist_ok=True)
         try:
             self.install()
@@ -172,7 +188,7 @@ class Stack:
     def http(self, path: str) -> tuple[int, str]:
         """Ask the operator's telemetry port."""
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.telemetry_port}{path}", timeout=5) as answer:  # noqa: S310 - our own port
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.telemetry_port}{path}", timeout=5) as answer:
                 return int(answer.status), answer.read().decode()
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()
@@ -257,7 +273,15 @@ class Stack:
         """All objects of a resource."""
         return list(json.loads(self.lab.kubectl("get", resource, "-A", "-o", "json"))["items"])
 
-    def wait(self, name: str, kind: str = "Ready", status: str = "True", *, namespace: str = TENANT, timeout: float = GUARD_SECONDS) -> dict[str, Any]:
+    def wait(
+        self,
+        name: str,
+        kind: str = "Ready",
+        status: str = "True",
+        *,
+        namespace: str = TENANT,
+        timeout: float = GUARD_SECONDS,
+    ) -> dict[str, Any]:
         """Wait for a condition (for Ready: fail at once when it stalls) and return the object."""
         end = time.monotonic() + timeout
         while True:
@@ -268,12 +292,16 @@ class Stack:
             if kind == "Ready" and status == "True" and found.get("Stalled", {}).get("status") == "True":
                 raise LabError(f"{name} stalled: {found['Stalled'].get('reason')}: {found['Stalled'].get('message')}")
             if time.monotonic() > end:
-                raise LabError(f"{name}: {kind} is not {status} after {timeout:g} s: {json.dumps((body or {}).get('status'), indent=1)}")
+                raise LabError(
+                    f"{name}: {kind} is not {status} after {timeout:g} s: {json.dumps((body or {}).get('status'), indent=1)}"
+                )
             time.sleep(0.1)
 
     def delete(self, name: str, *, namespace: str = TENANT, wait: bool = True) -> None:
         """Delete a VMSnapshot; by default wait until it is gone."""
-        self.lab.kubectl("-n", namespace, "delete", "vmsnapshots.vmsnapshot.io", name, "--wait=false", "--ignore-not-found")
+        self.lab.kubectl(
+            "-n", namespace, "delete", "vmsnapshots.vmsnapshot.io", name, "--wait=false", "--ignore-not-found"
+        )
         if wait:
             until(f"{name} is gone", lambda: self.get(name, namespace) is None)
 
@@ -283,7 +311,12 @@ class Stack:
         if body is None:
             return None
         text = self.lab.kubectl(
-            "get", "vmsnapshotcontents.vmsnapshot.io", f"vmsnapcontent-{body['metadata']['uid']}", "-o", "json", "--ignore-not-found"
+            "get",
+            "vmsnapshotcontents.vmsnapshot.io",
+            f"vmsnapcontent-{body['metadata']['uid']}",
+            "-o",
+            "json",
+            "--ignore-not-found",
         )
         return json.loads(text) if text.strip() else None
 

@@ -1,5 +1,6 @@
-"""The command line: `vmsnapshot-operator run | guardian | crds | doctor | thaw`. Imports happen inside the commands, so that the
-guardian stays as small as it says it is.
+"""The command line: `vmsnapshot-operator run | guardian | crds | doctor | thaw`.
+
+Imports happen inside the commands, so that `--help` is quick and the guardian stays as small as it says it is.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ def main() -> None:
     envvar="VMSNAPSHOT_GUARDIAN_SOCKET",
     help="Socket of the guardian beside us. Without one no VM is ever frozen or paused.",
 )
-@click.option("--telemetry-port", default=8080, show_default=True, help="Port of /metrics, /healthz and /readyz; 0 picks one.")
+@click.option(
+    "--telemetry-port", default=8080, show_default=True, help="Port of /metrics, /healthz and /readyz; 0 picks one."
+)
 @click.option("--telemetry-host", default="0.0.0.0", show_default=True, help="Address to listen on.")  # noqa: S104 - probes come from outside the pod
 @click.option("--log-format", type=click.Choice(["json", "text"]), default="json", show_default=True)
 @click.option("--verbose", is_flag=True, help="Also log what is seen, not only what is done.")
@@ -85,8 +88,18 @@ def guardian(arguments: tuple[str, ...]) -> None:
 
 
 @main.command()
-@click.option("--write", "folder", type=click.Path(path_type=Path, file_okay=False), help="Write one file per kind into this folder.")
-@click.option("--check", "checked", type=click.Path(path_type=Path, file_okay=False, exists=True), help="Fail if the files there differ.")
+@click.option(
+    "--write",
+    "folder",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Write one file per kind into this folder.",
+)
+@click.option(
+    "--check",
+    "checked",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    help="Fail if the files there differ.",
+)
 def crds(*, folder: Path | None, checked: Path | None) -> None:
     """Print the CustomResourceDefinitions, or write or check the files."""
     from vmsnapshot_operator.api import schema
@@ -96,7 +109,9 @@ def crds(*, folder: Path | None, checked: Path | None) -> None:
     elif checked is not None:
         different = schema.check(checked)
         if different:
-            raise click.ClickException(f"not as generated: {', '.join(different)}; run `vmsnapshot-operator crds --write {checked}`")
+            raise click.ClickException(
+                f"not as generated: {', '.join(different)}; run `vmsnapshot-operator crds --write {checked}`"
+            )
     else:
         click.echo("---\n".join(schema.crd_documents().values()), nl=False)
 
@@ -121,7 +136,9 @@ def doctor(*, kubeconfig: Path | None, namespace: str, guardian_socket: Path | N
 @click.argument("domain", required=False)
 @click.option("--all", "everything", is_flag=True, help="Every domain of the hypervisor that bears a journal.")
 @click.option("--force", is_flag=True, help="Thaw also a domain without a journal of ours.")
-def thaw(*, kubeconfig: Path | None, namespace: str, hypervisor: str, domain: str | None, everything: bool, force: bool) -> None:
+def thaw(
+    *, kubeconfig: Path | None, namespace: str, hypervisor: str, domain: str | None, everything: bool, force: bool
+) -> None:
     """Free a VM by hand: thaw or resume it as its journal says, then remove the journal.
 
     HYPERVISOR is the name of a Hypervisor object, DOMAIN the name or UUID of the VM.

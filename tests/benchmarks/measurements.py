@@ -113,10 +113,18 @@ def window(stack: Stack, pairs: int) -> Result:
     ratio = statistics.median(a / b for a, b in zip(ours, against, strict=True))
     medians = {k: round(statistics.median(v)) for k, v in sorted(parts.items())}
     return Result(
-        name="window", unit="ms frozen", ours=ours, against=against,
-        ours_is="freeze sent to thaw answered", against_is="the same calls by a bare script",
-        goal=f"median ratio at most {WINDOW_GOAL:.2f}", met=ratio <= WINDOW_GOAL,
-        details={"parts of the bare window (median ms)": medians, "our longest cut (median ms)": round(statistics.median(cuts))},
+        name="window",
+        unit="ms frozen",
+        ours=ours,
+        against=against,
+        ours_is="freeze sent to thaw answered",
+        against_is="the same calls by a bare script",
+        goal=f"median ratio at most {WINDOW_GOAL:.2f}",
+        met=ratio <= WINDOW_GOAL,
+        details={
+            "parts of the bare window (median ms)": medians,
+            "our longest cut (median ms)": round(statistics.median(cuts)),
+        },
     )
 
 
@@ -146,8 +154,12 @@ def writes(stack: Stack, pairs: int) -> Result:
         time.sleep(1.5)
         deleting.append(sum(r.is_write for r in audit.of_snapshots(log, start=mark)))
     return Result(
-        name="writes", unit="API writes", ours=taking, against=deleting,
-        ours_is="from apply to Ready", against_is="from delete to gone",
+        name="writes",
+        unit="API writes",
+        ours=taking,
+        against=deleting,
+        ours_is="from apply to Ready",
+        against_is="from delete to gone",
         goal=f"at most {TAKING_WRITES_GOAL} for taking; none while frozen",
         met=max(taking) <= TAKING_WRITES_GOAL and inside == 0,
         details={
@@ -165,7 +177,12 @@ def memory(stack: Stack, _pairs: int) -> Result:
     drivers = {_name(pid): _resident(pid) for pid in _children(operator)}
     ours, watch = _resident(operator), _resident(guardian)
     return Result(
-        name="memory", unit="MB resident", ours=[ours], against=[watch], ours_is="operator", against_is="guardian",
+        name="memory",
+        unit="MB resident",
+        ours=[ours],
+        against=[watch],
+        ours_is="operator",
+        against_is="guardian",
         goal=f"operator at most {OPERATOR_MB}, guardian at most {GUARDIAN_MB}",
         met=ours <= OPERATOR_MB and watch <= GUARDIAN_MB,
         details={"driver processes (MB)": ", ".join(f"{n} {m:.0f}" for n, m in sorted(drivers.items()))},

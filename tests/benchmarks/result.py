@@ -62,7 +62,7 @@ def _median(values: Sequence[float]) -> float | None:
 def _spread(values: Sequence[float]) -> str:
     if not values:
         return "—"
-    return f"{statistics.median(values):.0f}  ({min(values):.0f}–{max(values):.0f}, n={len(values)})"
+    return f"{statistics.median(values):.0f}  ({min(values):.0f}-{max(values):.0f}, n={len(values)})"
 
 
 def table(results: Sequence[Result]) -> Table:
@@ -73,5 +73,13 @@ def table(results: Sequence[Result]) -> Table:
     for r in results:
         met = {True: "yes", False: "NO", None: "—"}[r.met]
         ratio = "—" if r.ratio is None else f"{r.ratio:.2f}"
-        shown.add_row(f"{r.name}\n[dim]{r.ours_is}[/dim]", r.unit, _spread(r.ours), f"{_spread(r.against)}\n[dim]{r.against_is}[/dim]", ratio, r.goal, met)
+        shown.add_row(
+            f"{r.name}\n[dim]{r.ours_is}[/dim]",
+            r.unit,
+            _spread(r.ours),
+            f"{_spread(r.against)}\n[dim]{r.against_is}[/dim]",
+            ratio,
+            r.goal,
+            met,
+        )
     return shown

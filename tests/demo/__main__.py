@@ -83,11 +83,20 @@ def follow(stack: Stack, example: str) -> tuple[Mapping[str, Any], str]:
     shown: set[str] = set()
     stream = watch.Watch().stream(
         api.list_namespaced_custom_object,
-        "vmsnapshot.io", "v1alpha1", TENANT, "vmsnapshots",
-        field_selector=f"metadata.name={name}", timeout_seconds=120,
+        "vmsnapshot.io",
+        "v1alpha1",
+        TENANT,
+        "vmsnapshots",
+        field_selector=f"metadata.name={name}",
+        timeout_seconds=120,
     )
     with Progress(
-        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console, transient=True
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
     ) as bar:
         task = bar.add_task(f"{name}", total=len(STEPS))
         for event in stream:
@@ -95,7 +104,11 @@ def follow(stack: Stack, example: str) -> tuple[Mapping[str, Any], str]:
             found = conditions(body)
             for step in STEPS:
                 condition = found.get(step, {})
-                if step in shown or condition.get("status") not in ("True", "False") or condition.get("reason") == "NotYet":
+                if (
+                    step in shown
+                    or condition.get("status") not in ("True", "False")
+                    or condition.get("reason") == "NotYet"
+                ):
                     continue
                 shown.add(step)
                 bar.advance(task)
@@ -169,7 +182,9 @@ def step(line: str) -> None:
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--example", "examples", multiple=True, default=("vmsnapshot.yaml", "vmsnapshot-never.yaml"), show_default=True)
+@click.option(
+    "--example", "examples", multiple=True, default=("vmsnapshot.yaml", "vmsnapshot-never.yaml"), show_default=True
+)
 def main(examples: tuple[str, ...]) -> None:
     """Show the whole way of a snapshot on real parts, and prove it. Writes build/demo.json."""
     start = time.monotonic()
@@ -202,7 +217,9 @@ def main(examples: tuple[str, ...]) -> None:
     console.print()
     console.print(table(snapshots, left))
     RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps({"snapshots": [s.as_json() for s in snapshots], "leftovers": len(left)}, indent=2) + "\n")
+    RESULT.write_text(
+        json.dumps({"snapshots": [s.as_json() for s in snapshots], "leftovers": len(left)}, indent=2) + "\n"
+    )
     for problem in problems:
         console.print(f"[red]✘ {problem}[/red]")
     console.print(f"[dim]{time.monotonic() - start:.0f} s; written to {RESULT.relative_to(ROOT)}[/dim]")

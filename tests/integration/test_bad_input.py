@@ -27,7 +27,10 @@ def _nothing_is_left(lab: Lab) -> Iterator[None]:
     yield
     guest = lab.guest("demo")
     until("the guest is thawed", lambda: guest.freeze_status() == "thawed")
-    until("nothing is left", lambda: not [x for x in proof.leftovers(lab) if x not in before and not x.startswith("object")])
+    until(
+        "nothing is left",
+        lambda: not [x for x in proof.leftovers(lab) if x not in before and not x.startswith("object")],
+    )
 
 
 def _refused(stack: Stack, name: str, reason: str) -> str:
@@ -106,7 +109,9 @@ def test_a_domain_that_is_not_there_and_one_that_is_forbidden_look_the_same(
     missing = vmsnapshot("missing", source={"hypervisorName": "lab", "domain": "absent"})
     message = _refused(stack, missing, "DomainNotFound")
     assert told["reason"] == "DomainNotFound"
-    assert told["message"].replace(other, "NS").replace("demo", "D") == message.replace("team-a", "NS").replace("absent", "D")
+    assert told["message"].replace(other, "NS").replace("demo", "D") == message.replace("team-a", "NS").replace(
+        "absent", "D"
+    )
     assert "vm" not in body["status"]
     stack.delete(forbidden, namespace=other)
 
@@ -120,9 +125,17 @@ def test_an_excluded_target_that_does_not_exist(stack: Stack, vmsnapshot: Callab
     assert "vda" in message
 
 
-def test_two_classes_with_one_priority(stack: Stack, vmsnapshot: Callable[..., str], extra_class: Callable[..., str]) -> None:
+def test_two_classes_with_one_priority(
+    stack: Stack, vmsnapshot: Callable[..., str], extra_class: Callable[..., str]
+) -> None:
     live = next(c for c in stack.all("storagedriverclasses.vmsnapshot.io") if c["spec"]["driver"] == "libvirt-volume")
-    extra_class("twin", "libvirt-volume", live["spec"]["match"], live["spec"].get("priority", 0), parameters=live["spec"]["parameters"])
+    extra_class(
+        "twin",
+        "libvirt-volume",
+        live["spec"]["match"],
+        live["spec"].get("priority", 0),
+        parameters=live["spec"]["parameters"],
+    )
     message = _refused(stack, vmsnapshot("tie"), "ClassTie")
     for disk in ("vda", "vdb", "vdc"):
         assert disk in message
@@ -173,7 +186,9 @@ def test_a_class_that_is_not_ready(stack: Stack, lab: Lab, vmsnapshot: Callable[
         assert name in message
         assert secret["data"]["key"] not in message
     finally:
-        lab.kubectl("-n", NAMESPACE, "patch", "secret", "ceph-rbd", "--type=merge", "-p", json.dumps({"data": {"key": good}}))
+        lab.kubectl(
+            "-n", NAMESPACE, "patch", "secret", "ceph-rbd", "--type=merge", "-p", json.dumps({"data": {"key": good}})
+        )
         lab.kubectl("annotate", "storagedriverclasses.vmsnapshot.io", name, "test/poke=2", "--overwrite")
         until("the class is Ready again", is_ready)
 
@@ -194,7 +209,9 @@ def test_already_frozen_by_somebody_else_is_left_alone(stack: Stack, lab: Lab, v
 
 
 @pytest.mark.parametrize(("policy", "consistency"), [("Prefer", "Crash"), ("Never", "PerVolume")])
-def test_without_an_agent(stack: Stack, lab: Lab, vmsnapshot: Callable[..., str], policy: str, consistency: str) -> None:
+def test_without_an_agent(
+    stack: Stack, lab: Lab, vmsnapshot: Callable[..., str], policy: str, consistency: str
+) -> None:
     guest = lab.guest("demo")
     guest.control(["killall", "-STOP", "qemu-ga-main"])
     try:
@@ -213,7 +230,9 @@ def test_without_an_agent_require_is_refused(stack: Stack, lab: Lab, vmsnapshot:
         guest.control(["killall", "-CONT", "qemu-ga-main"])
 
 
-def test_a_freeze_that_fails_is_thawed_and_then_by_policy(stack: Stack, lab: Lab, vmsnapshot: Callable[..., str]) -> None:
+def test_a_freeze_that_fails_is_thawed_and_then_by_policy(
+    stack: Stack, lab: Lab, vmsnapshot: Callable[..., str]
+) -> None:
     guest = lab.guest("demo")
     guest.control(["touch", "/run/hook-fail"])
     try:
@@ -321,7 +340,10 @@ def test_storage_down_at_delete_waits_and_says_so(stack: Stack, lab: Lab, fresh:
     osd.kill(signal.SIGSTOP)
     try:
         stack.delete(name, wait=False)
-        until("the trouble is told", lambda: "class" in conditions(stack.get(name) or {}).get("Reconciling", {}).get("message", ""))
+        until(
+            "the trouble is told",
+            lambda: "class" in conditions(stack.get(name) or {}).get("Reconciling", {}).get("message", ""),
+        )
         assert stack.get(name) is not None
     finally:
         osd.kill(signal.SIGCONT)
@@ -384,9 +406,24 @@ def test_the_same_manifest_by_kubectl_twice(stack: Stack, lab: Lab, vmsnapshot: 
     stack.wait(name)
     body = stack.get(name)
     assert body is not None
-    manifest = {k: body[k] for k in ("apiVersion", "kind", "spec")} | {"metadata": {"name": name, "namespace": "team-a"}}
+    manifest = {k: body[k] for k in ("apiVersion", "kind", "spec")} | {
+        "metadata": {"name": name, "namespace": "team-a"}
+    }
     done = subprocess.run(
-        [str(lab.bin("kubectl")), "--kubeconfig", str(lab.kubeconfig), "diff", "--server-side", "--force-conflicts", "-f", "-"],
-        input=json.dumps(manifest), text=True, capture_output=True, check=False, timeout=60,
+        [
+            str(lab.bin("kubectl")),
+            "--kubeconfig",
+            str(lab.kubeconfig),
+            "diff",
+            "--server-side",
+            "--force-conflicts",
+            "-f",
+            "-",
+        ],
+        input=json.dumps(manifest),
+        text=True,
+        capture_output=True,
+        check=False,
+        timeout=60,
     )
     assert done.returncode == 0, done.stdout

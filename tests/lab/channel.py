@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import base64
 import json
-import random
+import secrets
 import socket
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from tests.lab.errors import LabError
 
@@ -21,7 +21,7 @@ class Channel:
         self._socket = socket.socket(socket.AF_UNIX)
         self._buffer = b""
 
-    def __enter__(self) -> Channel:
+    def __enter__(self) -> Self:
         self._socket.settimeout(5)
         try:
             self._socket.connect(str(self._path))
@@ -50,7 +50,7 @@ class Channel:
 
     def _sync(self) -> None:
         """Drop what an earlier conversation left in the port."""
-        number = random.randrange(1 << 30)
+        number = secrets.randbelow(1 << 30)
         self._send("guest-sync-delimited", {"id": number}, b"\xff")
         end = time.monotonic() + 5
         while time.monotonic() < end:

@@ -208,7 +208,17 @@ class Guest:
             if disk.kind == "rbd":
                 conf = str(self.ceph.conf)
                 features = "layering,exclusive-lock,object-map,fast-diff,deep-flatten"
-                run("rbd", "-c", conf, "import", "--no-progress", "--image-feature", features, raw, f"{POOL}/{disk.image}")
+                run(
+                    "rbd",
+                    "-c",
+                    conf,
+                    "import",
+                    "--no-progress",
+                    "--image-feature",
+                    features,
+                    raw,
+                    f"{POOL}/{disk.image}",
+                )
                 raw.unlink()
             elif disk.format != "raw":
                 made = raw.with_suffix(".new")
@@ -227,11 +237,20 @@ def placed(state: Path, name: str, disks: Mapping[str, Disk]) -> dict[str, Disk]
     """Give each disk of a guest its place."""
     found = {}
     for target, disk in disks.items():
-        path = str(hypervisor.pool_path(state, disk.pool) / f"{name}-{target}.{disk.format}") if disk.kind == "file" else ""
+        path = (
+            str(hypervisor.pool_path(state, disk.pool) / f"{name}-{target}.{disk.format}")
+            if disk.kind == "file"
+            else ""
+        )
         image = f"{name}-{target[-1]}" if disk.kind == "rbd" else ""
         found[target] = Disk(
-            kind=disk.kind, pool=disk.pool, format=disk.format, cache=disk.cache, extra=disk.extra,
-            path=disk.path or path, image=disk.image or image,
+            kind=disk.kind,
+            pool=disk.pool,
+            format=disk.format,
+            cache=disk.cache,
+            extra=disk.extra,
+            path=disk.path or path,
+            image=disk.image or image,
         )
     return found
 
@@ -239,5 +258,3 @@ def placed(state: Path, name: str, disks: Mapping[str, Disk]) -> dict[str, Disk]
 def forget_channels(state: Path) -> None:
     """Remove the sockets of guests that are gone."""
     shutil.rmtree(state / "channels", ignore_errors=True)
-
-

@@ -18,7 +18,13 @@ from tests.lab.wait import free_ports, until
 
 SECRET = "5d3c1a1e-3f0e-4c59-9a50-7c6f0f6f1a01"  # noqa: S105 - the name of a libvirt secret, not its value
 POOL_SIZE = "6G"
-_PLACES = {"etc": "/etc/libvirt", "run": "/run/libvirt", "lib": "/var/lib/libvirt", "cache": "/var/cache/libvirt", "log": "/var/log/libvirt"}
+_PLACES = {
+    "etc": "/etc/libvirt",
+    "run": "/run/libvirt",
+    "lib": "/var/lib/libvirt",
+    "cache": "/var/cache/libvirt",
+    "log": "/var/log/libvirt",
+}
 
 
 def socket_path(state: Path, name: str = "libvirtd") -> Path:
@@ -113,7 +119,9 @@ def _pool(connection: Any, name: str, path: Path) -> None:
     try:
         pool = connection.storagePoolLookupByName(name)
     except libvirt.libvirtError:
-        pool = connection.storagePoolDefineXML(f"<pool type='dir'><name>{name}</name><target><path>{path}</path></target></pool>", 0)
+        pool = connection.storagePoolDefineXML(
+            f"<pool type='dir'><name>{name}</name><target><path>{path}</path></target></pool>", 0
+        )
     pool.setAutostart(1)
     if not pool.isActive():
         pool.create(0)

@@ -13,7 +13,15 @@ from tests.lab.errors import LabError
 from tests.lab.run import run
 
 SOURCES = paths.HERE / "guest"
-MODULES = ("virtio_ring", "virtio", "virtio_pci_modern_dev", "virtio_pci_legacy_dev", "virtio_pci", "virtio_blk", "virtio_console")
+MODULES = (
+    "virtio_ring",
+    "virtio",
+    "virtio_pci_modern_dev",
+    "virtio_pci_legacy_dev",
+    "virtio_pci",
+    "virtio_blk",
+    "virtio_console",
+)
 
 
 def folder() -> Path:
@@ -53,7 +61,16 @@ def _packages(work: Path) -> None:
     if found is None:
         raise LabError("apt knows no linux-image-cloud-amd64: run `apt-get update`")
     # As root, apt would drop to its own user, who may not write here.
-    run("apt-get", "-o", "APT::Sandbox::User=root", "download", "-q", found.group(1), "qemu-guest-agent", cwd=work / "packages")
+    run(
+        "apt-get",
+        "-o",
+        "APT::Sandbox::User=root",
+        "download",
+        "-q",
+        found.group(1),
+        "qemu-guest-agent",
+        cwd=work / "packages",
+    )
     for package in (work / "packages").iterdir():
         run("dpkg-deb", "-x", package, work / ("agent" if package.name.startswith("qemu") else "kernel"))
 

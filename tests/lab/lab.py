@@ -104,7 +104,14 @@ class Lab:
             raise LabError(f"of the laboratory {', '.join(sorted(missing))} does not run: run `make lab-up`")
         own = given is None
         config = given if given is not None else controlplane.kubeconfig(state)
-        return cls(state, paths.cache(), control, config, controlplane.audit_log(state) if own else None, ceph.Ceph(state / "ceph"))
+        return cls(
+            state,
+            paths.cache(),
+            control,
+            config,
+            controlplane.audit_log(state) if own else None,
+            ceph.Ceph(state / "ceph"),
+        )
 
     @staticmethod
     def down() -> list[str]:
@@ -165,7 +172,12 @@ class Lab:
     def guest(self, name: str = "demo", disks: Mapping[str, Disk] = guests.DEMO, **options: Any) -> Guest:
         """A running guest: made if there is none of this name, started if it is off."""
         found = Guest(
-            name=name, state=self.state, ceph=self.ceph, image=image.folder(), disks=guests.placed(self.state, name, disks), **options
+            name=name,
+            state=self.state,
+            ceph=self.ceph,
+            image=image.folder(),
+            disks=guests.placed(self.state, name, disks),
+            **options,
         )
         found.up()
         return found
@@ -174,8 +186,14 @@ class Lab:
         """A domain that is started paused, without a kernel that runs: cheap, and without an agent."""
         given = disks if disks is not None else {"vda": Disk(kind="file")}
         found = Guest(
-            name=name, state=self.state, ceph=self.ceph, image=image.folder(), disks=guests.placed(self.state, name, given),
-            memory_mib=32, writer_us=None, devices=devices,
+            name=name,
+            state=self.state,
+            ceph=self.ceph,
+            image=image.folder(),
+            disks=guests.placed(self.state, name, given),
+            memory_mib=32,
+            writer_us=None,
+            devices=devices,
         )
         found._make_disks()
         found.connection().defineXML(found.xml()).createWithFlags(libvirt.VIR_DOMAIN_START_PAUSED)

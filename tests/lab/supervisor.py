@@ -82,8 +82,14 @@ class Supervisor:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as out:
             child = subprocess.Popen(
-                spec["argv"], stdout=out, stderr=out, stdin=subprocess.DEVNULL, start_new_session=True,
-                env={**os.environ, **spec.get("env", {})}, preexec_fn=die_with_parent, cwd=self._state,  # noqa: PLW1509 - one thread here
+                spec["argv"],
+                stdout=out,
+                stderr=out,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+                env={**os.environ, **spec.get("env", {})},
+                preexec_fn=die_with_parent,
+                cwd=self._state,
             )
         self._children[name] = child
         return {"pid": child.pid}
@@ -121,8 +127,13 @@ class Control:
         self._state.mkdir(parents=True, exist_ok=True)
         with (self._state / "supervisor.log").open("ab") as log:
             subprocess.Popen(
-                [sys.executable, "-m", "tests.lab", "supervise"], stdout=log, stderr=log, stdin=subprocess.DEVNULL,
-                start_new_session=True, env={**os.environ, "LAB_STATE": str(self._state)}, cwd=Path(__file__).parents[2],
+                [sys.executable, "-m", "tests.lab", "supervise"],
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+                env={**os.environ, "LAB_STATE": str(self._state)},
+                cwd=Path(__file__).parents[2],
             )
         end = time.monotonic() + 30
         while not self.alive():

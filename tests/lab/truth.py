@@ -44,8 +44,12 @@ def records(raw: Path, name: str = "/log") -> int:
     run("cp", "--sparse=always", raw, replayed)
     try:
         # Exit status 1: something was mended, that is replayed.
-        subprocess.run(["e2fsck", "-y", "-E", "journal_only", str(replayed)], capture_output=True, check=False, timeout=120)
-        done = subprocess.run(["debugfs", "-R", f"cat {name}", str(replayed)], capture_output=True, check=False, timeout=120)
+        subprocess.run(
+            ["e2fsck", "-y", "-E", "journal_only", str(replayed)], capture_output=True, check=False, timeout=120
+        )
+        done = subprocess.run(
+            ["debugfs", "-R", f"cat {name}", str(replayed)], capture_output=True, check=False, timeout=120
+        )
     finally:
         replayed.unlink()
     count = len(done.stdout) // RECORD

@@ -67,7 +67,9 @@ class Classes:
         Raises DriverUnavailableError.
         """
         live = self._live.get(group.class_name)
-        same = live is not None and live.cls.driver == group.driver and dict(live.cls.parameters) == dict(group.parameters)
+        same = (
+            live is not None and live.cls.driver == group.driver and dict(live.cls.parameters) == dict(group.parameters)
+        )
         if live is not None and same:
             if live.host is None:
                 raise DriverUnavailableError(f'class "{group.class_name}": its driver has not started yet')
@@ -164,7 +166,9 @@ class Classes:
         )
         status: dict[str, Any] = {
             "observedGeneration": body["metadata"].get("generation", 0),
-            "conditions": conditions.merge(old.get("conditions") or (), decided, body["metadata"].get("generation", 0), now()),
+            "conditions": conditions.merge(
+                old.get("conditions") or (), decided, body["metadata"].get("generation", 0), now()
+            ),
         }
         if cls is not None and cls.capabilities is not None:
             c = cls.capabilities

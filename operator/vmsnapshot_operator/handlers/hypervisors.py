@@ -92,7 +92,9 @@ class Hypervisors:
                 continue
             try:
                 await free(client, ref, journal)
-                log.warning("hypervisor %s: domain %s was still held by attempt %d; freed", name, ref.name, journal.attempt)
+                log.warning(
+                    "hypervisor %s: domain %s was still held by attempt %d; freed", name, ref.name, journal.attempt
+                )
             except SnapshotError as error:
                 left.append(ref.name)
                 log.error("hypervisor %s: domain %s is still held: %s", name, ref.name, error.message)  # noqa: TRY400 - the message says it all
@@ -107,7 +109,11 @@ async def free(client: Hypervisor, ref: Ref, journal: Journal) -> None:
 
 
 async def _report(
-    body: Mapping[str, Any], world: World, about: Mapping[str, Any] | None, held: tuple[str, ...], error: SnapshotError | None
+    body: Mapping[str, Any],
+    world: World,
+    about: Mapping[str, Any] | None,
+    held: tuple[str, ...],
+    error: SnapshotError | None,
 ) -> None:
     generation = body["metadata"].get("generation", 0)
     ready = error is None

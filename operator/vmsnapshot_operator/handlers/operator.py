@@ -85,9 +85,7 @@ class Operator:
             Cluster(namespace=options.namespace, kubeconfig=options.kubeconfig, on_secret=logs.hide)
         )
         metrics = Metrics()
-        telemetry = TelemetryServer(
-            metrics, self.heartbeats, host=options.telemetry_host, port=options.telemetry_port
-        )
+        telemetry = TelemetryServer(metrics, self.heartbeats, host=options.telemetry_host, port=options.telemetry_port)
         await self._stack.enter_async_context(telemetry)
         installation = await cluster.installation()
         leadership = Leadership(cluster, identity=identity)
@@ -224,7 +222,6 @@ def wire(operator: Operator) -> kopf.OperatorRegistry:
         await operator.stop()
 
     for kind in (HYPERVISORS, CLASSES, SNAPSHOTS, CONTENTS):
-
         # Asynchronous: kopf runs other handlers in threads, and the queue belongs to the event loop.
         async def handler(event: Any, kind: str = kind, **_: Any) -> None:
             operator.seen(kind, event)

@@ -144,11 +144,13 @@ class Reconciler:
         except ConflictError as error:
             log.info("%s: %s", seen.request.uid, error.message)
         except SnapshotError as error:
-            log.warning("%s of %s/%s: %s", type(effect).__name__, seen.request.namespace, seen.request.name, error.message)
+            log.warning(
+                "%s of %s/%s: %s", type(effect).__name__, seen.request.namespace, seen.request.name, error.message
+            )
             if isinstance(effect, _CANCELLABLE) and not error.retryable:
                 memory.broken = Failure(reason=error.reason, message=error.message)
             self._retry_later(seen, error.message)
-        except Exception as error:  # noqa: BLE001 - a bug must neither stop the queue nor pass unseen: it is logged and told in status
+        except Exception as error:
             log.exception("%s of %s/%s", type(effect).__name__, seen.request.namespace, seen.request.name)
             self._retry_later(seen, f"internal error: {type(error).__name__}; see the operator's log")
         else:

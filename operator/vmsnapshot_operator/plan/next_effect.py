@@ -49,7 +49,9 @@ def decide(seen: Observation, now: datetime, *, installation: str) -> Decision:
     if seen.journal is not None:
         return _say(seen, Recover(seen.journal), "Recovering", "freeing the VM after an interrupted window")
     if seen.journal_problem:
-        return _say(seen, Wait(_SOON), "HypervisorUnreachable", f"cannot see whether the VM is free: {seen.journal_problem}")
+        return _say(
+            seen, Wait(_SOON), "HypervisorUnreachable", f"cannot see whether the VM is free: {seen.journal_problem}"
+        )
     if seen.retry_at is not None and seen.retry_at > now:
         wait = Wait(Seconds(max(0.05, (seen.retry_at - now).total_seconds())))
         return _say(seen, wait, "Retrying", seen.trouble)

@@ -49,7 +49,9 @@ def find(method: str) -> QuiescerFactory:
         factory: QuiescerFactory = point.load()
         return factory
     known = ", ".join(sorted(p.name for p in entry_points(group=ENTRY_POINTS)))
-    raise QuiesceError(f'quiesce method "{method}" is not installed; installed are {known}', reason="QuiesceMethodUnknown")
+    raise QuiesceError(
+        f'quiesce method "{method}" is not installed; installed are {known}', reason="QuiesceMethodUnknown"
+    )
 
 
 def clock() -> Seconds:
@@ -88,9 +90,7 @@ class OpenWindow:
         """Note that the VM has answered that it goes on."""
         self.free = True
         asked = self.asked if self.asked is not None else clock()
-        self.evidence = replace(
-            self.evidence, thawed_time=wall(), frozen_milliseconds=round((clock() - asked) * 1000)
-        )
+        self.evidence = replace(self.evidence, thawed_time=wall(), frozen_milliseconds=round((clock() - asked) * 1000))
 
     def learn(self, **facts: object) -> None:
         """Add facts to the evidence."""

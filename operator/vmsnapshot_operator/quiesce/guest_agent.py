@@ -52,7 +52,9 @@ class GuestAgentQuiescer:
             window.note(f"freeze: {error.message}")
             await undisturbed(self._free(domain, window))
             raise QuiesceError(
-                f"the guest's file systems could not be frozen: {error.message}", reason="FreezeFailed", free=window.free
+                f"the guest's file systems could not be frozen: {error.message}",
+                reason="FreezeFailed",
+                free=window.free,
             ) from error
         finally:
             if not window.free:

@@ -53,7 +53,9 @@ class PauseQuiescer:
         await undisturbed(self._free(domain, window))
         if not window.free:
             raise QuiesceError(
-                f"domain {self._context.ref.name} could not be resumed yet; trying again", reason="ResumeFailed", retryable=True
+                f"domain {self._context.ref.name} could not be resumed yet; trying again",
+                reason="ResumeFailed",
+                retryable=True,
             )
 
     async def _free(self, domain: DomainWindow, window: OpenWindow) -> None:

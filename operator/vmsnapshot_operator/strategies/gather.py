@@ -52,7 +52,7 @@ async def gather(world: World, body: Mapping[str, Any]) -> Observation:
     memory = world.memory(request.uid)
     deleting = bool(body["metadata"].get("deletionTimestamp"))
     finalizer = FINALIZER in (body["metadata"].get("finalizers") or ())
-    record = await _record(world, body, request)
+    record = await _record(world, request)
     refused = _refused(body) if record is None and not deleting else None
     journal, journal_problem = await _journal(world, request, record)
     if record is None or record.taken or record.failure is not None:
@@ -105,7 +105,7 @@ def _undecided(record: Record | None) -> bool:
     return record is None or (record.outcome is None and record.failure is None and not record.problem)
 
 
-async def _record(world: World, body: Mapping[str, Any], request: Request) -> Record | None:
+async def _record(world: World, request: Request) -> Record | None:
     content = await world.cluster.content(contents.name_for(request.uid))
     return contents.from_body(content, request, world.installation) if content is not None else None
 
@@ -206,7 +206,11 @@ def _journalled(world: World, machine: Machine, uid: str) -> str:
         return ""
     if machine.journal.installation != world.installation:
         return "another installation of this operator holds this VM; waiting until it has ended"
-    return "" if machine.journal.owner_uid == uid else "another snapshot of this VM is being taken; waiting until it has ended"
+    return (
+        ""
+        if machine.journal.owner_uid == uid
+        else "another snapshot of this VM is being taken; waiting until it has ended"
+    )
 
 
 async def _guardian(world: World) -> Fit:
@@ -288,7 +292,9 @@ async def _held(
                 if found is None:
                     return
                 host = found
-            held[class_name] = frozenset(n for n in await host.list(prefix, timeout=ASK_TIMEOUT) if n.startswith(prefix))
+            held[class_name] = frozenset(
+                n for n in await host.list(prefix, timeout=ASK_TIMEOUT) if n.startswith(prefix)
+            )
         except DriverError as error:
             unlisted[class_name] = error.message
 

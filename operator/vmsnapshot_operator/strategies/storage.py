@@ -35,7 +35,7 @@ from vmsnapshot_operator.core.effects import (
 from vmsnapshot_operator.core.evidence import Evidence, GroupOutcome, WindowOutcome
 from vmsnapshot_operator.core.journal import Journal
 from vmsnapshot_operator.core.volumes import Seconds
-from vmsnapshot_operator.drivers.host import Slot
+from vmsnapshot_operator.drivers.host import DriverHost, Slot
 from vmsnapshot_operator.errors import DomainGoneError, DriverError, DriverUnavailableError, SnapshotError
 from vmsnapshot_operator.kube import contents
 from vmsnapshot_operator.plan import next_effect, verdict
@@ -155,10 +155,7 @@ class StorageStrategy:
         slots: dict[str, Slot] = {}
         try:
             for name in sorted(effect.requests):
-                host = self._world.classes.host(name)
-                if host is None:
-                    raise DriverUnavailableError(f'class "{name}": its driver is not running')
-                slots[name] = await stack.enter_async_context(host.reserve(timeout=RESERVE_TIMEOUT))
+                slots[name] = await stack.enter_async_context(self._host(name).reserve(timeout=RESERVE_TIMEOUT))
             async with asyncio.TaskGroup() as tasks:
                 for name, request in effect.requests.items():
                     tasks.create_task(_let_prepare(slots[name], request))
@@ -168,6 +165,12 @@ class StorageStrategy:
                 raise error.exceptions[0] from error
             raise
         return Prepared(attempt=effect.attempt, slots=slots, stack=stack)
+
+    def _host(self, name: str) -> DriverHost:
+        host = self._world.classes.host(name)
+        if host is None:
+            raise DriverUnavailableError(f'class "{name}": its driver is not running')
+        return host
 
     async def _window(self, effect: TakeWindow, seen: Observation) -> None:
         memory = self._memory(seen)
@@ -196,7 +199,9 @@ class StorageStrategy:
         drivers = {g.class_name: g.driver for g in seen.plan.groups} if seen.plan is not None else {}
         for group in outcome.groups.values():
             if group.ok and group.bracket is not None:
-                metrics.cut(seconds=group.bracket.end - group.bracket.start, driver=drivers.get(group.class_name, "unknown"))
+                metrics.cut(
+                    seconds=group.bracket.end - group.bracket.start, driver=drivers.get(group.class_name, "unknown")
+                )
 
     async def _keep(self, effect: Keep, seen: Observation, body: Mapping[str, Any]) -> None:
         assert seen.record is not None, "an attempt is kept only where its intent is on record"  # noqa: S101 - invariant of decide
@@ -207,9 +212,14 @@ class StorageStrategy:
         self._memory(seen).outcome = None
         word = verdict.overall(effect.verdicts).word
         self._world.metrics.snapshot(consistency=word, outcome="taken")
-        held = f", VM held for {outcome.evidence.frozen_milliseconds} ms" if outcome.evidence.frozen_milliseconds else ""
+        held = (
+            f", VM held for {outcome.evidence.frozen_milliseconds} ms" if outcome.evidence.frozen_milliseconds else ""
+        )
         await self._world.events.emit(
-            body, "Normal", "SnapshotTaken", f"{len(record.plan.volumes)} disks cut by {len(groups)} classes{held}; consistency {word}"
+            body,
+            "Normal",
+            "SnapshotTaken",
+            f"{len(record.plan.volumes)} disks cut by {len(groups)} classes{held}; consistency {word}",
         )
 
     async def _settle(self, groups: Mapping[str, RecordedGroup], seen: Observation) -> None:
@@ -233,13 +243,10 @@ class StorageStrategy:
 
         async def delete(class_name: str, name: str) -> None:
             trusted = record is not None and not record.problem and class_name in record.groups
-            host = (
-                await self._world.classes.host_of_record(record.groups[class_name])
-                if record is not None and trusted
-                else self._world.classes.host(class_name)
-            )
-            if host is None:
-                raise DriverError(f'class "{class_name}" has no driver running', reason="DriverUnavailable", retryable=True)
+            if record is not None and trusted:
+                host = await self._world.classes.host_of_record(record.groups[class_name])
+            else:
+                host = self._host(class_name)
             await host.delete(name, timeout=DELETE_TIMEOUT)
 
         pairs = [(c, n) for c, group in held.items() for n in sorted(group)]

@@ -69,7 +69,9 @@ class _Progress:
             self.interrupted, self.fallback = interrupted, fallback
 
 
-async def run(world: World, effect: TakeWindow, uid: str, ref: Ref, client: Hypervisor, slots: Mapping[str, Slot]) -> WindowOutcome:
+async def run(
+    world: World, effect: TakeWindow, uid: str, ref: Ref, client: Hypervisor, slots: Mapping[str, Slot]
+) -> WindowOutcome:
     """Take the window and tell what happened. Raises only when cancelled; the VM is then free or its journal still there."""
     plan = effect.plan
     progress = _Progress(groups={c: GroupOutcome(class_name=c) for c in effect.requests})
@@ -104,7 +106,9 @@ async def _held(
     guardian = _guardian(world)
     async with world.leadership.outlasting(plan.quiesce.budget + LEASE_MARGIN) as leading:
         if not leading:
-            raise GuardianError("the lease does not outlast the window: another instance may take over", reason="NotLeader")
+            raise GuardianError(
+                "the lease does not outlast the window: another instance may take over", reason="NotLeader"
+            )
         try:
             await client.write_journal(ref, journal)
             await guardian.arm(client.uri(ref), ref.uuid, journal.nonce)
@@ -151,7 +155,11 @@ async def _still(
 
 
 async def _cut_all(
-    start: Seconds, journal: Journal, requests: Mapping[str, SnapshotRequest], slots: Mapping[str, Slot], progress: _Progress
+    start: Seconds,
+    journal: Journal,
+    requests: Mapping[str, SnapshotRequest],
+    slots: Mapping[str, Slot],
+    progress: _Progress,
 ) -> None:
     remaining = journal.budget - (clock() - start)
     progress.cut_time = wall()
@@ -160,7 +168,9 @@ async def _cut_all(
             try:
                 async with asyncio.TaskGroup() as cuts:
                     for name, request in requests.items():
-                        cuts.create_task(_cut(replace(request, timeout=Seconds(remaining)), name, slots[name], progress))
+                        cuts.create_task(
+                            _cut(replace(request, timeout=Seconds(remaining)), name, slots[name], progress)
+                        )
             except* _CutFailedError:
                 pass  # each group has told its own failure
     except TimeoutError:
