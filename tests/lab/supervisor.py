@@ -88,7 +88,7 @@ class Supervisor:
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
                 env={**os.environ, **spec.get("env", {})},
-                preexec_fn=die_with_parent,
+                preexec_fn=die_with_parent,  # noqa: PLW1509 - this process has one thread
                 cwd=self._state,
             )
         self._children[name] = child
