@@ -7,6 +7,7 @@ count of ours, and in nothing else.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -15,9 +16,11 @@ from vmsnapshot_operator.core.journal import Journal
 from vmsnapshot_operator.core.machine import AgentState
 from vmsnapshot_operator.core.planning import Method
 from vmsnapshot_operator.core.volumes import Seconds
-from vmsnapshot_operator.errors import HypervisorError, QuiesceError
+from vmsnapshot_operator.errors import DomainGoneError, HypervisorError, QuiesceError
 from vmsnapshot_operator.hypervisors.domains import DomainWindow
 from vmsnapshot_operator.quiesce.base import RELEASE_PATIENCE, Context, OpenWindow, insist, undisturbed
+
+log = logging.getLogger(__name__)
 
 THAW_TIMEOUT = Seconds(5.0)
 STATUS_TIMEOUT = Seconds(2.0)
@@ -78,7 +81,16 @@ class GuestAgentQuiescer:
 
         async def attempt() -> bool:
             nonlocal counted
-            thawed = await domain.thaw(timeout=THAW_TIMEOUT)
+            thawed = 0
+            try:
+                thawed = await domain.thaw(timeout=THAW_TIMEOUT)
+            except DomainGoneError:
+                raise
+            except HypervisorError as error:
+                # A hook that fails at thaw makes it raise though it thawed: only the state tells. The count is lost.
+                log.warning("thaw of domain %s: %s", self._context.ref.name, error.message)
+                if not counted:
+                    window.note(f"thaw: {error.message}")
             if not counted:
                 # Only the first answer counts what we froze: every later thaw finds nothing to do.
                 window.learn(thawed=thawed)
