@@ -214,17 +214,18 @@ class Stack:
         key = base64.b64encode(self.lab.ceph.key("vmsnapshot").encode()).decode()
         secret = {"apiVersion": "v1", "kind": "Secret", "type": "Opaque"}
         self._apply(secret | {"metadata": {"name": "ceph-rbd", "namespace": NAMESPACE}, "data": {"key": key}})
-        for document in self.example("hypervisor.yaml"):
+        for document in (*self.example("hypervisor.yaml"), *self.example("storage-classes.yaml")):
+            self._apply(self.fitted(document))
+
+    def fitted(self, document: dict[str, Any]) -> dict[str, Any]:
+        """An example with the addresses of this laboratory."""
+        if document["kind"] == "Hypervisor":
             document["spec"]["libvirt"]["endpoints"] = [self.endpoint()]
-            self._apply(document)
-        for document in self.example("storage-classes.yaml"):
-            parameters = document["spec"]["parameters"]
-            if document["spec"]["driver"] == "ceph-rbd":
-                parameters["monHosts"] = self.lab.ceph.mon_host
-                parameters["pool"] = self.lab.ceph.pool
-            else:
-                parameters["socketPath"] = str(self.lab.libvirt_socket)
-            self._apply(document)
+        elif document["kind"] == "StorageDriverClass" and document["spec"]["driver"] == "ceph-rbd":
+            document["spec"]["parameters"] |= {"monHosts": self.lab.ceph.mon_host, "pool": self.lab.ceph.pool}
+        elif document["kind"] == "StorageDriverClass":
+            document["spec"]["parameters"]["socketPath"] = str(self.lab.libvirt_socket)
+        return document
 
     def observed(self) -> None:
         """Wait until the operator knows the classes and hypervisors: until it could plan a snapshot of the guest."""

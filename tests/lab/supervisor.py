@@ -125,16 +125,22 @@ class Control:
     def launch(self) -> None:
         """Start a supervisor of its own session, and wait for it."""
         self._state.mkdir(parents=True, exist_ok=True)
-        with (self._state / "supervisor.log").open("ab") as log:
-            subprocess.Popen(
+        # Not subprocess: this one outlives us on purpose, and nobody will ever wait for it.
+        log = os.open(self._state / "supervisor.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            os.posix_spawn(
+                sys.executable,
                 [sys.executable, "-m", "tests.lab", "supervise"],
-                stdout=log,
-                stderr=log,
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-                env={**os.environ, "LAB_STATE": str(self._state)},
-                cwd=Path(__file__).parents[2],
+                {**os.environ, "LAB_STATE": str(self._state), "PYTHONPATH": str(Path(__file__).parents[2])},
+                file_actions=[
+                    (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                    (os.POSIX_SPAWN_DUP2, log, 1),
+                    (os.POSIX_SPAWN_DUP2, log, 2),
+                ],
+                setsid=True,
             )
+        finally:
+            os.close(log)
         end = time.monotonic() + 30
         while not self.alive():
             if time.monotonic() > end:

@@ -20,11 +20,15 @@ def fetch_file(volume: Path, into: Path) -> None:
 
 
 def fetch_rbd_snapshot(ceph: Ceph, image: str, snapshot: str, into: Path) -> None:
-    """Copy the content of an RBD snapshot (by its name, or a group's by its number) to a raw file."""
+    """Copy the content of an RBD snapshot (its own, or its part of a group's) to a raw file."""
     import rbd  # Debian's bindings: there only after `make bindings`
 
     with ceph.connect() as (_, ioctx), rbd.Image(ioctx, image, read_only=True) as source:
-        source.set_snap_by_id(int(snapshot) if snapshot.isdigit() else source.snap_get_id(snapshot))
+        # A plain snapshot has this name itself; an image's part of a group's snapshot only tells to which it belongs.
+        ids = {(s.get("group") or {}).get("snap_name") or s["name"]: s["id"] for s in source.list_snaps()}
+        if snapshot not in ids:
+            raise LabError(f"image {image} has no snapshot {snapshot}; it has {', '.join(map(str, ids)) or 'none'}")
+        source.set_snap_by_id(ids[snapshot])
         size, step = source.size(), 4 << 20
         with into.open("wb") as target:
             target.truncate(size)

@@ -75,6 +75,7 @@ class StorageClass:
     parameters: Mapping[str, str] = field(default_factory=dict)
     secret_name: str = ""
     allow_under_freeze: bool = False
+    max_concurrent_cuts: int | None = None
     ready: bool | None = None
     problem: str = ""
     capabilities: Capabilities | None = None

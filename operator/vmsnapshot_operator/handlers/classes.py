@@ -30,6 +30,9 @@ PROBE_EVERY = Seconds(300.0)
 
 RETRY_EVERY = Seconds(5.0)
 
+DEFAULT_CUTS = 4
+"""Requests of one class at once, where the class does not say: each has a process of its own."""
+
 
 @dataclass(slots=True)
 class _Live:
@@ -103,11 +106,13 @@ class Classes:
         try:
             live.cls = replace(cls, ready=live.cls.ready, problem=live.cls.problem, capabilities=live.cls.capabilities)
             credentials = await self._credentials(cls.secret_name)
-            key = _key(cls.driver, cls.parameters, credentials)
+            key = _key(cls.driver, cls.parameters, credentials) + f"/{cls.max_concurrent_cuts}"
             if live.host is None or live.key != key:
                 await _close(live.host)
                 live.host = None
-                live.host = await self._launch(name, cls.driver, cls.parameters, credentials)
+                live.host = await self._launch(
+                    name, cls.driver, cls.parameters, credentials, cls.max_concurrent_cuts or DEFAULT_CUTS
+                )
                 live.key = key
             capabilities = await live.host.capabilities(timeout=PROBE_TIMEOUT)
             live.cls = replace(cls, ready=True, problem="", capabilities=capabilities)
@@ -144,9 +149,14 @@ class Classes:
         return await self._launch(name, driver, parameters, await self._credentials(secret_name))
 
     async def _launch(
-        self, name: str, driver: str, parameters: Mapping[str, str], credentials: Mapping[str, str]
+        self,
+        name: str,
+        driver: str,
+        parameters: Mapping[str, str],
+        credentials: Mapping[str, str],
+        most: int = DEFAULT_CUTS,
     ) -> DriverHost:
-        host = DriverHost(name, driver, parameters, credentials)
+        host = DriverHost(name, driver, parameters, credentials, max_workers=most)
         try:
             await host.start()
         except DriverError:

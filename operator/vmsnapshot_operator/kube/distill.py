@@ -75,6 +75,7 @@ def storage_class(body: Mapping[str, Any]) -> StorageClass:
         parameters=dict(spec.parameters),
         secret_name=spec.secret_name or "",
         allow_under_freeze=spec.allow_under_freeze,
+        max_concurrent_cuts=spec.max_concurrent_cuts,
     )
 
 
