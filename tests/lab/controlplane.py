@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import base64
-import datetime as dt
-import ipaddress
 import json
 import ssl
 import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec, rsa
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from tests.lab import binaries, pki
+from tests.lab.control import Control
+from tests.lab.wait import free_ports
 
-from tests.lab import binaries
-from tests.lab.errors import LabError
-from tests.lab.supervisor import Control
-from tests.lab.wait import free_ports, until
-
+COMPONENTS = ("etcd", "kube-apiserver", "kube-controller-manager")
 _AUDIT = {
     "apiVersion": "audit.k8s.io/v1",
     "kind": "Policy",
@@ -28,217 +23,165 @@ _AUDIT = {
     "rules": [{"level": "Metadata"}],
 }
 _CONTROLLERS = (
-    "namespace-controller,garbage-collector-controller,serviceaccount-controller,serviceaccount-token-controller,"
-    "root-ca-certificate-publisher-controller,persistentvolume-binder-controller,persistentvolume-protection-controller,"
-    "persistentvolumeclaim-protection-controller,deployment-controller,replicaset-controller,clusterrole-aggregation-controller"
+    "namespace-controller",
+    "garbage-collector-controller",
+    "serviceaccount-controller",
+    "serviceaccount-token-controller",
+    "root-ca-certificate-publisher-controller",
+    "persistentvolume-binder-controller",
+    "persistentvolume-protection-controller",
+    "persistentvolumeclaim-protection-controller",
+    "deployment-controller",
+    "replicaset-controller",
+    "clusterrole-aggregation-controller",
 )
-Pair = tuple[x509.Certificate, ec.EllipticCurvePrivateKey]
 
 
-def kubeconfig(state: Path) -> Path:
-    """The administrator's kubeconfig."""
-    return state / "control-plane" / "admin.kubeconfig"
+@dataclass(frozen=True, slots=True)
+class ControlPlane:
+    """The control plane at `folder`; its ports are chosen once and kept."""
 
+    folder: Path
 
-def audit_log(state: Path) -> Path:
-    """The API server's audit log."""
-    return state / "control-plane" / "audit.log"
+    @property
+    def kubeconfig(self) -> Path:
+        """The administrator's kubeconfig."""
+        return self.folder / "admin.kubeconfig"
 
+    @property
+    def audit_log(self) -> Path:
+        """The API server's audit log: one JSON object a line."""
+        return self.folder / "audit.log"
 
-def up(state: Path, control: Control) -> None:
-    """Start what does not run, and wait until the API server is ready. State of an earlier run is kept."""
-    folder = state / "control-plane"
-    folder.mkdir(parents=True, exist_ok=True)
-    ports = _ports(folder)
-    if not (folder / "pki" / "sa.pub").exists():
-        _make_pki(folder, ports["api"])
-    (folder / "audit-policy.json").write_text(json.dumps(_AUDIT))
-    etcd, peer = f"http://127.0.0.1:{ports['etcd']}", f"http://127.0.0.1:{ports['peer']}"
-    control.start(
-        "etcd",
-        [
-            _bin("etcd"),
-            "--data-dir",
-            f"{folder}/etcd",
-            "--name",
-            "lab",
-            "--listen-client-urls",
-            etcd,
-            "--advertise-client-urls",
-            etcd,
-            "--listen-peer-urls",
-            peer,
-            "--initial-advertise-peer-urls",
-            peer,
-            "--initial-cluster",
-            f"lab={peer}",
-            "--unsafe-no-fsync",
-            "--log-level",
-            "warn",
-        ],
-    )
-    pki = folder / "pki"
-    control.start(
-        "kube-apiserver",
-        [
-            _bin("kube-apiserver"),
-            "--etcd-servers",
-            etcd,
-            "--bind-address",
-            "127.0.0.1",
-            "--secure-port",
-            str(ports["api"]),
-            "--tls-cert-file",
-            f"{pki}/apiserver.crt",
-            "--tls-private-key-file",
-            f"{pki}/apiserver.key",
-            "--client-ca-file",
-            f"{pki}/ca.crt",
-            "--service-account-issuer",
-            "https://kubernetes.default.svc",
-            "--service-account-key-file",
-            f"{pki}/sa.pub",
-            "--service-account-signing-key-file",
-            f"{pki}/sa.key",
-            "--authorization-mode",
-            "RBAC",
-            "--endpoint-reconciler-type",
-            "none",
-            "--service-cluster-ip-range",
-            "10.96.0.0/16",
-            "--audit-policy-file",
-            f"{folder}/audit-policy.json",
-            "--audit-log-path",
-            str(audit_log(state)),
-        ],
-    )
-    until("kube-apiserver is ready", lambda: ready(state))
-    control.start(
-        "kube-controller-manager",
-        [
-            _bin("kube-controller-manager"),
-            "--kubeconfig",
-            f"{folder}/kcm.kubeconfig",
-            "--leader-elect=false",
-            "--secure-port=0",
-            "--service-account-private-key-file",
-            f"{pki}/sa.key",
-            "--root-ca-file",
-            f"{pki}/ca.crt",
-            "--use-service-account-credentials=true",
-            f"--controllers={_CONTROLLERS}",
-        ],
-    )
+    @property
+    def server(self) -> str:
+        """URL of the API server."""
+        return f"https://127.0.0.1:{self._ports()['api']}"
 
+    @property
+    def etcd(self) -> str:
+        """URL of etcd."""
+        return f"http://127.0.0.1:{self._ports()['etcd']}"
 
-def ready(state: Path) -> bool:
-    """Whether the API server says that it is."""
-    folder = state / "control-plane"
-    try:
-        context = ssl.create_default_context(cafile=str(folder / "pki" / "ca.crt"))
-        with urllib.request.urlopen(
-            f"https://127.0.0.1:{_ports(folder)['api']}/readyz", context=context, timeout=2
-        ) as answer:
-            return bool(answer.status == 200)
-    except OSError:
-        return False
+    def up(self, control: Control, tell: Callable[[str], None]) -> None:
+        """Start what does not run, wait until it does its work, and tell of each. What etcd holds is kept."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not (self.folder / "kcm.kubeconfig").exists():
+            pki.make(self.folder / "pki")
+            for user in ("admin", "kcm"):
+                self.write_kubeconfig(self.folder / f"{user}.kubeconfig", self._certificate_of(user))
+        (self.folder / "audit-policy.json").write_text(json.dumps(_AUDIT))
+        control.start("etcd", [_bin("etcd"), *_flags(self._etcd())])
+        control.start("kube-apiserver", [_bin("kube-apiserver"), *_flags(self._apiserver())])
+        for name in COMPONENTS[:2]:
+            control.healthy(name, partial(self.check, name))
+            tell(name)
+        name = COMPONENTS[2]
+        control.start(name, [_bin(name), *_flags(self._controller_manager())])
+        control.healthy(name, partial(self.check, name))
+        tell(name)
 
+    def check(self, name: str) -> bool:
+        """Whether a component does its work: etcd and the API server say so; the controller manager has made a ServiceAccount."""
+        try:
+            match name:
+                case "etcd":
+                    return b"true" in self._get(f"{self.etcd}/health")
+                case "kube-apiserver":
+                    return self._get(f"{self.server}/readyz") == b"ok"
+                case _:
+                    path = "/api/v1/namespaces/default/serviceaccounts/default"
+                    return bool(json.loads(self._get(self.server + path))["metadata"]["name"] == "default")
+        except OSError:
+            return False
 
-def write_kubeconfig(state: Path, path: Path, user: dict[str, Any]) -> Path:
-    """Write a kubeconfig for a user of our API server, readable by its owner only."""
-    folder = state / "control-plane"
-    server = {
-        "server": f"https://127.0.0.1:{_ports(folder)['api']}",
-        "certificate-authority-data": _b64(folder / "pki" / "ca.crt"),
-    }
-    path.touch(mode=0o600)
-    path.write_text(
-        json.dumps(
-            {
-                "apiVersion": "v1",
-                "kind": "Config",
-                "current-context": "lab",
-                "clusters": [{"name": "lab", "cluster": server}],
-                "users": [{"name": "u", "user": user}],
-                "contexts": [{"name": "lab", "context": {"cluster": "lab", "user": "u"}}],
-            }
+    def write_kubeconfig(self, path: Path, user: dict[str, Any]) -> Path:
+        """Write a kubeconfig for a user of our API server, readable by its owner only."""
+        cluster = {"server": self.server, "certificate-authority-data": pki.b64(self.folder / "pki" / "ca.crt")}
+        config = {
+            "apiVersion": "v1",
+            "kind": "Config",
+            "current-context": "lab",
+            "clusters": [{"name": "lab", "cluster": cluster}],
+            "users": [{"name": "u", "user": user}],
+            "contexts": [{"name": "lab", "context": {"cluster": "lab", "user": "u"}}],
+        }
+        path.touch(mode=0o600)
+        path.write_text(json.dumps(config))
+        return path
+
+    def _etcd(self) -> dict[str, str]:
+        peer = f"http://127.0.0.1:{self._ports()['peer']}"
+        return {
+            "name": "lab",
+            "data-dir": f"{self.folder}/etcd",
+            "listen-client-urls": self.etcd,
+            "advertise-client-urls": self.etcd,
+            "listen-peer-urls": peer,
+            "initial-advertise-peer-urls": peer,
+            "initial-cluster": f"lab={peer}",
+            "unsafe-no-fsync": "true",
+            "log-level": "warn",
+        }
+
+    def _apiserver(self) -> dict[str, str]:
+        keys = self.folder / "pki"
+        return {
+            "etcd-servers": self.etcd,
+            "bind-address": "127.0.0.1",
+            "secure-port": str(self._ports()["api"]),
+            "tls-cert-file": f"{keys}/apiserver.crt",
+            "tls-private-key-file": f"{keys}/apiserver.key",
+            "client-ca-file": f"{keys}/ca.crt",
+            "service-account-issuer": "https://kubernetes.default.svc",
+            "service-account-key-file": f"{keys}/sa.pub",
+            "service-account-signing-key-file": f"{keys}/sa.key",
+            "authorization-mode": "RBAC",
+            "endpoint-reconciler-type": "none",
+            "service-cluster-ip-range": "10.96.0.0/16",
+            "audit-policy-file": f"{self.folder}/audit-policy.json",
+            "audit-log-path": str(self.audit_log),
+        }
+
+    def _controller_manager(self) -> dict[str, str]:
+        keys = self.folder / "pki"
+        return {
+            "kubeconfig": f"{self.folder}/kcm.kubeconfig",
+            "leader-elect": "false",
+            "secure-port": "0",
+            "service-account-private-key-file": f"{keys}/sa.key",
+            "root-ca-file": f"{keys}/ca.crt",
+            "use-service-account-credentials": "true",
+            "controllers": ",".join(_CONTROLLERS),
+        }
+
+    def _certificate_of(self, user: str) -> dict[str, str]:
+        keys = self.folder / "pki"
+        return {
+            "client-certificate-data": pki.b64(keys / f"{user}.crt"),
+            "client-key-data": pki.b64(keys / f"{user}.key"),
+        }
+
+    def _ports(self) -> dict[str, int]:
+        path = self.folder / "ports.json"
+        if not path.exists():
+            path.write_text(json.dumps(dict(zip(("api", "etcd", "peer"), free_ports(3), strict=True))))
+        return dict(json.loads(path.read_text()))
+
+    def _get(self, url: str) -> bytes:
+        keys = self.folder / "pki"
+        context = ssl.create_default_context(cafile=str(keys / "ca.crt"))
+        context.load_cert_chain(keys / "admin.crt", keys / "admin.key")
+        direct = urllib.request.build_opener(
+            urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)
         )
-    )
-    return path
+        with direct.open(url, timeout=3) as answer:
+            return bytes(answer.read())
 
 
 def _bin(name: str) -> str:
-    found = binaries.find(name)
-    if found is None:
-        raise LabError(f"{name} is not built: run `make lab-up`")
-    return str(found)
+    return str(binaries.need(name))
 
 
-def _ports(folder: Path) -> dict[str, int]:
-    path = folder / "ports.json"
-    if not path.exists():
-        api, etcd, peer = free_ports(3)
-        path.write_text(json.dumps({"api": api, "etcd": etcd, "peer": peer}))
-    return dict(json.loads(path.read_text()))
-
-
-def _make_pki(folder: Path, _port: int) -> None:
-    pki = folder / "pki"
-    pki.mkdir(mode=0o700, exist_ok=True)
-    ca = _certificate(pki, "ca", "lab-ca", None)
-    _certificate(pki, "apiserver", "kube-apiserver", ca, server=True)
-    for name, common, groups in (
-        ("admin", "lab-admin", ("system:masters",)),
-        ("kcm", "system:kube-controller-manager", ()),
-    ):
-        _certificate(pki, name, common, ca, groups=groups)
-        user = {"client-certificate-data": _b64(pki / f"{name}.crt"), "client-key-data": _b64(pki / f"{name}.key")}
-        write_kubeconfig(folder.parent, folder / f"{name}.kubeconfig", user)
-    key = rsa.generate_private_key(65537, 2048)
-    (pki / "sa.key").write_bytes(_pem(key))
-    (pki / "sa.pub").write_bytes(
-        key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
-    )
-
-
-def _certificate(
-    pki: Path, name: str, common: str, ca: Pair | None, *, groups: tuple[str, ...] = (), server: bool = False
-) -> Pair:
-    key = ec.generate_private_key(ec.SECP256R1())
-    attributes = [x509.NameAttribute(NameOID.COMMON_NAME, common)]
-    attributes += [x509.NameAttribute(NameOID.ORGANIZATION_NAME, g) for g in groups]
-    subject, now = x509.Name(attributes), dt.datetime.now(dt.UTC)
-    builder = (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(ca[0].subject if ca else subject)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - dt.timedelta(hours=1))
-        .not_valid_after(now + dt.timedelta(days=365))
-        .add_extension(x509.BasicConstraints(ca=ca is None, path_length=None), critical=True)
-    )
-    if ca is not None:
-        use = ExtendedKeyUsageOID.SERVER_AUTH if server else ExtendedKeyUsageOID.CLIENT_AUTH
-        builder = builder.add_extension(x509.ExtendedKeyUsage([use]), critical=False)
-    if server:
-        names = [
-            x509.DNSName("localhost"),
-            x509.DNSName("kubernetes.default.svc"),
-            x509.IPAddress(ipaddress.ip_address("127.0.0.1")),
-        ]
-        builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
-    certificate = builder.sign(ca[1] if ca else key, hashes.SHA256())
-    (pki / f"{name}.crt").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-    (pki / f"{name}.key").write_bytes(_pem(key))
-    return certificate, key
-
-
-def _pem(key: ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey) -> bytes:
-    return key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
-
-
-def _b64(path: Path) -> str:
-    return base64.b64encode(path.read_bytes()).decode()
+def _flags(values: dict[str, str]) -> list[str]:
+    return [f"--{name}={value}" for name, value in values.items()]

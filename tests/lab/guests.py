@@ -1,90 +1,80 @@
-"""Guests: real QEMU machines whose disks lie on the pools and on Ceph, and stubs that never run a kernel."""
+"""Guests: real QEMU machines whose disks lie on the pools and on Ceph, and stubs that boot nothing."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import shutil
+import os
+import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from xml.sax.saxutils import quoteattr
+from xml.etree import ElementTree as ET
 
 import libvirt
 import libvirt_qemu
 
-from tests.lab import hypervisor
-from tests.lab.ceph import POOL, Ceph
+from tests.lab.ceph import Ceph
+from tests.lab.channel import Channel
+from tests.lab.definition import GuestDisk, Spec
 from tests.lab.errors import LabError
+from tests.lab.hypervisor import Host
+from tests.lab.locks import locked
 from tests.lab.run import run
 from tests.lab.wait import until
 
-AGENT, LAB = "org.qemu.guest_agent.0", "org.vmsnapshot.lab.0"
-DISK_SIZE = "64M"
 BOOT_SECONDS = 60
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Disk:
-    """One disk: `kind` file (in a pool) or rbd."""
-
-    kind: str
-    pool: str = "reflink"
-    format: str = "raw"
-    cache: str = "none"
-    extra: str = ""
-    path: str = ""
-    image: str = ""
-
-
-DEMO: Mapping[str, Disk] = {"vda": Disk(kind="file"), "vdb": Disk(kind="file"), "vdc": Disk(kind="rbd")}
+_UNDEFINE = (
+    libvirt.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE
+    | libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA
+    | libvirt.VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA
+    | libvirt.VIR_DOMAIN_UNDEFINE_NVRAM
+)
 
 
 @dataclass(slots=True)
 class Guest:
-    """A guest of this laboratory."""
+    """A guest of this laboratory. The handle holds a connection of its own, opened again after libvirtd was restarted."""
 
-    name: str
-    state: Path
+    spec: Spec
+    host: Host
     ceph: Ceph
-    image: Path
-    disks: dict[str, Disk]
-    memory_mib: int = 128
-    devices: str = ""
-    writer_us: int | None = 1000
     _connection: Any = field(default=None, repr=False)
 
     # --- life --------------------------------------------------------------------------------------------------------
 
     def up(self) -> None:
-        """Define and start it if need be; wait for its agent. A boot that fails is tried once more."""
-        connection = self.connection()
-        try:
-            domain = connection.lookupByName(self.name)
-        except libvirt.libvirtError:
-            self._make_disks()
-            domain = connection.defineXML(self.xml())
-        if domain.state()[0] == libvirt.VIR_DOMAIN_PAUSED:
-            with contextlib.suppress(libvirt.libvirtError):  # it went on by itself, as after an I/O error
-                domain.resume()
-        if not domain.isActive():
-            domain.create()
-        try:
-            self.wait()
-        except LabError:
-            domain.destroy()
-            domain.create()
-            self.wait()
+        """Make it if there is none like it, start it if it is off, and wait for its agent. A boot that fails is tried once more."""
+        with locked(self.host.folder / f"guest-{self.name}.lock"):
+            domain = self._made()
+            if domain.state()[0] == libvirt.VIR_DOMAIN_PAUSED:
+                with contextlib.suppress(libvirt.libvirtError):  # it went on by itself, as after an I/O error
+                    domain.resume()
+            if not domain.isActive():
+                domain.create()
+            try:
+                self.wait()
+            except LabError:
+                self.destroy()
+                domain.create()
+                self.wait(2 * BOOT_SECONDS)
 
-    def wait(self) -> None:
+    def up_paused(self) -> None:
+        """Make it if there is none like it, and start it paused if it is off."""
+        with locked(self.host.folder / f"guest-{self.name}.lock"):
+            domain = self._made()
+            if not domain.isActive():
+                domain.createWithFlags(libvirt.VIR_DOMAIN_START_PAUSED)
+
+    def wait(self, seconds: float = BOOT_SECONDS) -> None:
         """Wait until the agent answers and the writer writes."""
-        until(f"guest {self.name} answers", self.answers, BOOT_SECONDS)
-        if self.writer_us is not None:
-            until(f"guest {self.name} writes", lambda: self.records() > 0, BOOT_SECONDS)
+        until(f"guest {self.name} answers (console: {self.spec.log})", self.agent_answers, seconds)
+        if self.spec.writer:
+            until(f"guest {self.name} writes (console: {self.spec.log})", lambda: self.records() > 0, seconds)
 
     def shutdown(self) -> None:
-        """Shut it down from within."""
+        """Shut it down from within, and wait until it is off."""
         domain = self.domain()
         try:
             domain.shutdownFlags(libvirt.VIR_DOMAIN_SHUTDOWN_GUEST_AGENT)
@@ -95,34 +85,78 @@ class Guest:
 
     def destroy(self) -> None:
         """Pull the plug."""
-        if self.domain().isActive():
+        with contextlib.suppress(libvirt.libvirtError):  # it went off meanwhile
             self.domain().destroy()
+        if self.domain().isActive():
+            raise LabError(f"guest {self.name} cannot be destroyed")
 
     def remove(self) -> None:
-        """Destroy and undefine it, and delete its disks."""
-        self.destroy()
-        self.domain().undefine()
-        self._delete_disks()
+        """Destroy and undefine it, and delete its disks with their snapshots. Nothing happens if it is not there."""
+        if (domain := self._found()) is not None:
+            self._undo(domain)
+        for disk in self.disks.values():
+            self._delete(disk.path, disk.image)
+
+    def kill(self, sig: int = signal.SIGKILL) -> None:
+        """Send its QEMU process a signal; SIGSTOP and SIGCONT, too."""
+        os.kill(self.pid, sig)
+
+    # --- what goes wrong inside ----------------------------------------------------------------------------------------
+
+    def hang_agent(self, *, hang: bool = True) -> None:
+        """Stop the agent's process, or let it go on: a question asked meanwhile is answered late."""
+        self.control(["killall", "-STOP" if hang else "-CONT", "qemu-ga-main"])
+
+    def end_agent(self, *, end: bool = True) -> None:
+        """End the agent, or let it start again."""
+        if end:
+            self.control(["touch", "/run/agent-off"])
+            self.control(["killall", "-KILL", "qemu-ga-main"])
+        else:
+            self.control(["rm", "-f", "/run/agent-off"])
+            until(f"the agent of guest {self.name} answers", self.agent_answers, BOOT_SECONDS)
+
+    def fail_hook(self, *, fail: bool = True) -> None:
+        """Let the agent's freeze hook fail, at freeze and at thaw: the agent answers with an error."""
+        self.control(["touch" if fail else "rm", *([] if fail else ["-f"]), "/run/hook-fail"])
 
     # --- asking ------------------------------------------------------------------------------------------------------
 
+    @property
+    def name(self) -> str:
+        """The domain's name."""
+        return self.spec.name
+
+    @property
+    def disks(self) -> dict[str, GuestDisk]:
+        """The disks by target."""
+        return dict(self.spec.disks)
+
     def connection(self) -> Any:
-        """A connection of its own to libvirtd, opened again after libvirtd was restarted."""
-        libvirt.registerErrorHandler(lambda *_: None, None)
-        if self._connection is None or not self._alive():
-            self._connection = libvirt.open(hypervisor.uri(self.state))
+        """This guest's connection to libvirtd."""
+        with contextlib.suppress(libvirt.libvirtError):
+            if self._connection is not None and self._connection.getLibVersion():
+                return self._connection
+        try:
+            self._connection = self.host.open()
+        except libvirt.libvirtError as error:
+            raise LabError(f"libvirtd does not answer at {self.host.uri}: {error}") from error
         return self._connection
 
-    def _alive(self) -> bool:
-        try:
-            self._connection.getLibVersion()
-        except libvirt.libvirtError:
-            return False
-        return True
-
     def domain(self) -> Any:
-        """The virDomain."""
-        return self.connection().lookupByName(self.name)
+        """The virDomain; raises LabError if there is none."""
+        domain = self._found()
+        if domain is None:
+            raise LabError(f"there is no guest {self.name} at {self.host.uri}")
+        return domain
+
+    def _found(self) -> Any | None:
+        try:
+            return self.connection().lookupByName(self.name)
+        except libvirt.libvirtError as error:
+            if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
+                return None
+            raise LabError(f"libvirtd at {self.host.uri} was asked for guest {self.name}: {error}") from error
 
     @property
     def uuid(self) -> str:
@@ -131,11 +165,14 @@ class Guest:
 
     @property
     def pid(self) -> int:
-        """Number of its QEMU process."""
-        return hypervisor.domain_pids(self.state)[self.name]
+        """Number of its QEMU process; raises LabError if it is off."""
+        pids = self.host.pids()
+        if self.name not in pids:
+            raise LabError(f"guest {self.name} does not run")
+        return pids[self.name]
 
     def agent(self, command: str, arguments: Mapping[str, Any] | None = None, timeout: int = 10) -> Any:
-        """Ask the agent that the operator uses, too."""
+        """Ask the agent that the operator asks, too; raises LabError if it does not answer within `timeout` s, or with an error."""
         question = json.dumps({"execute": command, **({"arguments": arguments} if arguments else {})})
         try:
             answer = libvirt_qemu.qemuAgentCommand(self.domain(), question, timeout, 0)
@@ -143,118 +180,72 @@ class Guest:
             raise LabError(f"{command} in guest {self.name}: {error}") from error
         return json.loads(answer)["return"]
 
-    def answers(self) -> bool:
-        """Whether the agent answers."""
+    def freeze_status(self) -> str:
+        """`thawed` or `frozen`, by the agent's word."""
+        return str(self.agent("guest-fsfreeze-status"))
+
+    def control(self, argv: Sequence[str], timeout: float = 20) -> str:
+        """Run a program in the guest by the laboratory's own agent and return what it wrote: works while the other agent hangs and
+        while the file systems are frozen. Raises LabError if it fails or does not end in time.
+        """
+        with Channel(self.spec.channel) as channel:
+            return channel.execute(list(argv), timeout)
+
+    def records(self) -> int:
+        """How many records the writer has written to all disks; 0 if it does not write."""
+        try:
+            return int(self.control(["cat", "/run/writer.count"]))
+        except (LabError, ValueError):
+            return 0
+
+    def agent_answers(self) -> bool:
+        """Whether the agent answers a ping within 3 s."""
         try:
             self.agent("guest-ping", timeout=3)
         except LabError:
             return False
         return True
 
-    def freeze_status(self) -> str:
-        """`thawed` or `frozen`, by the agent's word."""
-        return str(self.agent("guest-fsfreeze-status"))
-
-    def control(self, argv: Sequence[str], timeout: float = 20) -> str:
-        """Run a program in the guest by the laboratory's own agent: it works while the other one hangs or is frozen."""
-        from tests.lab.channel import Channel
-
-        with Channel(self.state / "channels" / f"{self.name}.sock") as channel:
-            return channel.execute(list(argv), timeout)
-
-    def records(self) -> int:
-        """How many records the writer has written to its first disk, as the guest sees it."""
-        try:
-            return int(self.control(["/bin/busybox", "stat", "-c", "%s", "/mnt/vda/log"]).strip() or 0) // 64
-        except (LabError, ValueError):
-            return 0
-
     # --- making --------------------------------------------------------------------------------------------------------
 
-    def xml(self) -> str:
-        """The domain's definition."""
-        disks = "".join(self._disk_xml(t, d) for t, d in sorted(self.disks.items()))
-        writer = f" writer_us={self.writer_us}" if self.writer_us is not None else ""
-        channel = self.state / "channels" / f"{self.name}.sock"
-        channel.parent.mkdir(exist_ok=True)
-        log = self.state / "log" / f"guest-{self.name}.log"
-        return f"""<domain type='qemu'><name>{self.name}</name><memory unit='MiB'>{self.memory_mib}</memory><vcpu>1</vcpu>
-<os><type arch='x86_64' machine='pc'>hvm</type><kernel>{self.image}/vmlinuz</kernel><initrd>{self.image}/initramfs</initrd>
-<cmdline>console=ttyS0 quiet panic=-1 mitigations=off nokaslr no_timer_check guestname={self.name}{writer}</cmdline></os>
-<features><acpi/></features><cpu mode='custom'><model fallback='allow'>qemu64</model></cpu>
-<on_reboot>restart</on_reboot><on_crash>destroy</on_crash>
-<devices><emulator>/usr/bin/qemu-system-x86_64</emulator>{disks}
-<controller type='usb' model='none'/><controller type='virtio-serial' index='0'/>
-<serial type='file'><source path={quoteattr(str(log))}/><target port='0'/></serial>
-<channel type='unix'><target type='virtio' name='{AGENT}'/></channel>
-<channel type='unix'><source mode='bind' path={quoteattr(str(channel))}/><target type='virtio' name='{LAB}'/></channel>
-<memballoon model='none'/>{self.devices}</devices></domain>"""
-
-    def _disk_xml(self, target: str, disk: Disk) -> str:
-        common = f"<target dev='{target}' bus='virtio'/>{disk.extra}</disk>"
-        driver = f"<driver name='qemu' type='{disk.format}' cache='{disk.cache}' discard='unmap'/>"
-        if disk.kind == "file":
-            return f"<disk type='file' device='disk'>{driver}<source file={quoteattr(disk.path)}/>{common}"
-        host, port = self.ceph.mon_host.split(":")
-        source = f"<source protocol='rbd' name='{POOL}/{disk.image}'><host name='{host}' port='{port}'/></source>"
-        auth = f"<auth username='libvirt'><secret type='ceph' uuid='{hypervisor.SECRET}'/></auth>"
-        return f"<disk type='network' device='disk'>{driver}{auth}{source}{common}"
+    def _made(self) -> Any:
+        """The domain of this very spec; another one of its name gives way."""
+        domain = self._found()
+        if domain is not None and f"<description>{self.spec.digest()}</description>" in domain.XMLDesc(
+            libvirt.VIR_DOMAIN_XML_INACTIVE
+        ):
+            return domain
+        self.remove()
+        self.spec.channel.parent.mkdir(exist_ok=True)
+        self._make_disks()
+        return self.connection().defineXML(self.spec.xml())
 
     def _make_disks(self) -> None:
         for target, disk in self.disks.items():
-            raw = Path(disk.path) if disk.kind == "file" else self.state / f"{self.name}-{target}.raw"
-            run("truncate", "-s", DISK_SIZE, raw)
+            raw = Path(disk.path) if disk.kind == "file" else self.spec.channel.with_name(f"{self.name}-{target}.raw")
+            run("truncate", "-s", f"{disk.size_mib}M", raw)
             run("mkfs.ext4", "-q", "-F", raw)
             if disk.kind == "rbd":
-                conf = str(self.ceph.conf)
-                features = "layering,exclusive-lock,object-map,fast-diff,deep-flatten"
-                run(
-                    "rbd",
-                    "-c",
-                    conf,
-                    "import",
-                    "--no-progress",
-                    "--image-feature",
-                    features,
-                    raw,
-                    f"{POOL}/{disk.image}",
-                )
+                self.ceph.create_image(disk.image, raw)
                 raw.unlink()
             elif disk.format != "raw":
                 made = raw.with_suffix(".new")
                 run("qemu-img", "convert", "-O", disk.format, raw, made)
                 made.rename(raw)
 
-    def _delete_disks(self) -> None:
-        for disk in self.disks.values():
-            if disk.kind == "file":
-                Path(disk.path).unlink(missing_ok=True)
-            else:
-                run("rbd", "-c", self.ceph.conf, "rm", "--no-progress", f"{POOL}/{disk.image}")
+    def _undo(self, domain: Any) -> None:
+        """End a domain of this name, however it was made, and delete what its definition has in our pools."""
+        definition = domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
+        self.destroy()
+        domain.undefineFlags(_UNDEFINE)
+        for source in ET.fromstring(definition).findall("devices/disk/source"):  # noqa: S314 - from our own libvirtd
+            pool, _, image = source.get("name", "").partition("/")
+            path = source.get("file", "")
+            inside = Path(path).is_relative_to(self.host.state / "pools")
+            self._delete(path if inside else "", image if pool == self.ceph.pool else "")
 
-
-def placed(state: Path, name: str, disks: Mapping[str, Disk]) -> dict[str, Disk]:
-    """Give each disk of a guest its place."""
-    found = {}
-    for target, disk in disks.items():
-        path = (
-            str(hypervisor.pool_path(state, disk.pool) / f"{name}-{target}.{disk.format}")
-            if disk.kind == "file"
-            else ""
-        )
-        image = f"{name}-{target[-1]}" if disk.kind == "rbd" else ""
-        found[target] = Disk(
-            kind=disk.kind,
-            pool=disk.pool,
-            format=disk.format,
-            cache=disk.cache,
-            extra=disk.extra,
-            path=disk.path or path,
-            image=disk.image or image,
-        )
-    return found
-
-
-def forget_channels(state: Path) -> None:
-    """Remove the sockets of guests that are gone."""
-    shutil.rmtree(state / "channels", ignore_errors=True)
+    def _delete(self, path: str, image: str) -> None:
+        if path:
+            Path(path).unlink(missing_ok=True)
+        if image:
+            self.ceph.remove_image(image)

@@ -5,250 +5,292 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import libvirt
 
-from tests.lab import binaries, ceph, controlplane, guests, hypervisor, image, paths
+from tests.lab import binaries, ceph, controlplane, image, leftovers, paths, pools
+from tests.lab.ceph import Ceph
+from tests.lab.control import Component, Control
+from tests.lab.controlplane import ControlPlane
+from tests.lab.definition import DEMO, GuestDisk, Spec
 from tests.lab.errors import LabError
-from tests.lab.guests import Disk, Guest
+from tests.lab.guests import Guest
+from tests.lab.hypervisor import Host
+from tests.lab.locks import locked
 from tests.lab.run import run
-from tests.lab.supervisor import Control
+from tests.lab.supervisor import MARKER
 
-COMPONENTS = ("etcd", "kube-apiserver", "kube-controller-manager", "ceph-mon", "ceph-osd", "libvirtd")
+LAYOUT = 2
+"""Raised when a laboratory that runs cannot be used by code of another layout: it is ended and started anew."""
 Report = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Component:
-    """One real program of the laboratory, for tests that hurt it."""
-
-    name: str
-    control: Control
-
-    @property
-    def pid(self) -> int:
-        """Its number; raises LabError if it does not run."""
-        pids = self.control.pids()
-        if self.name not in pids:
-            raise LabError(f"{self.name} does not run")
-        return pids[self.name]
-
-    def kill(self, sig: int = signal.SIGKILL) -> None:
-        """Send it a signal."""
-        os.kill(self.pid, sig)
-
-    def start(self) -> None:
-        """Start it as it was."""
-        self.control.again(self.name)
-
-    def stop(self) -> None:
-        """End it."""
-        self.control.stop(self.name)
-
-
-@dataclass(frozen=True, slots=True)
 class Lab:
-    """A running laboratory. Make it with `Lab.up` or `Lab.attach`."""
+    """A laboratory. `Lab.up` starts what does not run, `Lab.attach` takes the one that runs."""
 
     state: Path
-    cache: Path
-    control: Control
-    kubeconfig: Path
-    audit_log: Path | None
-    ceph: ceph.Ceph
+    given: Path | None
+    """The kubeconfig of an existing cluster, used instead of a control plane of ours."""
+
+    # --- up and down -------------------------------------------------------------------------------------------------
 
     @classmethod
     def up(cls, report: Report = lambda _line: None) -> Lab:
-        """Start what does not run, wait until all of it answers, and return it."""
+        """Start or mend what does not work, wait until all of it does, and return it. `report` gets a line per step."""
+        if os.geteuid() != 0:
+            raise LabError("the laboratory mounts file systems and runs libvirtd: it must be started as root")
         state = paths.state()
-        control = Control(state)
-        given = _given_cluster(state)
-        start = time.monotonic()
-
-        def tell(line: str) -> None:
-            report(f"{line:<60} {time.monotonic() - start:6.1f} s")
-
-        if not control.alive():
-            _clear(state)
-            control.launch()
-        if given is None:
-            binaries.ensure(report)
-            controlplane.up(state, control)
-            tell("control plane is ready")
-        cluster = ceph.up(state, control)
-        tell("Ceph is up")
-        hypervisor.up(state, control, cluster)
-        tell("libvirtd is up")
+        lab = cls(state, _given_cluster(state))
+        binaries.ensure(report, servers=lab.given is None)
         image.ensure(report)
-        own = given is None
-        config = controlplane.kubeconfig(state) if own else given
-        assert config is not None, "one of both"
-        return cls(state, paths.cache(), control, config, controlplane.audit_log(state) if own else None, cluster)
+        with locked(state / "lab.lock"):
+            lab._start(report)
+        return lab
 
     @classmethod
     def attach(cls) -> Lab:
-        """Return the laboratory that runs; raises LabError if it does not."""
+        """Return the laboratory that runs; raises LabError naming what of it does not."""
         state = paths.state()
-        control = Control(state)
-        missing = set(COMPONENTS) - control.pids().keys()
-        given = _given_cluster(state)
-        if given is not None:
-            missing -= {"etcd", "kube-apiserver", "kube-controller-manager"}
-        if missing:
-            raise LabError(f"of the laboratory {', '.join(sorted(missing))} does not run: run `make lab-up`")
-        own = given is None
-        config = given if given is not None else controlplane.kubeconfig(state)
-        return cls(
-            state,
-            paths.cache(),
-            control,
-            config,
-            controlplane.audit_log(state) if own else None,
-            ceph.Ceph(state / "ceph"),
-        )
+        facts = _facts(state)
+        lab = cls(state, Path(facts["given"]) if facts.get("given") else None)
+        running = lab.control.pids()
+        missing = [name for name in lab.components if name not in running]
+        if missing or facts.get("layout") != LAYOUT:
+            raise LabError(
+                f"of the laboratory at {state} does not run: {', '.join(missing) or 'this version'}: run `make lab-up`"
+            )
+        return lab
 
     @staticmethod
     def down() -> list[str]:
-        """End everything; return what could not be ended."""
+        """End everything, also what a killed supervisor left, and delete the state. Return what could not be ended."""
         state = paths.state()
-        if hypervisor.socket_path(state).exists() and hypervisor.answers(state):
-            hypervisor.each_domain(state, _destroy)
-        Control(state).end()
-        _clear(state)
-        shutil.rmtree(state, ignore_errors=True)
-        return leftovers(state)
+        if not state.exists():
+            return leftovers.found(state)
+        with locked(state / "lab.lock"):
+            Control(state).end()
+            leftovers.clear(state)
+            left = leftovers.found(state)
+            if not left:
+                shutil.rmtree(state)
+        return left
 
-    def component(self, name: str) -> Component:
-        """One program of the laboratory."""
-        return Component(name, self.control)
+    # --- control plane -----------------------------------------------------------------------------------------------
+
+    @property
+    def control_plane(self) -> ControlPlane:
+        """Our own control plane, whether it is used or not."""
+        return ControlPlane(self.state / "control-plane")
+
+    @property
+    def kubeconfig(self) -> Path:
+        """The administrator's kubeconfig."""
+        return self.given or self.control_plane.kubeconfig
+
+    @property
+    def audit_log(self) -> Path | None:
+        """The API server's audit log, one JSON object a line; None with an existing cluster."""
+        return None if self.given else self.control_plane.audit_log
 
     def bin(self, name: str) -> Path:
-        """One of the control plane's programs."""
-        found = binaries.find(name)
-        if found is None:
-            raise LabError(f"{name} is not built: run `make lab-up`")
-        return found
+        """One of etcd, kube-apiserver, kube-controller-manager, kubectl, helm; raises LabError if it is not built."""
+        return binaries.need(name)
 
     def kubectl(self, *arguments: str, stdin: str | None = None) -> str:
-        """Run kubectl as the administrator."""
+        """Run kubectl as the administrator; raises LabError with what it said."""
         return run(self.bin("kubectl"), "--kubeconfig", self.kubeconfig, *arguments, stdin=stdin)
 
     def service_account_kubeconfig(self, namespace: str, name: str) -> Path:
-        """A kubeconfig with a fresh token of a ServiceAccount."""
+        """A kubeconfig with a fresh token, good for a day, of a ServiceAccount that exists."""
         token = self.kubectl("-n", namespace, "create", "token", name, "--duration=24h").strip()
         path = self.state / f"{namespace}-{name}.kubeconfig"
-        if self.audit_log is not None:
-            return controlplane.write_kubeconfig(self.state, path, {"token": token})
-        config = json.loads(self.kubectl("config", "view", "--raw", "--minify", "-o", "json"))
+        if self.given is None:
+            return self.control_plane.write_kubeconfig(path, {"token": token})
+        config = json.loads(self.kubectl("config", "view", "--raw", "--minify", "--flatten", "-o", "json"))
         config["users"][0]["user"] = {"token": token}
         path.touch(mode=0o600)
         path.write_text(json.dumps(config))
         return path
 
+    # --- hypervisor and storage --------------------------------------------------------------------------------------
+
+    @property
+    def host(self) -> Host:
+        """The hypervisor host."""
+        return Host(self.state)
+
     @property
     def libvirt_socket(self) -> Path:
         """libvirtd's socket."""
-        return hypervisor.socket_path(self.state)
+        return self.host.socket
 
     @property
     def libvirt_uri(self) -> str:
-        """libvirtd's URI."""
-        return hypervisor.uri(self.state)
+        """libvirtd's URI, over its socket."""
+        return self.host.uri
 
     def libvirt(self) -> Any:
-        """A new connection to libvirtd."""
-        return libvirt.open(self.libvirt_uri)
+        """A new connection to libvirtd; the caller closes it."""
+        return self.host.open()
+
+    @property
+    def ceph(self) -> Ceph:
+        """The Ceph cluster."""
+        return Ceph(self.state / "ceph")
 
     def pool_path(self, pool: str) -> Path:
-        """Folder of a storage pool."""
-        return hypervisor.pool_path(self.state, pool)
+        """Folder of the storage pool `reflink` or `plain`."""
+        return pools.path(self.state, pool)
 
-    def guest(self, name: str = "demo", disks: Mapping[str, Disk] = guests.DEMO, **options: Any) -> Guest:
-        """A running guest: made if there is none of this name, started if it is off."""
-        found = Guest(
-            name=name,
-            state=self.state,
-            ceph=self.ceph,
-            image=image.folder(),
-            disks=guests.placed(self.state, name, disks),
-            **options,
-        )
+    # --- guests --------------------------------------------------------------------------------------------------------
+
+    def guest(
+        self,
+        name: str = "demo",
+        disks: Mapping[str, GuestDisk] = DEMO,
+        *,
+        writer: bool = True,
+        writer_us: int = 5000,
+        memory_mib: int = 128,
+        hook: bool = True,
+        append: str = "",
+        devices: str = "",
+    ) -> Guest:
+        """A running guest whose agent answers: made if there is none like it, started if it is off, let go on if it is paused.
+
+        `disks` by target; `writer` and `writer_us`: records on all disks, with this pause between two rounds; `hook`: the agent's
+        freeze hook holds the writer; `append`: more words for the kernel; `devices`: more XML. The same name with other options is
+        another guest: the one before is removed with its disks.
+        """
+        options = {"memory_mib": memory_mib, "writer": writer, "writer_us": writer_us, "hook": hook}
+        found = self._guest(name, disks, image.folder(), append=append, devices=devices, **options)
         found.up()
         return found
 
-    def domain_stub(self, name: str, disks: Mapping[str, Disk] | None = None, devices: str = "") -> Guest:
-        """A domain that is started paused, without a kernel that runs: cheap, and without an agent."""
-        given = disks if disks is not None else {"vda": Disk(kind="file")}
-        found = Guest(
-            name=name,
-            state=self.state,
-            ceph=self.ceph,
-            image=image.folder(),
-            disks=guests.placed(self.state, name, given),
-            memory_mib=32,
-            writer_us=None,
-            devices=devices,
-        )
-        found._make_disks()
-        found.connection().defineXML(found.xml()).createWithFlags(libvirt.VIR_DOMAIN_START_PAUSED)
+    def domain_stub(self, name: str, disks: Mapping[str, GuestDisk] | None = None, *, devices: str = "") -> Guest:
+        """A domain that is started paused, with nothing to boot and no agent: half a second and 50 MB, for fleets."""
+        given = {"vda": GuestDisk(kind="file")} if disks is None else disks
+        found = self._guest(name, given, None, memory_mib=32, writer=False, devices=devices)
+        found.up_paused()
         return found
 
+    def _guest(self, name: str, disks: Mapping[str, GuestDisk], boot: Path | None, **options: Any) -> Guest:
+        spec = Spec(
+            name=name,
+            disks={t: d.placed(name, t, self.pool_path(d.pool or "reflink")) for t, d in disks.items()},
+            image=boot,
+            channel=self.state / "channels" / f"{name}.sock",
+            log=self.state / "log" / f"guest-{name}.log",
+            mon_host=self.ceph.mon_host,
+            **options,
+        )
+        return Guest(spec, self.host, self.ceph)
 
-def leftovers(state: Path) -> list[str]:
-    """Processes, mounts and loop devices that belong to this laboratory."""
-    found = [f"process {pid}: {words[:100]}" for pid, words in _processes(state)]
-    mounts = Path("/proc/self/mounts").read_text().splitlines()
-    found += [f"mount {line.split()[1]}" for line in mounts if line.split()[1].startswith(f"{state}/")]
-    loops = json.loads(run("losetup", "--list", "--json") or '{"loopdevices": []}').get("loopdevices", [])
-    found += [f"loop device {loop['name']}" for loop in loops if str(loop["back-file"]).startswith(f"{state}/")]
-    return found
+    # --- components ------------------------------------------------------------------------------------------------------
+
+    @property
+    def cache(self) -> Path:
+        """Folder of what is built once."""
+        return paths.cache()
+
+    @property
+    def control(self) -> Control:
+        """The supervisor's other end."""
+        return Control(self.state)
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """Names of the programs that this laboratory runs."""
+        return (*(() if self.given else controlplane.COMPONENTS), *ceph.COMPONENTS, self.host.name)
+
+    def component(self, name: str) -> Component:
+        """One program of the laboratory, to be hurt; raises LabError if it has none of this name."""
+        if name not in self.components:
+            raise LabError(f"there is no component {name}; there are {', '.join(self.components)}")
+        checks: dict[str, Callable[[str], bool]] = dict.fromkeys(controlplane.COMPONENTS, self.control_plane.check)
+        checks |= dict.fromkeys(ceph.COMPONENTS, self.ceph.check)
+        check = checks.get(name, self.host.check)
+        return Component(name, self.control, lambda: check(name))
+
+    @property
+    def marker(self) -> dict[str, str]:
+        """Environment for a program that `down` shall end even if whoever started it is gone."""
+        return {MARKER: str(self.state)}
+
+    # --- starting --------------------------------------------------------------------------------------------------------
+
+    def _start(self, report: Report) -> None:
+        start = time.monotonic()
+
+        def tell(name: str) -> None:
+            report(f"{name:<26} ready after {time.monotonic() - start:5.1f} s")
+
+        facts = {"layout": LAYOUT, "given": str(self.given) if self.given else None}
+        if not self.control.alive() or _facts(self.state).get("layout") != LAYOUT:
+            self._renew(report)
+        (self.state / "facts.json").write_text(json.dumps(facts))
+        pools.mount(self.state)
+        parts = [lambda: self.host.up(self.control, tell), lambda: self._start_ceph(tell)]
+        if self.given is None:
+            parts.append(lambda: self.control_plane.up(self.control, tell))
+        with ThreadPoolExecutor(len(parts)) as threads:
+            for done in [threads.submit(part) for part in parts]:
+                done.result()
+        self.host.give_key(self.ceph.key("libvirt"))
+
+    def _renew(self, report: Report) -> None:
+        """Start a supervisor; what an earlier one left goes first."""
+        if left := leftovers.found(self.state):
+            report(f"ending what an earlier laboratory left: {len(left)} processes and mounts")
+        self.control.end()
+        leftovers.clear(self.state)
+        if left := leftovers.found(self.state):
+            raise LabError(f"an earlier laboratory cannot be ended: {'; '.join(left)}")
+        for entry in self.state.iterdir():
+            if entry.is_dir():
+                shutil.rmtree(entry)
+        self.control.launch()
+
+    def _start_ceph(self, tell: Callable[[str], None]) -> None:
+        empty = ceph.up(self.ceph, self.control, tell)
+        if empty and self.control.pids().get(self.host.name) and self.host.check():
+            self._forget_guests_on_ceph()
+
+    def _forget_guests_on_ceph(self) -> None:
+        """A new cluster has none of the images of before: guests that had disks there are made again when asked for."""
+        with self.host.connection() as connection:
+            for domain in connection.listAllDomains():
+                if "protocol='rbd'" not in domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE):
+                    continue
+                if domain.isActive():
+                    domain.destroy()
+                domain.undefine()
+
+
+def _facts(state: Path) -> dict[str, Any]:
+    path = state / "facts.json"
+    return dict(json.loads(path.read_text())) if path.exists() else {}
 
 
 def _given_cluster(state: Path) -> Path | None:
+    """The existing cluster of `KUBECONFIG`, unless that is the laboratory's own."""
     given = os.environ.get("KUBECONFIG")
-    return Path(given) if given and not given.startswith(str(state)) else None
-
-
-def _destroy(domain: Any) -> None:
-    if domain.isActive():
-        domain.destroy()
-
-
-def _processes(state: Path) -> list[tuple[int, str]]:
-    """Processes that name our folder; this one and its ancestors left out."""
-    mine, pid = set(), os.getpid()
-    while pid > 1:
-        mine.add(pid)
-        pid = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
-    found = []
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit() or int(entry.name) in mine:
-            continue
-        try:
-            words = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except OSError:
-            continue
-        if f"{state}/" in words:
-            found.append((int(entry.name), words.strip()))
-    return found
-
-
-def _clear(state: Path) -> None:
-    """Remove what an earlier laboratory left: processes first, then mounts. Its cluster's data goes too."""
-    end = time.monotonic() + 20
-    while (left := _processes(state)) and time.monotonic() < end:
-        for pid, _ in left:
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
-        time.sleep(0.05)
-    hypervisor.unmount(state)
-    for name in ("pools", "control-plane", "ceph", "channels", "libvirtd"):
-        shutil.rmtree(state / name, ignore_errors=True)
+    if not given:
+        return None
+    if ":" in given:
+        raise LabError(
+            f"KUBECONFIG={given} names several files; the laboratory takes one: `kubectl config view --raw --flatten` joins them"
+        )
+    path = Path(given).resolve()
+    if path.is_relative_to(state):
+        return None
+    if not path.exists():
+        raise LabError(f"KUBECONFIG={given} is not there; unset it to get a control plane of the laboratory's own")
+    return path

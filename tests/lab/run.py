@@ -9,6 +9,8 @@ from pathlib import Path
 
 from tests.lab.errors import LabError
 
+_SHOWN = 2000
+
 
 def run(
     *argv: str | Path,
@@ -17,25 +19,19 @@ def run(
     cwd: Path | None = None,
     timeout: float = 300,
 ) -> str:
-    """Return what a program wrote; raises LabError with its words if it fails."""
+    """Return what a program wrote; raises LabError with its words if it fails, is missing or does not end in `timeout` s."""
     words = [str(a) for a in argv]
+    shown = " ".join(words[:6]) + (" …" if len(words) > 6 else "")
+    given = {**os.environ, **env} if env is not None else None
     try:
         done = subprocess.run(
-            words,
-            input=stdin,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=timeout,
-            cwd=cwd,
-            env={**os.environ, **env} if env is not None else None,
+            words, input=stdin, capture_output=True, text=True, check=False, timeout=timeout, cwd=cwd, env=given
         )
     except FileNotFoundError as error:
         raise LabError(f"{words[0]} is not installed: run `make system`") from error
     except subprocess.TimeoutExpired as error:
-        raise LabError(f"{' '.join(words[:4])} … did not end within {timeout:g} s") from error
+        raise LabError(f"{shown} did not end within {timeout:g} s") from error
     if done.returncode:
-        raise LabError(
-            f"{' '.join(words[:6])} …: exit {done.returncode}: {done.stderr.strip()[-2000:] or done.stdout.strip()[-2000:]}"
-        )
+        said = done.stderr.strip() or done.stdout.strip()
+        raise LabError(f"{shown}: exit {done.returncode}: {said[-_SHOWN:]}")
     return done.stdout
