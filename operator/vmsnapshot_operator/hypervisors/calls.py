@@ -1,4 +1,4 @@
-"""Blocking calls off the event loop: a thread for each, a deadline for each, counted.
+"""Blocking calls off the event loop: a thread for each, a deadline for each, counted, bounded per endpoint.
 
 No pool: six guests whose agents hang must not delay the thaw of a seventh. A thread whose call does not return is left
 behind and counted; its call ends when libvirt gives up, or never.
@@ -7,6 +7,7 @@ behind and counted; its call ends when libvirt gives up, or never.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -14,25 +15,20 @@ from typing import Any, TypeVar
 import libvirt
 
 from vmsnapshot_operator.core.volumes import Seconds
-from vmsnapshot_operator.errors import AgentError, CallTimeoutError, DomainGoneError, HypervisorError, HypervisorUnreachableError
+from vmsnapshot_operator.errors import (
+    AgentError,
+    CallTimeoutError,
+    DomainGoneError,
+    HypervisorError,
+    HypervisorUnreachableError,
+)
 
 T = TypeVar("T")
 
 TEXT_LIMIT = 256
-_running = 0
-_lock = threading.Lock()
+LOOKS_LIMIT = 48
+"""Calls to one endpoint that may be under way before another look at it is refused: only hanging ones add up to so many."""
 
-_GONE = frozenset({libvirt.VIR_ERR_NO_DOMAIN})
-_UNREACHABLE = frozenset(
-    {
-        libvirt.VIR_ERR_RPC,
-        libvirt.VIR_ERR_SYSTEM_ERROR,
-        libvirt.VIR_ERR_NO_CONNECT,
-        libvirt.VIR_ERR_INVALID_CONN,
-        libvirt.VIR_ERR_AUTH_FAILED,
-        libvirt.VIR_ERR_AUTH_CANCELLED,
-    }
-)
 AGENT_COMMAND_TIMEOUT, AGENT_COMMAND_FAILED = 112, 113
 """libvirt's codes since 11.2 (virterror.h), which bindings built against an older libvirt do not name."""
 
@@ -44,10 +40,23 @@ _AGENT = frozenset(
         AGENT_COMMAND_FAILED,
     }
 )
+_UNREACHABLE = frozenset(
+    {
+        libvirt.VIR_ERR_RPC,
+        libvirt.VIR_ERR_NO_CONNECT,
+        libvirt.VIR_ERR_INVALID_CONN,
+        libvirt.VIR_ERR_AUTH_FAILED,
+        libvirt.VIR_ERR_AUTH_CANCELLED,
+    }
+)
+_RETRYABLE = frozenset({libvirt.VIR_ERR_OPERATION_TIMEOUT, libvirt.VIR_ERR_SYSTEM_ERROR})
+
+_lock = threading.Lock()
+_running = 0
 
 
 def threads_running() -> int:
-    """Number of calls that have not returned, those left behind included."""
+    """Number of calls of this process that have not returned, those left behind included."""
     return _running
 
 
@@ -61,53 +70,73 @@ def translate(error: libvirt.libvirtError, what: str) -> HypervisorError:
     """Turn libvirt's error into ours."""
     code = error.get_error_code()
     text = f"{what}: {sanitised(str(error.get_error_message()))}"
-    if code in _GONE:
+    if code == libvirt.VIR_ERR_NO_DOMAIN:
         return DomainGoneError(text)
     if code in _AGENT:
         return AgentError(text)
-    if code in _UNREACHABLE:
+    # A client whose connection broke says "internal error", and only the error's domain tells that it is the connection.
+    if code in _UNREACHABLE or error.get_error_domain() == libvirt.VIR_FROM_RPC:
         return HypervisorUnreachableError(text)
-    return HypervisorError(text, retryable=code == libvirt.VIR_ERR_OPERATION_TIMEOUT)
+    return HypervisorError(text, retryable=code in _RETRYABLE)
 
 
-async def call(what: str, function: Callable[..., T], *arguments: Any, timeout: Seconds) -> T:  # noqa: ASYNC109 - the thread is left behind at the deadline
-    """Run a blocking call in a thread of its own.
+class Calls:
+    """The calls to one endpoint. `act` is never refused: it may be the one that frees a VM."""
 
-    Raises HypervisorError or a child of it; CallTimeoutError after `timeout` seconds: the call may still take effect.
-    """
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[T] = loop.create_future()
+    def __init__(self, endpoint: str) -> None:
+        self._endpoint = endpoint
+        self._count = 0
 
-    def deliver(result: T | None, error: BaseException | None) -> None:
-        if future.done():
-            return
-        if error is not None:
-            future.set_exception(error)
-        else:
-            future.set_result(result)  # type: ignore[arg-type]  # None is a result like any other
+    async def look(self, what: str, function: Callable[..., T], *arguments: Any, timeout: Seconds) -> T:  # noqa: ASYNC109 - the thread is left behind at the deadline
+        """As `act`, but raises HypervisorUnreachableError at once while too many calls hang."""
+        if self._count >= LOOKS_LIMIT:
+            raise HypervisorUnreachableError(
+                f"{self._endpoint}: {self._count} calls have not returned; its libvirt hangs"
+            )
+        return await self.act(what, function, *arguments, timeout=timeout)
 
-    def body() -> None:
+    async def act(self, what: str, function: Callable[..., T], *arguments: Any, timeout: Seconds) -> T:  # noqa: ASYNC109 - as above
+        """Run a blocking call in a thread of its own.
+
+        Raises HypervisorError or a child of it; CallTimeoutError after `timeout` seconds: the call may still take effect.
+        """
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
+
+        def deliver(result: T | None, error: BaseException | None) -> None:
+            if future.done():
+                return
+            if error is not None:
+                future.set_exception(error)
+            else:
+                future.set_result(result)  # type: ignore[arg-type]  # None is a result like any other
+
+        def body() -> None:
+            result: T | None = None
+            failure: BaseException | None = None
+            try:
+                result = function(*arguments)
+            except libvirt.libvirtError as error:
+                failure = translate(error, what)
+            except BaseException as error:  # noqa: BLE001 - handed to the one who waits
+                failure = error
+            self._add(-1)
+            with contextlib.suppress(RuntimeError):  # the loop has ended: nobody waits any more
+                loop.call_soon_threadsafe(deliver, result, failure)
+
+        self._add(1)
+        try:
+            threading.Thread(target=body, name=f"libvirt {what}"[:60], daemon=True).start()
+        except RuntimeError as error:
+            self._add(-1)
+            raise HypervisorError(f"{what}: no thread could be started: {error}", retryable=True) from error
+        try:
+            return await asyncio.wait_for(future, timeout)
+        except TimeoutError:
+            raise CallTimeoutError(f"{what}: no answer within {timeout:g} s") from None
+
+    def _add(self, number: int) -> None:
         global _running  # noqa: PLW0603 - a process-wide count
         with _lock:
-            _running += 1
-        result: T | None = None
-        failure: BaseException | None = None
-        try:
-            result = function(*arguments)
-        except libvirt.libvirtError as error:
-            failure = translate(error, what)
-        except BaseException as error:  # noqa: BLE001 - handed to the one who waits
-            failure = error
-        finally:
-            with _lock:
-                _running -= 1
-        try:
-            loop.call_soon_threadsafe(deliver, result, failure)
-        except RuntimeError:
-            pass  # the loop has ended: nobody waits any more
-
-    threading.Thread(target=body, name=f"libvirt {what}"[:60], daemon=True).start()
-    try:
-        return await asyncio.wait_for(future, timeout)
-    except TimeoutError:
-        raise CallTimeoutError(f"{what}: no answer within {timeout:g} s") from None
+            _running += number
+            self._count += number

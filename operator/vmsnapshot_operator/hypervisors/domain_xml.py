@@ -17,11 +17,7 @@ _SOURCES = {
 
 def parse(text: str) -> tuple[tuple[Disk, ...], tuple[Device, ...]]:
     """Return disks and other state-bearing devices. Raises ValueError for text that is not a domain's XML."""
-    try:
-        root = ET.fromstring(text)  # noqa: S314 - written by libvirt, entities are not resolved from outside
-    except ET.ParseError as error:
-        msg = f"libvirt's definition of the domain cannot be read: {error}"
-        raise ValueError(msg) from error
+    root = element(text)
     devices = root.find("devices")
     if root.tag != "domain":
         msg = f"not a domain: <{root.tag}>"
@@ -30,34 +26,53 @@ def parse(text: str) -> tuple[tuple[Disk, ...], tuple[Device, ...]]:
     return disks, tuple(_devices(root, devices))
 
 
-def _disk(element: ET.Element) -> Disk:
-    target = element.find("target")
-    driver = element.find("driver")
-    device = element.get("device", "disk")
+def element(text: str) -> ET.Element:
+    """Return the root of what libvirt wrote. Raises ValueError."""
+    try:
+        return ET.fromstring(text)  # noqa: S314 - written by libvirt, entities are not resolved from outside
+    except ET.ParseError as error:
+        msg = f"what libvirt wrote cannot be read: {error}"
+        raise ValueError(msg) from error
+
+
+def _disk(disk: ET.Element) -> Disk:
+    target = disk.find("target")
+    driver = disk.find("driver")
     return Disk(
         target=target.get("dev", "?") if target is not None else "?",
-        device=DiskDevice(device) if device in set(DiskDevice) else DiskDevice.LUN,
-        layers=_chain(element, driver),
-        read_only=element.find("readonly") is not None,
-        shareable=element.find("shareable") is not None,
-        transient=element.find("transient") is not None,
-        encrypted=element.find("encryption") is not None or element.find("source/encryption") is not None,
+        device=_device(disk),
+        layers=_chain(disk, driver),
+        read_only=disk.find("readonly") is not None,
+        shareable=disk.find("shareable") is not None,
+        transient=disk.find("transient") is not None,
+        encrypted=next(disk.iter("encryption"), None) is not None,
         cache=driver.get("cache", "") if driver is not None else "",
-        in_block_job=element.find("mirror") is not None,
+        in_block_job=disk.find("mirror") is not None,
     )
 
 
+def _device(disk: ET.Element) -> DiskDevice:
+    named = disk.get("device", "disk")
+    if named not in set(DiskDevice):
+        return DiskDevice.LUN  # unknown: refused like all that the hypervisor does not see through
+    device = DiskDevice(named)
+    if device is DiskDevice.DISK and disk.get("type") not in _SOURCES:
+        return DiskDevice.LUN  # nvme, vhostuser, vhostvdpa: the guest talks to the storage past the hypervisor
+    return device
+
+
 def _chain(disk: ET.Element, driver: ET.Element | None) -> tuple[Layer, ...]:
-    kind = disk.get("type", "")
     image_format = driver.get("type", "raw") if driver is not None else "raw"
-    first = _layer(kind, disk.find("source"), image_format)
+    first = _layer(disk.get("type", ""), disk.find("source"), image_format)
     if first is None:
         return ()
     layers = [first]
     backing = disk.find("backingStore")
     while backing is not None and backing.get("type"):
         described = backing.find("format")
-        layer = _layer(backing.get("type", ""), backing.find("source"), described.get("type", "") if described is not None else "")
+        layer = _layer(
+            backing.get("type", ""), backing.find("source"), described.get("type", "") if described is not None else ""
+        )
         if layer is None:
             break
         layers.append(layer)
@@ -80,30 +95,46 @@ def _layer(kind: str, source: ET.Element | None, image_format: str) -> Layer | N
             return Layer(kind=SourceKind.VOLUME, source=f"{pool}/{volume}", format=image_format, pool=pool)
         case SourceKind.NETWORK:
             name = source.get("name", "")
-            hosts = tuple(f"{h.get('name', '')}:{h.get('port', '')}".rstrip(":") for h in source.findall("host"))
             protocol = source.get("protocol", "")
             pool = name.split("/")[0] if protocol == "rbd" and "/" in name else ""
-            return Layer(kind=SourceKind.NETWORK, source=name, format=image_format, protocol=protocol, pool=pool, hosts=hosts)
+            return Layer(
+                kind=SourceKind.NETWORK,
+                source=name or "(default export)",
+                format=image_format,
+                protocol=protocol,
+                pool=pool,
+                hosts=tuple(_host(h) for h in source.findall("host")),
+            )
         case _:
-            # A type that is not known here bears state all the same: named, so that the planner refuses it.
-            return Layer(kind=SourceKind.VOLUME, source=f"{kind}:{source.attrib}", format=image_format)
+            # A type that is not known here bears state all the same: it is named, and `_device` has it refused.
+            words = " ".join(f"{k}={v}" for k, v in sorted(source.attrib.items()))
+            return Layer(kind=SourceKind.BLOCK, source=f"({kind} {words})", format=image_format)
+
+
+def _host(host: ET.Element) -> str:
+    name, port = host.get("name", ""), host.get("port", "")
+    if not name:
+        return host.get("socket", "")
+    shown = f"[{name}]" if ":" in name else name
+    return f"{shown}:{port}" if port else shown
 
 
 def _devices(root: ET.Element, devices: ET.Element | None) -> list[Device]:
     found: list[Device] = []
-    nvram = root.find("os/nvram")
-    if nvram is not None:
+    if root.find("os/nvram") is not None or root.find("os/varstore") is not None:
         found.append(Device(kind=DeviceKind.NVRAM, name="nvram"))
     if devices is None:
         return found
-    for number, element in enumerate(devices.findall("hostdev")):
-        alias = element.find("alias")
-        found.append(Device(kind=DeviceKind.HOSTDEV, name=alias.get("name", "") if alias is not None else f"hostdev{number}"))
-    for number, element in enumerate(devices.findall("filesystem")):
-        target = element.find("target")
-        found.append(Device(kind=DeviceKind.FILESYSTEM, name=target.get("dir", "") if target is not None else f"fs{number}"))
+    for number, hostdev in enumerate(devices.findall("hostdev")):
+        alias = hostdev.find("alias")
+        name = alias.get("name", "") if alias is not None else ""
+        found.append(Device(kind=DeviceKind.HOSTDEV, name=name or f"hostdev{number}"))
+    for number, shared in enumerate(devices.findall("filesystem")):
+        target = shared.find("target")
+        name = target.get("dir", "") if target is not None else ""
+        found.append(Device(kind=DeviceKind.FILESYSTEM, name=name or f"fs{number}"))
     found += [Device(kind=DeviceKind.TPM, name="tpm") for _ in devices.findall("tpm")[:1]]
-    for number, element in enumerate(devices.findall("memory")):
-        if element.get("model") in ("nvdimm", "virtio-pmem"):
-            found.append(Device(kind=DeviceKind.PMEM, name=f"{element.get('model')}{number}"))
+    for number, memory in enumerate(devices.findall("memory")):
+        if memory.get("model") in ("nvdimm", "virtio-pmem"):
+            found.append(Device(kind=DeviceKind.PMEM, name=f"{memory.get('model')}{number}"))
     return found

@@ -7,54 +7,46 @@ Never blocks the event loop; every method raises HypervisorError or a child of i
 from __future__ import annotations
 
 import asyncio
+import logging
+import shutil
+import tempfile
 import uuid as uuid_module
-import xml.etree.ElementTree as ET
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from pathlib import PurePosixPath
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import libvirt
 
-from vmsnapshot_operator.core import journal as journals
 from vmsnapshot_operator.core.endpoint import Endpoint
 from vmsnapshot_operator.core.journal import Journal, UnreadableJournalError
-from vmsnapshot_operator.core.machine import AgentState, Disk, Machine, PowerState
-from vmsnapshot_operator.core.volumes import Layer, Seconds, SourceKind
-from vmsnapshot_operator.errors import (
-    DomainGoneError,
-    ForeignJournalError,
-    HypervisorError,
-    HypervisorUnreachableError,
-)
+from vmsnapshot_operator.core.machine import Agent, AgentState, Machine, PowerState
+from vmsnapshot_operator.core.volumes import Seconds
+from vmsnapshot_operator.errors import DomainGoneError, HypervisorError, HypervisorUnreachableError
 from vmsnapshot_operator.hypervisors import agent as agents
-from vmsnapshot_operator.hypervisors import domain_xml
-from vmsnapshot_operator.hypervisors.calls import call
-from vmsnapshot_operator.hypervisors.connection import Connection
-from vmsnapshot_operator.hypervisors.events import EventWatch
+from vmsnapshot_operator.hypervisors import credentials, description, journals
+from vmsnapshot_operator.hypervisors.calls import Calls
+from vmsnapshot_operator.hypervisors.connection import Connection, Lane
+from vmsnapshot_operator.hypervisors.events import EventHub, EventWatch
 from vmsnapshot_operator.hypervisors.uri import compose
+from vmsnapshot_operator.hypervisors.window import ACT_TIMEOUT, DomainWindow, Handles, Outstanding
+
+__all__ = ["DomainWindow", "EventWatch", "Hypervisor", "Ref"]
+
+log = logging.getLogger(__name__)
 
 LOOK_TIMEOUT = Seconds(15.0)
-ACT_TIMEOUT = Seconds(10.0)
-GRACE = Seconds(2.0)
-"""What a call may take longer than the deadline given to libvirt itself."""
+SWEEP_TIMEOUT = Seconds(60.0)
 
-AGENT_QUERIES = 3
-"""Agent questions of plans at once, per endpoint: libvirtd has few workers, and a hung agent holds one."""
+AGENT_QUERIES, SUSPECT_QUERIES = 2, 1
+"""Agent questions of plans at once, per endpoint: libvirtd has 20 workers, and each hung agent holds one. Those that were
+silent the last time take turns among themselves, so that they delay nobody else's plan."""
 
-DEFINITION_LIMIT = 200_000
+FREEZES = 10
+"""Freezes at once, per endpoint: the workers that are left must suffice for the thaws."""
 
-_POWER = {
-    libvirt.VIR_DOMAIN_RUNNING: PowerState.RUNNING,
-    libvirt.VIR_DOMAIN_BLOCKED: PowerState.RUNNING,
-    libvirt.VIR_DOMAIN_PAUSED: PowerState.PAUSED,
-    libvirt.VIR_DOMAIN_SHUTDOWN: PowerState.RUNNING,
-    libvirt.VIR_DOMAIN_SHUTOFF: PowerState.SHUT_OFF,
-    libvirt.VIR_DOMAIN_CRASHED: PowerState.CRASHED,
-    libvirt.VIR_DOMAIN_PMSUSPENDED: PowerState.SUSPENDED,
-}
-_MIGRATION_JOBS = (libvirt.VIR_DOMAIN_JOB_OPERATION_MIGRATION_IN, libvirt.VIR_DOMAIN_JOB_OPERATION_MIGRATION_OUT)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,217 +58,255 @@ class Ref:
     endpoint: str
 
 
-class DomainWindow:
-    """One domain looked up beforehand on two connections: what is called while it is held costs no more than libvirt."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Found:
+    """What one endpoint answered when it was asked for a domain; `problem` if it did not answer."""
 
-    def __init__(self, name: str, domain: Any, releaser: Any) -> None:
-        self._name = name
-        self._domain = domain
-        self._releaser = releaser
+    ref: Ref | None = None
+    active: bool = False
+    problem: str = ""
 
-    async def freeze(self, mountpoints: Sequence[str], timeout: Seconds) -> int:  # noqa: ASYNC109 - given to libvirt
-        """Freeze; return how many file systems. After any error it may still happen later."""
 
-        def run() -> int:
-            self._domain.agentSetResponseTimeout(max(1, int(timeout)), 0)
-            return int(self._domain.fsFreeze(list(mountpoints) or None, 0))
+class _Host:
+    """One endpoint: its connections, its calls, and what bounds them."""
 
-        return await call(f"freeze of {self._name}", run, timeout=Seconds(timeout + GRACE))
+    def __init__(self, endpoint: str, uri: str, hub: EventHub) -> None:
+        self.uri = uri
+        self.calls = Calls(endpoint)
+        self.main = Connection(uri, endpoint, self.calls, lambda c: hub.register(c, endpoint))
+        self.holding = Lane(uri, f"{endpoint} (freeze)", self.calls)
+        self.freeing = Lane(uri, f"{endpoint} (thaw)", self.calls)
+        self.queries = asyncio.Semaphore(AGENT_QUERIES)
+        self.suspects = asyncio.Semaphore(SUSPECT_QUERIES)
+        self.freezes = asyncio.Semaphore(FREEZES)
 
-    async def thaw(self, timeout: Seconds) -> int:  # noqa: ASYNC109 - given to libvirt
-        """Thaw everything; return how many file systems."""
+    async def look(self, what: str, function: Callable[..., T], *arguments: Any, timeout: Seconds = LOOK_TIMEOUT) -> T:  # noqa: ASYNC109 - handed on
+        """Call `function(virConnect, *arguments)` on the main connection."""
+        connection = await self.main.get()
+        result = await self.calls.look(what, function, connection, *arguments, timeout=timeout)
+        self.main.answered()
+        return result
 
-        def run() -> int:
-            return int(self._releaser.fsThaw(None, 0))
-
-        return await call(f"thaw of {self._name}", run, timeout=Seconds(timeout + GRACE))
-
-    async def status(self, timeout: Seconds) -> AgentState:  # noqa: ASYNC109 - given to libvirt
-        """Ask the agent for its freeze state."""
-        state, _ = await call(
-            f"freeze state of {self._name}", agents.freeze_state, self._releaser, max(1, int(timeout)), timeout=Seconds(timeout + GRACE)
-        )
-        return state
-
-    async def pause(self) -> None:
-        """Pause the VM."""
-        await call(f"pause of {self._name}", self._domain.suspend, timeout=ACT_TIMEOUT)
-
-    async def resume(self) -> None:
-        """Resume the VM."""
-        await call(f"resume of {self._name}", self._releaser.resume, timeout=ACT_TIMEOUT)
-
-    async def state(self) -> PowerState:
-        """Return the VM's power state."""
-        state, _ = await call(f"state of {self._name}", self._releaser.state, timeout=ACT_TIMEOUT)
-        return _POWER.get(state, PowerState.UNKNOWN)
+    async def close(self) -> None:
+        await asyncio.gather(self.main.close(), self.holding.close(), self.freeing.close())
 
 
 class Hypervisor:
-    """The connections of one Hypervisor object. Made by `connect`, ended by `close`."""
+    """The connections of one Hypervisor object. Made by `connect`, ended by `close`.
 
-    def __init__(self, name: str, uris: Mapping[str, str]) -> None:
+    `problems` says which endpoints did not answer when all were last asked, and why.
+    """
+
+    def __init__(self, name: str, uris: Mapping[str, str], folder: Path | None = None) -> None:
         self.name = name
-        self._uris = dict(uris)
-        self._main = {e: Connection(u, e) for e, u in uris.items()}
-        self._release = {e: Connection(u, f"{e} (thaw)") for e, u in uris.items()}
-        self._queries = {e: asyncio.Semaphore(AGENT_QUERIES) for e in uris}
+        self.problems: Mapping[str, str] = {}
+        self._hub = EventHub()
+        self._hosts = {e: _Host(e, u, self._hub) for e, u in uris.items()}
+        self._outstanding = Outstanding()
+        self._silent: set[str] = set()
+        self._folder = folder
 
     @classmethod
-    async def connect(cls, name: str, endpoints: Sequence[Endpoint], credentials: Mapping[str, str]) -> Hypervisor:
-        """Connect to all endpoints; raises HypervisorUnreachableError unless at least one answers."""
-        folder = None  # files for tls and ssh are written by the caller that has them
-        user = credentials.get("username", "")
-        found = cls(name, {e.name: compose(e, user=user, credentials=folder) for e in endpoints})
+    async def connect(
+        cls, name: str, endpoints: Sequence[Endpoint], secret: Mapping[str, str], folder: Path | None = None
+    ) -> Hypervisor:
+        """Connect to all endpoints.
+
+        `secret` is what the Hypervisor's Secret holds; its files are written into `folder`, which the guardian must see as
+        well, or (None) into one that nobody else knows and that ends with `close`. Raises HypervisorUnreachableError unless
+        at least one endpoint answers, RefusedError for an endpoint or credentials that cannot be used.
+        """
+        own = Path(tempfile.mkdtemp(prefix="vmsnapshot-")) if folder is None else None
         try:
-            await found._each()
-        except HypervisorError:
+            files = credentials.write(own or folder or Path(), name, secret)
+            user = secret.get("username", "")
+            found = cls(name, {e.name: compose(e, user=user, credentials=files) for e in endpoints}, own)
+        except BaseException:
+            if own is not None:
+                shutil.rmtree(own, ignore_errors=True)
+            raise
+        try:
+            await found._each("connection", found._prepare)
+        except BaseException:
             await found.close()
             raise
         return found
 
     async def close(self) -> None:
         """Close all connections."""
-        await asyncio.gather(*(c.close() for c in (*self._main.values(), *self._release.values())))
+        await asyncio.gather(*(host.close() for host in self._hosts.values()))
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     @property
     def last_answer(self) -> float:
-        """When the endpoint that has been silent longest last answered (monotonic seconds)."""
-        return min(c.last_answer for c in self._main.values())
+        """When the endpoint that has been silent longest last answered (`time.monotonic`); 0 if one never did."""
+        return min(host.main.last_answer for host in self._hosts.values())
+
+    @property
+    def uris(self) -> tuple[str, ...]:
+        """The URIs of all endpoints: a VM that is held may migrate to any of them."""
+        return tuple(host.uri for host in self._hosts.values())
 
     def uri(self, ref: Ref) -> str:
         """Return the URI of the endpoint on which a domain is."""
-        return self._uris[ref.endpoint]
+        return self._hosts[ref.endpoint].uri
 
     async def about(self) -> dict[str, Any]:
         """Return versions and the number of domains, for status."""
-        domains, versions = 0, {"libvirtVersion": "", "hypervisorVersion": ""}
-        for endpoint, connection in await self._each():
-            count, lib, hyper = await call(f"look at {endpoint}", _about, connection, timeout=LOOK_TIMEOUT)
-            self._main[endpoint].answered()
-            domains += count
-            versions = {"libvirtVersion": _version(lib), "hypervisorVersion": _version(hyper)}
-        return {**versions, "domains": domains}
+        answers = await self._each("look", lambda e: self._hosts[e].look(f"look at {e}", _about))
+        _, lib, hyper = answers[0]
+        return {
+            "libvirtVersion": _version(lib),
+            "hypervisorVersion": _version(hyper),
+            "domains": sum(count for count, _, _ in answers),
+        }
 
     async def find(self, domain: str) -> Ref:
         """Look a domain up by UUID or name on all endpoints; the running one if several have it.
 
-        Raises DomainGoneError if none has it, HypervisorUnreachableError if one that may have it does not answer.
+        Raises DomainGoneError if none has it, or if several have different ones of that name; HypervisorUnreachableError if
+        an endpoint that may have it, or on which it may be running, does not answer.
         """
-        found: list[tuple[bool, Ref]] = []
-        silent: list[str] = []
-        for endpoint, connection in self._main.items():
-            try:
-                live = await connection.get()
-                name, uuid, active = await call(f"look-up of {domain}", _find, live, domain, timeout=LOOK_TIMEOUT)
-            except DomainGoneError:
-                connection.answered()
-                continue
-            except HypervisorUnreachableError as error:
-                silent.append(error.message)
-                continue
-            connection.answered()
-            found.append((active, Ref(uuid=uuid, name=name, endpoint=endpoint)))
-        if found:
-            return max(found, key=lambda f: f[0])[1]
-        if silent:
-            raise HypervisorUnreachableError("; ".join(silent))
-        raise DomainGoneError(f'hypervisor "{self.name}" has no domain "{domain}"')
+        ref, _ = await self._locate(domain)
+        return ref
 
     async def describe(self, ref: Ref, *, ask_agent: bool) -> Machine:
         """Return everything a plan needs to know of a domain."""
-        connection = await self._main[ref.endpoint].get()
-        machine: Machine = await call(f"look at {ref.name}", _describe, connection, ref, timeout=LOOK_TIMEOUT)
-        self._main[ref.endpoint].answered()
+        here = await self.find(ref.uuid)
+        host = self._hosts[here.endpoint]
+        machine = await host.look(f"look at {ref.name}", _describe, here)
         if ask_agent and machine.power is PowerState.RUNNING:
-            async with self._queries[ref.endpoint]:
-                domain = await call(f"look-up of {ref.name}", connection.lookupByUUIDString, ref.uuid, timeout=LOOK_TIMEOUT)
-                agent = await call(f"agent of {ref.name}", _ask, domain, timeout=LOOK_TIMEOUT)
-            machine = replace(machine, agent=agent)
+            machine = replace(machine, agent=await self._ask(host, here))
         return machine
 
     async def window(self, ref: Ref) -> DomainWindow:
-        """Look the domain up on both connections, so that nothing has to be looked up while it is held."""
-        here = ref if await self._has(ref) else await self.find(ref.uuid)
-        main, release = await self._main[here.endpoint].get(), await self._release[here.endpoint].get()
-        domain = await call(f"look-up of {ref.name}", main.lookupByUUIDString, ref.uuid, timeout=LOOK_TIMEOUT)
-        releaser = await call(f"look-up of {ref.name}", release.lookupByUUIDString, ref.uuid, timeout=LOOK_TIMEOUT)
-        return DomainWindow(ref.name, domain, releaser)
+        """Look the domain up on two connections of few, so that nothing has to be looked up while it is held."""
+        made = DomainWindow(ref.name, ref.uuid, self._outstanding, self._handles)
+        await made.open()
+        return made
 
     async def read_journal(self, ref: Ref) -> Journal | None:
         """Return the journal in the domain's metadata. Raises HypervisorError if there is one that cannot be read."""
-        connection = await self._main[ref.endpoint].get()
         try:
-            return await call(f"journal of {ref.name}", _journal, connection, ref.uuid, timeout=LOOK_TIMEOUT)
+            return await self._at(ref, f"journal of {ref.name}", journals.read)
         except UnreadableJournalError as error:
             raise HypervisorError(f"domain {ref.name}: {error}", reason="JournalUnreadable", retryable=True) from error
 
     async def write_journal(self, ref: Ref, journal: Journal) -> None:
         """Write the journal and read it back. Raises ForeignJournalError if another one is there."""
-        connection = await self._main[ref.endpoint].get()
-        await call(f"journal of {ref.name}", _write_journal, connection, ref.uuid, journal, timeout=ACT_TIMEOUT)
+        await self._at(ref, f"journal of {ref.name}", lambda domain: journals.write(domain, journal))
 
     async def clear_journal(self, ref: Ref, nonce: str) -> None:
         """Remove the journal if it is the one with this nonce."""
-        here = ref if await self._has(ref) else await self.find(ref.uuid)
-        connection = await self._main[here.endpoint].get()
-        await call(f"journal of {ref.name}", _clear_journal, connection, ref.uuid, nonce, timeout=ACT_TIMEOUT)
+        await self._at(ref, f"journal of {ref.name}", lambda domain: journals.clear(domain, nonce))
 
     async def sweep(self) -> list[tuple[Ref, Journal]]:
-        """Return all domains that bear a journal."""
-        found: list[tuple[Ref, Journal]] = []
-        for endpoint, connection in await self._each():
-            marked = await call(f"sweep of {endpoint}", _sweep, connection, endpoint, timeout=Seconds(60.0))
-            self._main[endpoint].answered()
-            found += marked
+        """Return all domains that bear a journal, on the endpoints that answer."""
+        found = await self._each(
+            "sweep", lambda e: self._hosts[e].look(f"sweep of {e}", _sweep, e, timeout=SWEEP_TIMEOUT)
+        )
+        return [each for endpoint in found for each in endpoint]
+
+    def events(self, ref: Ref) -> AbstractContextManager[EventWatch]:
+        """Watch what happens to a domain until left, on whatever endpoint; asks nobody, neither when entered nor when left."""
+        host = self._hosts.get(ref.endpoint)
+        return self._hub.watch(ref.uuid, ref.endpoint, blind=host is None or host.main.live is None)
+
+    async def _prepare(self, endpoint: str) -> None:
+        host = self._hosts[endpoint]
+        await host.main.get()
+        await asyncio.gather(host.holding.open(), host.freeing.open())
+
+    async def _ask(self, host: _Host, ref: Ref) -> Agent:
+        turn = host.suspects if ref.uuid in self._silent else host.queries
+        async with turn:
+            found = await host.look(f"agent of {ref.name}", _ask, ref.uuid)
+        (self._silent.add if found.state is AgentState.SILENT else self._silent.discard)(ref.uuid)
         return found
 
-    @contextmanager
-    def events(self, ref: Ref) -> Iterator[EventWatch]:
-        """Watch the lifecycle of a domain for a while; on the connection that `window` or `describe` opened."""
-        watch = EventWatch()
-        connection = self._main[ref.endpoint]._connection  # noqa: SLF001 - one module's two classes
-        wanted = uuid_module.UUID(ref.uuid)
-        number = None
-        if connection is not None:
+    async def _handles(self, window: DomainWindow) -> Handles:
+        ref, active = await self._locate(window.uuid)
+        host = self._hosts[ref.endpoint]
+        holding, freeing = await asyncio.gather(host.holding.seat(window), host.freeing.seat(window))
+        what = f"look-up of {ref.name}"
+        domains = await asyncio.gather(
+            *(host.calls.act(what, c.lookupByUUIDString, ref.uuid, timeout=ACT_TIMEOUT) for c in (holding, freeing))
+        )
+        return Handles(domains[0], domains[1], host.calls, host.freezes, active)
 
-            def heard(_: Any, domain: Any, event: int, detail: int, __: Any) -> None:
-                if uuid_module.UUID(domain.UUIDString()) == wanted:
-                    watch.lifecycle(event, detail)
+    async def _at(self, ref: Ref, what: str, act: Callable[[Any], T]) -> T:
+        """Act on the domain where it is now, on the main connection."""
+        here = await self.find(ref.uuid)
+        host = self._hosts[here.endpoint]
+        connection = await host.main.get()
+        return await host.calls.act(what, lambda: act(connection.lookupByUUIDString(ref.uuid)), timeout=ACT_TIMEOUT)
 
-            number = connection.domainEventRegisterAny(None, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, heard, None)
+    async def _locate(self, domain: str) -> tuple[Ref, bool]:
+        """Return where a domain is and whether it runs there; raises as `find`."""
+        answers: list[_Found] = []
+        asked = [asyncio.create_task(self._look_for(e, domain)) for e in self._hosts]
         try:
-            yield watch
+            for answer in asyncio.as_completed(asked):
+                answers.append(await answer)
+                if answers[-1].active and _is_uuid(domain):
+                    break  # one that hangs delays nobody whose VM runs elsewhere
         finally:
-            if connection is not None and number is not None:
-                try:
-                    connection.domainEventDeregisterAny(number)
-                except libvirt.libvirtError:
-                    # The connection broke: what was heard until then is all there is, so nothing may rest on it.
-                    watch.resumed = watch.started = True
+            for task in asked:
+                task.cancel()
+        found = sorted((a for a in answers if a.ref is not None), key=lambda a: not a.active)
+        problems = [a.problem for a in answers if a.problem]
+        refs = [a.ref for a in found if a.ref is not None]
+        if len({r.uuid for r in refs}) > 1:
+            log.warning("hypervisor %s has several domains %r; name one by its UUID: %s", self.name, domain, refs)
+            raise DomainGoneError(f'hypervisor "{self.name}" has several domains "{domain}": name it by its UUID')
+        if problems and not (found and found[0].active):
+            raise HypervisorUnreachableError("; ".join(problems))
+        if not refs:
+            raise DomainGoneError(f'hypervisor "{self.name}" has no domain "{domain}"')
+        return refs[0], found[0].active
 
-    async def _each(self) -> list[tuple[str, Any]]:
-        live = []
-        problems = []
-        for endpoint, connection in self._main.items():
-            try:
-                live.append((endpoint, await connection.get()))
-            except HypervisorUnreachableError as error:
-                problems.append(error.message)
-        if not live:
-            raise HypervisorUnreachableError("; ".join(problems) or f'hypervisor "{self.name}" has no endpoint')
-        return live
-
-    async def _has(self, ref: Ref) -> bool:
+    async def _look_for(self, endpoint: str, domain: str) -> _Found:
         try:
-            live = await self._main[ref.endpoint].get()
-            _, _, active = await call(f"look-up of {ref.name}", _find, live, ref.uuid, timeout=LOOK_TIMEOUT)
+            name, uuid, active = await self._hosts[endpoint].look(f"look-up of {domain} on {endpoint}", _find, domain)
         except DomainGoneError:
-            return False
-        return bool(active)
+            self._hosts[endpoint].main.answered()
+            return _Found()
+        except HypervisorError as error:
+            return _Found(problem=error.message)
+        return _Found(ref=Ref(uuid=uuid, name=name, endpoint=endpoint), active=active)
+
+    async def _each(self, what: str, act: Callable[[str], Awaitable[T]]) -> list[T]:
+        """Do something with every endpoint at once; raises HypervisorUnreachableError if none answers."""
+        answers: list[T] = []
+        problems: dict[str, str] = {}
+
+        async def one(endpoint: str) -> None:
+            try:
+                answers.append(await act(endpoint))
+            except HypervisorError as error:
+                problems[endpoint] = error.message
+
+        await asyncio.gather(*(one(e) for e in self._hosts))
+        if problems and set(problems) != set(self.problems):
+            log.warning("hypervisor %s, %s: %s", self.name, what, "; ".join(problems.values()))
+        self.problems = problems
+        if not answers:
+            raise HypervisorUnreachableError(
+                "; ".join(problems.values()) or f'hypervisor "{self.name}" has no endpoint'
+            )
+        return answers
 
 
 # --- blocking, in a thread of their own --------------------------------------------------------------------------------
+
+
+def _is_uuid(text: str) -> bool:
+    try:
+        uuid_module.UUID(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _version(number: int) -> str:
@@ -284,165 +314,39 @@ def _version(number: int) -> str:
 
 
 def _about(connection: Any) -> tuple[int, int, int]:
-    return connection.numOfDomains() + connection.numOfDefinedDomains(), connection.getLibVersion(), connection.getVersion()
-
-
-def _find(connection: Any, domain: str) -> tuple[str, str, bool]:
-    try:
-        found = connection.lookupByUUIDString(str(uuid_module.UUID(domain)))
-    except ValueError:
-        found = connection.lookupByName(domain)
-    return found.name(), found.UUIDString(), bool(found.isActive())
-
-
-def _ask(domain: Any) -> Any:
-    domain.agentSetResponseTimeout(agents.STATUS_SECONDS, 0)
-    return agents.ask(domain)
-
-
-def _describe(connection: Any, ref: Ref) -> Machine:
-    domain = connection.lookupByUUIDString(ref.uuid)
-    state, reason = domain.state()
-    power = _POWER.get(state, PowerState.UNKNOWN)
-    text = domain.XMLDesc()
-    try:
-        disks, devices = domain_xml.parse(text)
-    except ValueError as error:
-        raise HypervisorError(f"domain {ref.name}: {error}") from error
-    journal, journal_error = None, ""
-    try:
-        journal = _journal(connection, ref.uuid)
-    except UnreadableJournalError as error:
-        journal_error = str(error)
-    return Machine(
-        name=domain.name(),
-        uuid=domain.UUIDString(),
-        endpoint=ref.endpoint,
-        run_id=domain.ID(),
-        power=power,
-        power_reason=_reason(power, reason),
-        shut_down_from_within=power is PowerState.SHUT_OFF and reason == libvirt.VIR_DOMAIN_SHUTOFF_SHUTDOWN,
-        persistent=bool(domain.isPersistent()),
-        migrating=_migrating(domain, power),
-        disks=tuple(_sized(connection, domain, d, power) for d in disks),
-        devices=devices,
-        journal=journal,
-        journal_error=journal_error,
-        definition=domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)[:DEFINITION_LIMIT],
+    return (
+        connection.numOfDomains() + connection.numOfDefinedDomains(),
+        connection.getLibVersion(),
+        connection.getVersion(),
     )
 
 
-def _reason(power: PowerState, reason: int) -> str:
-    shut_off = {
-        libvirt.VIR_DOMAIN_SHUTOFF_SHUTDOWN: "shut down",
-        libvirt.VIR_DOMAIN_SHUTOFF_DESTROYED: "destroyed",
-        libvirt.VIR_DOMAIN_SHUTOFF_CRASHED: "crashed",
-        libvirt.VIR_DOMAIN_SHUTOFF_SAVED: "saved",
-        libvirt.VIR_DOMAIN_SHUTOFF_FAILED: "failed to start",
-    }
-    return shut_off.get(reason, f"reason {reason}") if power is PowerState.SHUT_OFF else f"reason {reason}"
-
-
-def _migrating(domain: Any, power: PowerState) -> bool:
-    if power is PowerState.SHUT_OFF:
-        return False
-    try:
-        job = domain.jobStats()
-    except libvirt.libvirtError as error:
-        if error.get_error_code() in (libvirt.VIR_ERR_NO_SUPPORT, libvirt.VIR_ERR_OPERATION_INVALID):
-            return False
-        raise
-    return job.get("operation") in _MIGRATION_JOBS
-
-
-def _sized(connection: Any, domain: Any, disk: Disk, power: PowerState) -> Disk:
-    if not disk.layers:
-        return disk
-    size = 0
-    if power is not PowerState.SHUT_OFF:
+def _find(connection: Any, domain: str) -> tuple[str, str, bool]:
+    found = None
+    if _is_uuid(domain):
         try:
-            size = int(domain.blockInfo(disk.target)[0])
-        except libvirt.libvirtError:
-            size = 0  # an empty drive, or one that libvirt cannot look into
-    layers = tuple(_placed(connection, layer, i > 0) for i, layer in enumerate(disk.layers))
-    return replace(disk, layers=layers, size_bytes=size)
-
-
-def _placed(connection: Any, layer: Layer, fingerprint: bool) -> Layer:
-    """Add the libvirt pool that holds a file, and to a read-only layer what betrays a later change."""
-    if layer.kind is not SourceKind.FILE:
-        return layer
-    try:
-        # By its folder: a volume made since the pool was last refreshed is not known to the pool yet.
-        pool = connection.storagePoolLookupByTargetPath(str(PurePosixPath(layer.source).parent)).name()
-    except libvirt.libvirtError:
-        return layer  # it lies in no pool
-    stamp = ""
-    if fingerprint:
-        try:
-            root = ET.fromstring(connection.storageVolLookupByPath(layer.source).XMLDesc())  # noqa: S314 - libvirt's own
-            stamp = f"{root.findtext('allocation')}/{root.findtext('target/timestamps/mtime')}"
-        except libvirt.libvirtError:
-            stamp = ""  # nothing is known that a later change would betray: restore says so
-    return replace(layer, pool=pool, fingerprint=stamp)
-
-
-def _flags(domain: Any) -> int:
-    flags = 0
-    if domain.isActive():
-        flags |= libvirt.VIR_DOMAIN_AFFECT_LIVE
-    if domain.isPersistent():
-        flags |= libvirt.VIR_DOMAIN_AFFECT_CONFIG
-    return flags
-
-
-def _journal(connection: Any, uuid: str) -> Journal | None:
-    domain = connection.lookupByUUIDString(uuid)
-    for flag in (libvirt.VIR_DOMAIN_AFFECT_LIVE, libvirt.VIR_DOMAIN_AFFECT_CONFIG):
-        if not _flags(domain) & flag:
-            continue
-        try:
-            text = domain.metadata(libvirt.VIR_DOMAIN_METADATA_ELEMENT, journals.NAMESPACE, flag)
+            found = connection.lookupByUUIDString(str(uuid_module.UUID(domain)))
         except libvirt.libvirtError as error:
-            if error.get_error_code() in (libvirt.VIR_ERR_NO_DOMAIN_METADATA, libvirt.VIR_ERR_NO_SUPPORT):
-                continue
-            raise
-        return journals.from_xml(text)
-    return None
+            if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
+                raise
+    if found is None:
+        found = connection.lookupByName(domain)  # a name may look like a UUID
+    return found.name(), found.UUIDString(), bool(found.isActive())
 
 
-def _write_journal(connection: Any, uuid: str, journal: Journal) -> None:
-    domain = connection.lookupByUUIDString(uuid)
+def _ask(connection: Any, uuid: str) -> Agent:
+    return agents.ask(connection.lookupByUUIDString(uuid))
+
+
+def _describe(connection: Any, ref: Ref) -> Machine:
     try:
-        there = _journal(connection, uuid)
-    except UnreadableJournalError as error:
-        raise ForeignJournalError(f"domain {domain.name()}: {error}") from error
-    if there is not None and there.nonce != journal.nonce:
-        raise ForeignJournalError(f"domain {domain.name()} is held by installation {there.installation}, object {there.owner_uid}")
-    kind = libvirt.VIR_DOMAIN_METADATA_ELEMENT
-    domain.setMetadata(kind, journals.to_xml(journal), journals.PREFIX, journals.NAMESPACE, _flags(domain))
-    if _journal(connection, uuid) != journal:
-        raise ForeignJournalError(f"domain {domain.name()}: somebody else wrote a journal at the same moment")
-
-
-def _clear_journal(connection: Any, uuid: str, nonce: str) -> None:
-    domain = connection.lookupByUUIDString(uuid)
-    there = _journal(connection, uuid)
-    if there is not None and there.nonce == nonce:
-        domain.setMetadata(libvirt.VIR_DOMAIN_METADATA_ELEMENT, None, None, journals.NAMESPACE, _flags(domain))
+        return description.describe(connection, ref.uuid, ref.endpoint)
+    except ValueError as error:
+        raise HypervisorError(f"domain {ref.name}: {error}") from error
 
 
 def _sweep(connection: Any, endpoint: str) -> list[tuple[Ref, Journal]]:
-    found = []
-    for domain in connection.listAllDomains():
-        try:
-            journal = _journal(connection, domain.UUIDString())
-        except UnreadableJournalError:
-            continue  # said when somebody plans a snapshot of it
-        except libvirt.libvirtError as error:
-            if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
-                continue
-            raise
-        if journal is not None:
-            found.append((Ref(uuid=domain.UUIDString(), name=domain.name(), endpoint=endpoint), journal))
-    return found
+    return [
+        (Ref(uuid=domain.UUIDString(), name=domain.name(), endpoint=endpoint), journal)
+        for domain, journal in journals.sweep(connection)
+    ]

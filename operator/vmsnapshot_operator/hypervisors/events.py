@@ -1,25 +1,200 @@
-"""What happened to one domain between two moments, as libvirt's events tell: evidence of an early resume or another run."""
+"""What happened to a domain between two moments, as libvirt's events tell: evidence of an early resume or another run.
+
+Each connection is registered once, when it opens, for all domains: watching one costs no call, neither before nor while a
+VM is held. Not: what follows from it (`quiesce`, `plan.verdict`).
+"""
 
 from __future__ import annotations
 
+import threading
+import time
+import uuid as uuid_module
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from typing import Any, NamedTuple
+
 import libvirt
+
+from vmsnapshot_operator.core.volumes import Seconds
+
+_KEPT = 64
+"""Events remembered for one watch: a guest that reboots in a loop fills no memory."""
+
+
+class Kind(StrEnum):
+    """What may happen to a domain."""
+
+    RESUMED = "resumed"
+    PAUSED = "paused"
+    STARTED = "started"
+    STOPPED = "stopped"
+    MIGRATED = "migrated"
+    REBOOTED = "rebooted"
+    AGENT_LOST = "agent lost"
+    DISKS_CHANGED = "disks changed"
+
+
+class Happening(NamedTuple):
+    """One event. `at`: when this process heard of it, by the clock that goes on while the machine sleeps."""
+
+    kind: Kind
+    at: Seconds
 
 
 class EventWatch:
-    """Flags that only ever rise. Written by libvirt's event thread, read after the window."""
+    """What was heard of one domain. `blind`: the connection broke or was not there, so silence proves nothing."""
+
+    def __init__(self, uuid: str, endpoint: str, *, blind: bool = False) -> None:
+        self.uuid = uuid
+        self.endpoint = endpoint
+        self.blind = blind
+        self._seen: set[Kind] = set()
+        self._happenings: list[Happening] = []
+
+    @property
+    def happenings(self) -> tuple[Happening, ...]:
+        """The first events, in the order in which they were heard."""
+        return tuple(self._happenings)
+
+    @property
+    def resumed(self) -> bool:
+        """Whether it was resumed, or nobody can say that it was not."""
+        return self._may(Kind.RESUMED)
+
+    @property
+    def started(self) -> bool:
+        """Whether it was started, or nobody can say that it was not."""
+        return self._may(Kind.STARTED)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether it stopped or crashed, or nobody can say that it did not."""
+        return self._may(Kind.STOPPED)
+
+    @property
+    def migrated(self) -> bool:
+        """Whether it came from or went to another host, or nobody can say that it did not."""
+        return self._may(Kind.MIGRATED)
+
+    @property
+    def rebooted(self) -> bool:
+        """Whether its operating system was started anew, or nobody can say that it was not."""
+        return self._may(Kind.REBOOTED)
+
+    @property
+    def agent_lost(self) -> bool:
+        """Whether its agent went away, or nobody can say that it did not."""
+        return self._may(Kind.AGENT_LOST)
+
+    @property
+    def disks_changed(self) -> bool:
+        """Whether a device was added or removed or a medium changed, or nobody can say that none was."""
+        return self._may(Kind.DISKS_CHANGED)
+
+    def hear(self, *kinds: Kind) -> None:
+        """Take note of an event."""
+        at = Seconds(time.clock_gettime(time.CLOCK_BOOTTIME))
+        self._seen.update(kinds)
+        self._happenings.extend(Happening(k, at) for k in kinds if len(self._happenings) < _KEPT)
+
+    def _may(self, kind: Kind) -> bool:
+        return self.blind or kind in self._seen
+
+
+class EventHub:
+    """Passes the events of all endpoints on to those who watch. Written by libvirt's event thread, read by anybody."""
 
     def __init__(self) -> None:
-        self.resumed = False
-        self.started = False
-        self.stopped = False
-        self.migrated = False
+        self._lock = threading.Lock()
+        self._watches: set[EventWatch] = set()
 
-    def lifecycle(self, event: int, detail: int) -> None:
-        """Take one lifecycle event."""
-        if event == libvirt.VIR_DOMAIN_EVENT_RESUMED:
-            self.resumed = True
-            self.migrated |= detail == libvirt.VIR_DOMAIN_EVENT_RESUMED_MIGRATED
-        elif event == libvirt.VIR_DOMAIN_EVENT_STARTED:
-            self.started = True
-        elif event in (libvirt.VIR_DOMAIN_EVENT_STOPPED, libvirt.VIR_DOMAIN_EVENT_SHUTDOWN, libvirt.VIR_DOMAIN_EVENT_CRASHED):
-            self.stopped = True
+    @contextmanager
+    def watch(self, uuid: str, endpoint: str, *, blind: bool) -> Iterator[EventWatch]:
+        """Hear of a domain until left. `blind`: there is no connection to its endpoint now."""
+        watch = EventWatch(_canonical(uuid), endpoint, blind=blind)
+        with self._lock:
+            self._watches.add(watch)
+        try:
+            yield watch
+        finally:
+            with self._lock:
+                self._watches.discard(watch)
+
+    def register(self, connection: Any, endpoint: str) -> Callable[[], None]:
+        """Have a new connection tell us; return what ends that. Blocking, both; raise libvirtError."""
+
+        def tell(domain: Any, *kinds: Kind) -> None:
+            self._tell(domain.UUIDString(), *kinds)
+
+        ids = libvirt
+        wanted: list[tuple[int, Callable[..., None]]] = [
+            (ids.VIR_DOMAIN_EVENT_ID_LIFECYCLE, lambda _c, d, e, x, _o: tell(d, *lifecycle(e, x))),
+        ]
+        double = connection.getType() == "Test"  # libvirt's built-in double knows no other events
+        if not double:
+            wanted += [
+                (ids.VIR_DOMAIN_EVENT_ID_REBOOT, lambda _c, d, _o: tell(d, Kind.REBOOTED)),
+                (ids.VIR_DOMAIN_EVENT_ID_AGENT_LIFECYCLE, lambda _c, d, s, _r, _o: tell(d, *agent(s))),
+                (ids.VIR_DOMAIN_EVENT_ID_DEVICE_ADDED, lambda _c, d, _a, _o: tell(d, Kind.DISKS_CHANGED)),
+                (ids.VIR_DOMAIN_EVENT_ID_DEVICE_REMOVED, lambda _c, d, _a, _o: tell(d, Kind.DISKS_CHANGED)),
+                (ids.VIR_DOMAIN_EVENT_ID_DISK_CHANGE, lambda _c, d, *_: tell(d, Kind.DISKS_CHANGED)),
+            ]
+            connection.registerCloseCallback(lambda *_: self.lost(endpoint), None)
+        numbers = [connection.domainEventRegisterAny(None, number, heard, None) for number, heard in wanted]
+
+        def end() -> None:
+            # A connection with callbacks is kept open by libvirt, whoever closes it.
+            if not double:
+                connection.unregisterCloseCallback()
+            for number in numbers:
+                connection.domainEventDeregisterAny(number)
+
+        return end
+
+    def lost(self, endpoint: str) -> None:
+        """The connection to an endpoint broke: what happens there from now on is not heard."""
+        with self._lock:
+            for watch in self._watches:
+                if watch.endpoint == endpoint:
+                    watch.blind = True
+
+    def _tell(self, uuid: str, *kinds: Kind) -> None:
+        wanted = _canonical(uuid)
+        with self._lock:
+            for watch in self._watches:
+                if watch.uuid == wanted:
+                    watch.hear(*kinds)
+
+
+def lifecycle(event: int, detail: int) -> tuple[Kind, ...]:
+    """Return what a lifecycle event of libvirt says."""
+    match event:
+        case libvirt.VIR_DOMAIN_EVENT_RESUMED:
+            moved = detail in (libvirt.VIR_DOMAIN_EVENT_RESUMED_MIGRATED, libvirt.VIR_DOMAIN_EVENT_RESUMED_POSTCOPY)
+            return (Kind.RESUMED, Kind.MIGRATED) if moved else (Kind.RESUMED,)
+        case libvirt.VIR_DOMAIN_EVENT_SUSPENDED:
+            moved = detail in (libvirt.VIR_DOMAIN_EVENT_SUSPENDED_MIGRATED, libvirt.VIR_DOMAIN_EVENT_SUSPENDED_POSTCOPY)
+            return (Kind.PAUSED, Kind.MIGRATED) if moved else (Kind.PAUSED,)
+        case libvirt.VIR_DOMAIN_EVENT_STARTED:
+            moved = detail == libvirt.VIR_DOMAIN_EVENT_STARTED_MIGRATED
+            return (Kind.STARTED, Kind.MIGRATED) if moved else (Kind.STARTED,)
+        case libvirt.VIR_DOMAIN_EVENT_STOPPED:
+            moved = detail == libvirt.VIR_DOMAIN_EVENT_STOPPED_MIGRATED
+            return (Kind.STOPPED, Kind.MIGRATED) if moved else (Kind.STOPPED,)
+        case (
+            libvirt.VIR_DOMAIN_EVENT_SHUTDOWN | libvirt.VIR_DOMAIN_EVENT_CRASHED | libvirt.VIR_DOMAIN_EVENT_PMSUSPENDED
+        ):
+            return (Kind.STOPPED,)
+        case _:
+            return ()  # defined, undefined: nothing happened to what runs
+
+
+def agent(state: int) -> tuple[Kind, ...]:
+    """Return what an event of the agent's channel says."""
+    gone = state == libvirt.VIR_CONNECT_DOMAIN_EVENT_AGENT_LIFECYCLE_STATE_DISCONNECTED
+    return (Kind.AGENT_LOST,) if gone else ()
+
+
+def _canonical(uuid: str) -> str:
+    return str(uuid_module.UUID(uuid))

@@ -1,0 +1,94 @@
+"""The journal in a domain's metadata: read, write, clear, find. Blocking, on a given virConnect; raise libvirtError.
+
+Not what it says (`core.journal`) nor when it is written (`strategies`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import libvirt
+
+from vmsnapshot_operator.core import journal as journals
+from vmsnapshot_operator.core.journal import Journal, UnreadableJournalError
+from vmsnapshot_operator.errors import ForeignJournalError
+
+_ELEMENT = libvirt.VIR_DOMAIN_METADATA_ELEMENT
+_LIVE, _CONFIG = libvirt.VIR_DOMAIN_AFFECT_LIVE, libvirt.VIR_DOMAIN_AFFECT_CONFIG
+_NONE_THERE = frozenset({libvirt.VIR_ERR_NO_DOMAIN_METADATA, libvirt.VIR_ERR_NO_SUPPORT})
+
+
+def read(domain: Any) -> Journal | None:
+    """Return the journal of a domain: that of the running one, else that of its definition. Raises UnreadableJournalError."""
+    for place in _places(domain):
+        text = _text(domain, place)
+        if text is not None:
+            return journals.from_xml(text)
+    return None
+
+
+def write(domain: Any, journal: Journal) -> None:
+    """Write a journal and read it back. Raises ForeignJournalError if another one is there, then or at once after."""
+    try:
+        there = read(domain)
+    except UnreadableJournalError as error:
+        raise ForeignJournalError(f"domain {domain.name()}: {error}") from error
+    if there is not None and there.nonce != journal.nonce:
+        raise ForeignJournalError(
+            f"domain {domain.name()} is held by installation {there.installation}, object {there.owner_uid}"
+        )
+    places = _places(domain)
+    domain.setMetadata(_ELEMENT, journals.to_xml(journal), journals.PREFIX, journals.NAMESPACE, sum(places))
+    for place in places:
+        text = _text(domain, place)
+        written = _or_none(text) if text is not None else None
+        if written is None or written.nonce != journal.nonce:
+            raise ForeignJournalError(
+                f"domain {domain.name()}: somebody else wrote or removed a journal at the same moment"
+            )
+
+
+def clear(domain: Any, nonce: str) -> None:
+    """Remove the journal with this nonce, and no other, wherever it stands."""
+    for place in _places(domain):
+        text = _text(domain, place)
+        there = _or_none(text) if text is not None else None
+        if there is not None and there.nonce == nonce:
+            domain.setMetadata(_ELEMENT, None, None, journals.NAMESPACE, place)
+
+
+def sweep(connection: Any) -> Iterator[tuple[Any, Journal]]:
+    """Yield all domains that bear a journal, running or not. One that cannot be read is told to those who plan, not here."""
+    for domain in connection.listAllDomains():
+        try:
+            journal = read(domain)
+        except UnreadableJournalError:
+            continue
+        except libvirt.libvirtError as error:
+            if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
+                continue  # it went away meanwhile
+            raise
+        if journal is not None:
+            yield domain, journal
+
+
+def _places(domain: Any) -> tuple[int, ...]:
+    live = (_LIVE,) if domain.isActive() else ()
+    return (*live, _CONFIG) if domain.isPersistent() else live
+
+
+def _text(domain: Any, place: int) -> str | None:
+    try:
+        return str(domain.metadata(_ELEMENT, journals.NAMESPACE, place))
+    except libvirt.libvirtError as error:
+        if error.get_error_code() in _NONE_THERE:
+            return None
+        raise
+
+
+def _or_none(text: str) -> Journal | None:
+    try:
+        return journals.from_xml(text)
+    except UnreadableJournalError:
+        return None

@@ -1,0 +1,199 @@
+"""One domain while it is held: looked up beforehand on two connections, so that holding and freeing it cost libvirt's time alone.
+
+Not when it is held or freed, and for how long (`quiesce`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeVar
+
+from vmsnapshot_operator.core.machine import AgentState, PowerState
+from vmsnapshot_operator.core.volumes import Seconds
+from vmsnapshot_operator.errors import AgentError, CallTimeoutError, DomainGoneError, HypervisorError
+from vmsnapshot_operator.hypervisors import agent, description
+from vmsnapshot_operator.hypervisors.calls import Calls
+
+ACT_TIMEOUT = Seconds(10.0)
+GRACE = Seconds(2.0)
+"""What a call may take longer than the deadline given to libvirt itself."""
+
+T = TypeVar("T")
+
+
+class Handles(NamedTuple):
+    """A domain where it is now: on a connection to hold it and on another one to free it. `active`: it runs or is paused."""
+
+    holding: Any
+    freeing: Any
+    calls: Calls
+    freezes: asyncio.Semaphore
+    active: bool
+
+
+class Outstanding:
+    """Calls that hold a VM and have not returned: as long as there is one, no answer says that the VM is free for good.
+
+    Kept per domain and beyond the window that made them: a freeze that was left behind may still be executed later.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: dict[str, int] = {}
+
+    @contextmanager
+    def holding(self, uuid: str) -> Iterator[None]:
+        """Count a call while it is under way; used in its thread."""
+        with self._lock:
+            self._counts[uuid] = self._counts.get(uuid, 0) + 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._counts[uuid] -= 1
+                if not self._counts[uuid]:
+                    del self._counts[uuid]
+
+    def any(self, uuid: str) -> bool:
+        """Whether one is under way."""
+        return uuid in self._counts
+
+
+class DomainWindow:
+    """Hold and free one domain. Made by `Hypervisor.window`, before anything is frozen.
+
+    Every method raises HypervisorError or a child of it. Those that free look the domain up anew, on all endpoints, when it
+    is not where it was or the connection broke: libvirtd may have been restarted, the VM may have migrated.
+    """
+
+    def __init__(
+        self, name: str, uuid: str, outstanding: Outstanding, look_up: Callable[[DomainWindow], Awaitable[Handles]]
+    ) -> None:
+        self._name = name
+        self.uuid = uuid
+        self._outstanding = outstanding
+        self._look_up = look_up
+        self._handles: Handles | None = None
+        self._releases = 0
+
+    async def open(self) -> None:
+        """Look the domain up on both connections."""
+        self._handles = await self._look_up(self)
+
+    async def freeze(self, mountpoints: Sequence[str], timeout: Seconds) -> int:  # noqa: ASYNC109 - given to libvirt
+        """Freeze these file systems, or all; return how many were. After any error it may still happen later: thaw."""
+        here = self._known()
+        seconds, releases = max(1, int(timeout)), self._releases
+
+        def run() -> int:
+            with self._outstanding.holding(self.uuid):
+                # By default libvirt waits for an agent without end. The setting is the domain's, and stays.
+                here.holding.agentSetResponseTimeout(seconds, 0)
+                if self._releases != releases:
+                    raise AgentError("the freeze was given up before it was sent")
+                return int(here.holding.fsFreeze(list(mountpoints) or None, 0))
+
+        try:
+            async with asyncio.timeout(timeout):
+                await here.freezes.acquire()
+        except TimeoutError:
+            raise AgentError(f"freeze of {self._name}: too many freezes of this host do not return") from None
+        try:
+            return await here.calls.act(f"freeze of {self._name}", run, timeout=Seconds(seconds + GRACE))
+        finally:
+            here.freezes.release()
+
+    async def thaw(self, timeout: Seconds) -> int:  # noqa: ASYNC109 - given to libvirt
+        """Thaw everything; return how many file systems were. What does not run holds nothing, hence 0."""
+        self._releases += 1
+        seconds = max(1, int(timeout))
+
+        def run(domain: Any) -> int:
+            domain.agentSetResponseTimeout(seconds, 0)
+            return int(domain.fsThaw(None, 0))
+
+        return await self._free("thaw", run, Seconds(seconds + GRACE), nothing=0)
+
+    async def status(self, timeout: Seconds) -> AgentState:  # noqa: ASYNC109 - given to libvirt
+        """Ask the agent for its freeze state; THAWED also for what does not run.
+
+        Raises HypervisorError while a freeze of ours has not returned: it may come after the answer.
+        """
+        seconds = max(1, int(timeout))
+
+        def run(domain: Any) -> AgentState:
+            state, _ = agent.freeze_state(domain, seconds)
+            if state is AgentState.ABSENT and not domain.isActive():
+                raise DomainGoneError(f"domain {self._name} does not run here")
+            return state
+
+        self._wait_for_ours("freeze")
+        state = await self._free("freeze state", run, Seconds(seconds + GRACE), nothing=AgentState.THAWED)
+        self._wait_for_ours("freeze")
+        return state
+
+    async def pause(self) -> None:
+        """Pause the VM. After any error it may still happen later: resume."""
+        here, releases = self._known(), self._releases
+
+        def run() -> None:
+            with self._outstanding.holding(self.uuid):
+                if self._releases != releases:
+                    raise HypervisorError("the pause was given up before it was sent")
+                here.holding.suspend()
+
+        await here.calls.act(f"pause of {self._name}", run, timeout=ACT_TIMEOUT)
+
+    async def resume(self) -> None:
+        """Resume the VM."""
+        self._releases += 1
+        await self._free("resume", lambda domain: domain.resume(), ACT_TIMEOUT, nothing=None)
+
+    async def state(self) -> PowerState:
+        """Return the VM's power state; SHUT_OFF if it is gone.
+
+        Raises HypervisorError while a pause of ours has not returned: it may come after the answer.
+        """
+
+        def run(domain: Any) -> PowerState:
+            power, _ = description.power_of(domain)
+            if power is PowerState.SHUT_OFF:
+                raise DomainGoneError(f"domain {self._name} does not run here")
+            return power
+
+        self._wait_for_ours("pause")
+        power = await self._free("state", run, ACT_TIMEOUT, nothing=PowerState.SHUT_OFF)
+        self._wait_for_ours("pause")
+        return power
+
+    async def _free(self, what: str, act: Callable[[Any], T], timeout: Seconds, *, nothing: T) -> T:  # noqa: ASYNC109 - handed on
+        """Act where the domain was; if that fails and it is elsewhere or the connection is another, act there, once."""
+        before = self._known()
+        try:
+            return await before.calls.act(f"{what} of {self._name}", act, before.freeing, timeout=timeout)
+        except (AgentError, CallTimeoutError):
+            raise  # it is there, and does not answer
+        except HypervisorError as error:
+            try:
+                now = await self._look_up(self)
+            except DomainGoneError:
+                return nothing  # all endpoints have answered, and none has it
+            if not now.active:
+                return nothing
+            if now.freeing.connect() is before.freeing.connect():
+                raise error from None
+            self._handles = now
+            return await now.calls.act(f"{what} of {self._name}", act, now.freeing, timeout=timeout)
+
+    def _known(self) -> Handles:
+        if self._handles is None:
+            raise HypervisorError(f"domain {self._name}: the window was not opened")
+        return self._handles
+
+    def _wait_for_ours(self, what: str) -> None:
+        if self._outstanding.any(self.uuid):
+            text = f"domain {self._name}: a {what} of ours has not returned, so it may still come"
+            raise HypervisorError(text, retryable=True)
