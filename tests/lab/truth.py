@@ -90,9 +90,11 @@ def fsck(raw: Path) -> str:
     Only a file system that was frozen, or unmounted, has an empty journal.
     """
     done = subprocess.run(["e2fsck", "-fn", str(raw)], capture_output=True, text=True, check=False, timeout=120)
+    if "skipping journal recovery" in done.stdout + done.stderr:
+        return NOT_REPLAYED  # whatever else it found: a replay may mend it
     if done.returncode:
         return f"exit {done.returncode}: {' '.join(done.stdout.split()) or done.stderr.strip()}"[:400]
-    return NOT_REPLAYED if "skipping journal recovery" in done.stdout + done.stderr else CLEAN
+    return CLEAN
 
 
 @contextlib.contextmanager
