@@ -1,0 +1,229 @@
+"""From any crash after any prefix of steps the next looks converge: to a true, terminal state, a free VM, and no leftovers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.unit.plan import builders as b
+from tests.unit.plan.world import World
+from vmsnapshot_operator.core import effects as e
+from vmsnapshot_operator.core.driver import Fit
+from vmsnapshot_operator.core.planning import Patience, Policy, Refusal
+from vmsnapshot_operator.core.volumes import Consistency
+from vmsnapshot_operator.plan import next_effect, verdict
+
+POLICIES = st.sampled_from(list(Policy))
+STEPS = st.lists(st.integers(0, 14), max_size=3)
+
+
+def kstatus(conditions: tuple[e.Condition, ...]) -> str:
+    """What tools make of it, by the published rules of kstatus: Reconciling, Stalled, then Ready."""
+    found = {c.type: c.status for c in conditions}
+    if found.get("Reconciling"):
+        return "InProgress"
+    if found.get("Stalled"):
+        return "Failed"
+    if "Ready" in found and found["Ready"] is not True:
+        return "InProgress"
+    return "Current"
+
+
+def world(policy: Policy = Policy.PREFER, **facts: object) -> World:
+    asked = b.request(policy=policy)
+    return World(request=asked, plan=b.plan(asked), **facts)  # type: ignore[arg-type]  # fields of World
+
+
+def check(done: World) -> None:
+    """What must hold at rest, whatever happened before."""
+    assert not done.frozen
+    assert done.journal is None
+    assert all(n == 1 for n in done.freezes.values()), "one freeze per attempt"
+    if done.gone:
+        assert not done.names_held
+        assert done.record is None
+        return
+    record = done.record
+    assert record is not None
+    conditions = {c.type: c for c in done.said[-1]}
+    assert kstatus(done.said[-1]) in ("Current", "Failed")
+    if record.ready:
+        assert kstatus(done.said[-1]) == "Current"
+        assert done.names_held == {g.request.name for g in record.groups.values()}, "exactly the recorded attempt's"
+        claimed = verdict.overall(record.verdicts)
+        if claimed >= Consistency.CRASH:
+            assert all(done.still_at_cut[g.request.name] for g in record.groups.values()), "claimed more than was"
+    else:
+        assert record.failure is not None
+        assert not done.names_held
+        assert conditions["Stalled"].status is True
+        assert conditions["Ready"].status is False
+        assert conditions["Unquiesced"].status is True
+
+
+@given(POLICIES, STEPS, st.booleans())
+def test_crashes_anywhere_converge_to_ready(policy: Policy, crashes: list[int], early: bool) -> None:
+    done = world(policy, early_thaw=early)
+    for after in crashes:
+        done.budget_of_steps = after
+        done.settle_down()
+        done.crash()
+    done.settle_down()
+    check(done)
+    if policy is Policy.REQUIRE and early:
+        assert done.record is not None
+        assert done.record.failure is not None
+        assert done.record.failure.reason == "PolicyNotMet"
+
+
+@given(STEPS, st.sampled_from(["files", "ceph"]))
+def test_a_failing_cut_ends_as_failed_and_leaves_nothing(crashes: list[int], bad: str) -> None:
+    done = world(bad_cut=bad)
+    for after in crashes:
+        done.budget_of_steps = after
+        done.settle_down()
+        done.crash()
+    done.settle_down()
+    check(done)
+    assert done.record is not None
+    assert done.record.failure is not None
+
+
+@given(POLICIES, st.integers(0, 14), st.lists(st.integers(0, 6), max_size=2))
+def test_deletion_at_any_moment_leaves_nothing(policy: Policy, moment: int, crashes: list[int]) -> None:
+    done = world(policy)
+    done.budget_of_steps = moment
+    done.settle_down()
+    done.crash()
+    done.deleting = True
+    for after in crashes:
+        done.budget_of_steps = after
+        done.settle_down()
+        done.crash()
+    done.settle_down()
+    assert done.gone
+    check(done)
+
+
+@given(st.integers(0, 14))
+def test_deletion_waits_for_a_storage_that_does_not_answer(moment: int) -> None:
+    done = world()
+    done.budget_of_steps = moment
+    done.settle_down()
+    done.crash()
+    done.deleting, done.storage_answers = True, False
+    before = done.names_held
+    had = done.finalizer
+    done.settle_down()
+    assert done.gone is not had
+    assert done.names_held == before
+    done.storage_answers = True
+    done.settle_down()
+    assert done.gone
+    check(done)
+
+
+@pytest.mark.parametrize(("policy", "reason"), [(Policy.REQUIRE, "FreezeFailed"), (Policy.PREFER, "")])
+def test_a_freeze_that_fails(policy: Policy, reason: str) -> None:
+    done = world(policy, bad_freeze=True)
+    done.settle_down()
+    check(done)
+    assert done.record is not None
+    assert (done.record.failure.reason if done.record.failure is not None else "") == reason
+    if not reason:
+        assert done.record.plan.quiesce.method == "Pause"
+        assert done.record.attempt == 2
+
+
+@pytest.mark.parametrize(("patience", "seconds"), [(Patience.SETTLE, 5.0), (Patience.WAIT, 600.0)])
+def test_a_refusal_becomes_final_when_its_patience_is_over(patience: Patience, seconds: float) -> None:
+    done = World(plan=Refusal(reason="ClassNotReady", message="no class", patience=patience))
+    effect = done.turn()
+    assert isinstance(effect, e.Wait)
+    assert kstatus(done.said[-1]) == "InProgress"
+    done.settle_down(2000)
+    assert seconds <= done.clock < seconds + 3
+    assert kstatus(done.said[-1]) == "Failed"
+    assert not done.finalizer
+    done.plan = b.plan()
+    done.settle_down()
+    assert done.record is None, "a refusal stays one, whatever comes later"
+
+
+def test_a_dry_run_touches_nothing_and_is_not_in_progress_for_ever() -> None:
+    done = World(request=b.request(dry_run=True))
+    done.settle_down()
+    assert (done.record, done.finalizer, done.freezes) == (None, False, {})
+    assert kstatus(done.said[-1]) == "Current"
+    assert "Ready" not in {c.type for c in done.said[-1]}
+
+
+def test_retain_keeps_what_was_taken() -> None:
+    done = World(request=b.request(retain=True))
+    done.settle_down()
+    held = done.names_held
+    done.deleting = True
+    done.settle_down()
+    assert done.gone
+    assert done.names_held == held
+    assert done.record is not None
+
+
+def test_nothing_begins_without_the_lease_a_guardian_or_a_free_vm() -> None:
+    seen = World().gather()
+    for change in ({"leader": False}, {"in_use_by": "another snapshot"}):
+        decision = next_effect.decide(replace(seen, **change), b.CREATED, installation=b.INSTALLATION)  # type: ignore[arg-type]
+        assert isinstance(decision.effect, e.Wait)
+    ready = World(finalizer=True)
+    ready.turn()
+    blind = replace(ready.gather(), guardian=Fit(ok=False, reason="GuardianNotReady", message="it does not answer"))
+    decision = next_effect.decide(blind, b.CREATED, installation=b.INSTALLATION)
+    assert isinstance(decision.effect, e.Wait)
+    assert "it does not answer" in decision.conditions[-2].message
+
+
+def test_a_vm_that_changed_since_it_was_prepared_is_prepared_anew() -> None:
+    done = World(finalizer=True)
+    done.turn()
+    done.plan = b.plan(found=b.machine(disks=(*b.DISKS, b.disk("vdd")), agent=b.agent(("vda", "vdb", "vdc", "vdd"))))
+    effect = done.turn()
+    assert isinstance(effect, e.Prepare)
+    assert effect.attempt == 2
+
+
+def test_a_forged_content_is_refused_and_survives_deletion() -> None:
+    done = World(finalizer=True)
+    done.turn()
+    assert done.record is not None
+    done.record = replace(done.record, problem="it belongs to somebody else", foreign=True)
+    seen = done.gather()
+    decision = next_effect.decide(seen, b.CREATED, installation=b.INSTALLATION)
+    assert kstatus(decision.conditions) == "Failed"
+    assert isinstance(decision.effect, e.Wait)
+    gone = next_effect.decide(replace(seen, deleting=True, held={}), b.CREATED, installation=b.INSTALLATION)
+    assert isinstance(gone.effect, e.Forget)
+
+
+def test_when_it_cannot_be_seen_whether_the_vm_is_free_nothing_is_terminal() -> None:
+    done = World(finalizer=True)
+    done.turn()
+    blind = replace(done.gather(), journal_problem="libvirt does not answer")
+    for change in ({}, {"deleting": True}):
+        decision = next_effect.decide(replace(blind, **change), b.at(10_000), installation=b.INSTALLATION)  # type: ignore[arg-type]
+        assert isinstance(decision.effect, e.Wait)
+        assert kstatus(decision.conditions) == "InProgress"
+
+
+def test_attempts_are_not_endless() -> None:
+    done = world()
+    for _ in range(next_effect.MAX_ATTEMPTS + 2):
+        done.budget_of_steps = 5
+        done.settle_down()
+        done.crash()
+    done.settle_down()
+    check(done)
+    assert done.record is not None
+    assert done.record.attempt <= next_effect.MAX_ATTEMPTS

@@ -1,0 +1,297 @@
+"""A small model of the world in which `decide` is tried: a VM, a storage, a content, and a process that may die anywhere.
+
+Each effect is performed step by step. A crash may come before any step: what lies in the process is lost, the world stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from tests.unit.plan import builders as b
+from vmsnapshot_operator.core import effects as e
+from vmsnapshot_operator.core.driver import CutResult, Fit
+from vmsnapshot_operator.core.evidence import Bracket, Evidence, GroupOutcome, WindowOutcome
+from vmsnapshot_operator.core.journal import Journal
+from vmsnapshot_operator.core.planning import Plan, Refusal, Request
+from vmsnapshot_operator.core.volumes import Handle, Seconds
+from vmsnapshot_operator.plan import next_effect
+
+
+class Crash(Exception):  # noqa: N818 - what it is
+    """The process died."""
+
+
+@dataclass(slots=True)
+class World:
+    """`budget_of_steps`: steps until the process dies; None: it lives on. `bad_cut`: a class whose cut fails."""
+
+    request: Request = field(default_factory=b.request)
+    plan: Plan | Refusal = field(default_factory=b.plan)
+    clock: float = 0.0
+    # the world
+    frozen: bool = False
+    journal: Journal | None = None
+    held: dict[str, set[str]] = field(default_factory=dict)
+    record: e.Record | None = None
+    finalizer: bool = False
+    refused: e.Failure | None = None
+    gone: bool = False
+    deleting: bool = False
+    storage_answers: bool = True
+    bad_cut: str = ""
+    bad_freeze: bool = False
+    early_thaw: bool = False
+    # what was seen, for judging
+    freezes: dict[int, int] = field(default_factory=dict)
+    still_at_cut: dict[str, bool] = field(default_factory=dict)
+    said: list[tuple[e.Condition, ...]] = field(default_factory=list)
+    # the process
+    prepared: int | None = None
+    outcome: WindowOutcome | None = None
+    agent_failed: str = ""
+    trouble: bool = False
+    budget_of_steps: int | None = None
+
+    def step(self) -> None:
+        """One moment at which the process may die."""
+        if self.budget_of_steps is not None:
+            if self.budget_of_steps == 0:
+                raise Crash
+            self.budget_of_steps -= 1
+        self.clock += 0.01
+
+    def crash(self) -> None:
+        """Lose what lay in the process; the guardian frees the VM."""
+        self.prepared = self.outcome = None
+        self.agent_failed = ""
+        self.frozen = False
+        self.budget_of_steps = None
+
+    def gather(self) -> e.Observation:
+        """Look, as the operator does."""
+        record = self.record
+        planning = (
+            not self.deleting
+            and self.refused is None
+            and (record is None or (record.outcome is None and record.failure is None))
+        )
+        made = self._replanned() if planning and self.journal is None else None
+        untried = record is not None and self.prepared == record.attempt
+        pending = record is not None and record.outcome is None and record.failure is None
+        asked = self.deleting or (record is not None and record.failure is not None) or (pending and not untried)
+        held = {c: frozenset(n) for c, n in self.held.items()}
+        return e.Observation(
+            request=self.request,
+            deleting=self.deleting,
+            finalizer=self.finalizer,
+            refused=self.refused if record is None else None,
+            first_seen=b.CREATED,
+            plan=made if isinstance(made, Plan) else None,
+            refusal=made if isinstance(made, Refusal) else None,
+            record=record,
+            journal=self.journal,
+            held=held if asked and self.storage_answers else ({} if asked else None),
+            unlisted={} if self.storage_answers or not asked else {"ceph": "it does not answer"},
+            prepared=self.prepared,
+            outcome=self.outcome,
+            guardian=Fit(ok=True, reason="Ready"),
+        )
+
+    def _replanned(self) -> Plan | Refusal:
+        if isinstance(self.plan, Plan) and self.agent_failed:
+            return b.planned(self.request, failed_before=self.agent_failed)
+        return self.plan
+
+    def turn(self) -> e.Effect:
+        """Gather, decide, tell, apply."""
+        seen = self.gather()
+        decision = next_effect.decide(seen, b.at(self.clock), installation=b.INSTALLATION)
+        self.said.append(decision.conditions)
+        told = {c.type: c for c in decision.conditions}
+        if self.record is None and told["Stalled"].status and told["Planned"].status is False:
+            self.refused = e.Failure(reason=told["Planned"].reason, message=told["Planned"].message)
+        self._apply(decision.effect, seen)
+        return decision.effect
+
+    def _apply(self, effect: e.Effect, seen: e.Observation) -> None:
+        handlers: dict[type, Callable[[Any, e.Observation], None]] = {
+            e.Recover: self._recover,
+            e.Adopt: self._adopt,
+            e.Prepare: self._prepare,
+            e.TakeWindow: self._window,
+            e.Keep: self._keep,
+            e.Settle: self._settle,
+            e.RollBack: self._roll_back,
+            e.Fail: self._fail,
+            e.DropContent: self._drop,
+            e.Forget: self._forget,
+            e.Wait: self._wait,
+        }
+        handlers[type(effect)](effect, seen)
+
+    def _wait(self, effect: e.Wait, _seen: e.Observation) -> None:
+        self.clock += effect.seconds if effect.seconds is not None else 0.0
+
+    def _recover(self, _effect: e.Recover, _seen: e.Observation) -> None:
+        self.step()
+        self.frozen = False
+        self.step()
+        self.journal = None
+
+    def _adopt(self, _effect: e.Adopt, _seen: e.Observation) -> None:
+        self.step()
+        self.finalizer = True
+
+    def _prepare(self, effect: e.Prepare, seen: e.Observation) -> None:
+        assert self.record is None or effect.attempt > self.record.attempt, "an attempt's names are used once"
+        self.outcome = None
+        self.step()
+        groups = {
+            g.class_name: e.RecordedGroup(
+                class_name=g.class_name,
+                driver=g.driver,
+                parameters=g.parameters,
+                secret_name=g.secret_name,
+                request=effect.requests[g.class_name],
+            )
+            for g in effect.plan.groups
+        }
+        self.record = e.Record(name="content", attempt=effect.attempt, plan=effect.plan, groups=groups)
+        self.step()
+        self.prepared = effect.attempt
+
+    def _window(self, effect: e.TakeWindow, _seen: e.Observation) -> None:
+        self.prepared = None
+        assert self.journal is None
+        self.step()
+        self.journal = Journal(
+            installation=b.INSTALLATION,
+            owner_uid=b.UID,
+            nonce="0" * 32,
+            attempt=effect.attempt,
+            method="GuestAgent",
+            budget=30,
+        )
+        self.step()
+        method = effect.plan.quiesce.method
+        self.freezes[effect.attempt] = self.freezes.get(effect.attempt, 0) + 1
+        if self.bad_freeze and method == "GuestAgent":
+            self.journal = None
+            self.agent_failed = "the hook failed"
+            self.outcome = self._outcome(effect, {}, reason="FreezeFailed", fallback=True)
+            return
+        self.frozen = True
+        groups: dict[str, GroupOutcome] = {}
+        failed = ""
+        for name, request in effect.requests.items():
+            self.step()
+            if self.early_thaw:
+                self.frozen = False
+            if name == self.bad_cut:
+                self.held.setdefault(name, set()).add(request.name)  # half done: deleting by name must find it
+                failed = name
+                break
+            self.held.setdefault(name, set()).add(request.name)
+            self.still_at_cut[request.name] = self.frozen
+            handles = {v.id: Handle(request.name) for v in request.volumes}
+            groups[name] = GroupOutcome(
+                class_name=name,
+                bracket=Bracket(start=Seconds(1.0), end=Seconds(2.0)),
+                result=CutResult(handles=handles, atomic=False),
+            )
+        self.step()
+        freed_early = not self.frozen
+        self.frozen = False
+        self.step()
+        self.journal = None
+        self.outcome = self._outcome(effect, groups, reason="DriverError" if failed else "", freed_early=freed_early)
+
+    def _outcome(
+        self,
+        effect: e.TakeWindow,
+        groups: dict[str, GroupOutcome],
+        *,
+        reason: str = "",
+        fallback: bool = False,
+        freed_early: bool = False,
+    ) -> WindowOutcome:
+        plan = effect.plan
+        every = {g.class_name: groups.get(g.class_name, GroupOutcome(class_name=g.class_name)) for g in plan.groups}
+        evidence = Evidence(
+            method=plan.quiesce.method,
+            still_from=Seconds(0.5),
+            still_until=Seconds(3.0),
+            frozen=3,
+            thawed=0 if freed_early else 3,
+            freed_by_other=freed_early,
+            covered=frozenset(v.volume.id for v in plan.volumes if v.covered),
+            same_vm=True,
+        )
+        return WindowOutcome(
+            attempt=effect.attempt,
+            evidence=evidence,
+            groups=every,
+            free=True,
+            fallback=fallback,
+            reason=reason,
+            message=reason,
+        )
+
+    def _keep(self, effect: e.Keep, seen: e.Observation) -> None:
+        self.step()
+        assert self.record is not None
+        groups = {c: replace(g, result=effect.outcome.groups[c].result) for c, g in self.record.groups.items()}
+        self.record = replace(self.record, groups=groups, outcome=effect.outcome, verdicts=effect.verdicts)
+        self.outcome = None
+
+    def _settle(self, _effect: e.Settle, _seen: e.Observation) -> None:
+        self.step()
+        assert self.record is not None
+        self.record = replace(self.record, ready=True)
+
+    def _roll_back(self, effect: e.RollBack, _seen: e.Observation) -> None:
+        assert not self.frozen, "the VM is freed first"
+        for name, held in effect.names.items():
+            for one in held:
+                self.step()
+                if self.storage_answers:
+                    self.held[name].discard(one)
+
+    def _fail(self, effect: e.Fail, _seen: e.Observation) -> None:
+        self.step()
+        assert self.record is not None
+        self.record = replace(self.record, failure=effect.failure)
+        self.outcome = None
+
+    def _drop(self, _effect: e.DropContent, _seen: e.Observation) -> None:
+        self.step()
+        self.record = None
+
+    def _forget(self, _effect: e.Forget, _seen: e.Observation) -> None:
+        self.step()
+        self.finalizer = False
+        self.gone = True
+
+    def settle_down(self, most: int = 200) -> None:
+        """Turn until nothing is left to do; a deletion without a finalizer is done by the API server."""
+        for _ in range(most):
+            if self.gone or (self.deleting and not self.finalizer):
+                self.gone = True
+                return
+            try:
+                effect = self.turn()
+            except Crash:
+                self.crash()
+                continue
+            if isinstance(effect, e.Wait) and effect.seconds is None:
+                return
+            if isinstance(effect, e.Wait) and not self.storage_answers:
+                return
+        raise AssertionError(f"no rest after {most} turns; last: {self.said[-1]}")
+
+    @property
+    def names_held(self) -> set[str]:
+        """All that storage holds."""
+        return {n for found in self.held.values() for n in found}
