@@ -1,82 +1,105 @@
-"""Free one VM, again and again until it is free: thaw until the agent says so, or resume."""
+"""One attempt to free one VM on one libvirt: thaw until the agent says so, or resume. Who tries, and how often: `watch`."""
 
 from __future__ import annotations
 
+import enum
 import json
-import time
 
 import libvirt
 import libvirt_qemu
 
 from vmsnapshot_operator.core import journal as journals
-from vmsnapshot_operator.core.journal import UnreadableJournalError
+from vmsnapshot_operator.core.journal import Journal, UnreadableJournalError
 from vmsnapshot_operator.guardian.log import say
 
 AGENT_SECONDS = 3
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 1.0
+_KEEPALIVE = (3, 3)
+_NOTHING_THERE = frozenset(
+    {libvirt.VIR_ERR_NO_DOMAIN_METADATA, libvirt.VIR_ERR_OPERATION_INVALID, libvirt.VIR_ERR_NO_SUPPORT}
+)
+_PAUSED_BY_US = frozenset({libvirt.VIR_DOMAIN_PAUSED_USER, libvirt.VIR_DOMAIN_PAUSED_UNKNOWN})
+"""A libvirtd that was restarted may have forgotten why; our journal says that it was us."""
 
 
-def free(uri: str, domain: str, method: str, nonce: str) -> None:
-    """Return once the VM is free, on a connection of its own; never gives up before.
+class Outcome(enum.Enum):
+    """How an attempt ended."""
 
-    A domain that is gone or does not run is free. So is one that bears no journal, or another one: somebody confirmed that
-    ours is over, and what holds it now is not ours to end.
-    """
-    pause = _FIRST_PAUSE
-    while True:
+    FREE = "the VM goes on"
+    HELD = "it does not yet"
+    OVER = "its journal is gone: its holder has confirmed that it is free"
+    ELSEWHERE = "it does not run on this host"
+
+
+def connect(uri: str) -> libvirt.virConnect:
+    """Open a connection that notices when the other end is gone."""
+    connection = libvirt.open(uri)
+    if not uri.startswith("test:"):
+        connection.setKeepAlive(*_KEEPALIVE)
+    return connection
+
+
+def read(domain: libvirt.virDomain) -> Journal | None:
+    """Return the journal that a running domain bears, or None. Raises UnreadableJournalError, libvirtError."""
+    try:
+        text = domain.metadata(libvirt.VIR_DOMAIN_METADATA_ELEMENT, journals.NAMESPACE, libvirt.VIR_DOMAIN_AFFECT_LIVE)
+    except libvirt.libvirtError as error:
+        if error.get_error_code() in _NOTHING_THERE:
+            return None
+        raise
+    return journals.from_xml(text)
+
+
+def attempt(uri: str, domain: str, method: str, nonce: str, *, again: bool) -> Outcome:
+    """Free the VM once, on a connection of its own. Raises libvirtError. `again`: it was free already, look whether it still is."""
+    connection = connect(uri)
+    try:
         try:
-            if _once(uri, domain, method, nonce):
-                return
+            found = connection.lookupByUUIDString(domain)
         except libvirt.libvirtError as error:
             if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
-                return
-            say("not free yet", domain=domain, why=error.get_error_message())
-        time.sleep(pause)
-        pause = min(_LONGEST_PAUSE, pause * 2)
-
-
-def _once(uri: str, domain: str, method: str, nonce: str) -> bool:
-    connection = libvirt.open(uri)
-    try:
-        found = connection.lookupByUUIDString(domain)
-        if not found.isActive() or not _still_ours(found, nonce):
-            return True
+                return Outcome.ELSEWHERE
+            raise
+        if not found.isActive():
+            return Outcome.ELSEWHERE
+        if not _ours(found, nonce):
+            return Outcome.OVER
         if method == "Pause":
             return _resume(found)
-        if method == "GuestAgent":
-            return _thaw(found)
-        return True
+        # Any other method may have frozen the guest; thawing one that is not frozen does nothing.
+        return _thaw(found, again=again)
     finally:
         connection.close()
 
 
-def _still_ours(domain: libvirt.virDomain, nonce: str) -> bool:
+def _ours(domain: libvirt.virDomain, nonce: str) -> bool:
     try:
-        text = domain.metadata(libvirt.VIR_DOMAIN_METADATA_ELEMENT, journals.NAMESPACE, libvirt.VIR_DOMAIN_AFFECT_LIVE)
-        return journals.from_xml(text).nonce == nonce
+        journal = read(domain)
     except UnreadableJournalError:
-        return True  # it cannot be told apart from ours: freeing is always safe
-    except libvirt.libvirtError as error:
-        if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN_METADATA:
-            return False
-        raise
+        return True  # it cannot be told apart from ours, and freeing is always safe
+    return journal is not None and journal.nonce == nonce
 
 
-def _resume(domain: libvirt.virDomain) -> bool:
+def _resume(domain: libvirt.virDomain) -> Outcome:
     state, reason = domain.state()
-    if state != libvirt.VIR_DOMAIN_PAUSED:
-        return True
-    if reason == libvirt.VIR_DOMAIN_PAUSED_USER:
+    if state == libvirt.VIR_DOMAIN_PAUSED and reason in _PAUSED_BY_US:
         domain.resume()
-    return True
+    return Outcome.FREE
 
 
-def _thaw(domain: libvirt.virDomain) -> bool:
+def _thaw(domain: libvirt.virDomain, *, again: bool) -> Outcome:
     domain.agentSetResponseTimeout(AGENT_SECONDS, 0)
+    if again and _status(domain) == "thawed":
+        return Outcome.FREE
     try:
         domain.fsThaw(None, 0)
     except libvirt.libvirtError as error:
+        if error.get_error_code() == libvirt.VIR_ERR_ARGUMENT_UNSUPPORTED:
+            return Outcome.FREE  # the domain has no agent's channel, so nobody can have frozen it through one
         # A hook that fails at thaw makes the thaw raise though it thawed: only the state tells.
         say("thaw raised", domain=domain.UUIDString(), why=error.get_error_message())
-    answer = libvirt_qemu.qemuAgentCommand(domain, '{"execute":"guest-fsfreeze-status"}', AGENT_SECONDS, 0)
-    return bool(json.loads(answer).get("return") == "thawed")
+    return Outcome.FREE if _status(domain) == "thawed" else Outcome.HELD
+
+
+def _status(domain: libvirt.virDomain) -> object:
+    answer = json.loads(libvirt_qemu.qemuAgentCommand(domain, '{"execute":"guest-fsfreeze-status"}', AGENT_SECONDS, 0))
+    return answer.get("return") if isinstance(answer, dict) else None

@@ -1,4 +1,10 @@
-"""The guardian's Unix socket: JSON lines from the operator of the same user. A closed connection frees what it armed."""
+"""The guardian's Unix socket: JSON lines from the operator of the same user. A closed connection frees what it armed.
+
+{"op": "arm", "uri": ..., "domain": UUID, "nonce": ..., "pool": [URI, ...]}  ->  {"ok": true, "nonce": ...}
+{"op": "disarm", "nonce": ...}                                               ->  {"ok": true, "nonce": ...}
+{"op": "status"}                                                             ->  {"ok": true, "armed": n, ...}
+anything else, or what cannot be done                                        ->  {"ok": false, "error": ...}
+"""
 
 from __future__ import annotations
 
@@ -7,20 +13,26 @@ import os
 import socket
 import struct
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from vmsnapshot_operator.guardian.log import say
 from vmsnapshot_operator.guardian.watch import RefusedError, Watch
 
 _LINE_LIMIT = 64 * 1024
+_POOL_LIMIT = 256
 
 
 class Server:
-    """Serves until `stop`. Each connection has a thread; what it armed is freed at once when it closes."""
+    """Serves until `stop`. Each connection has a thread; what it armed is freed at once when it closes.
 
-    def __init__(self, path: str, watch: Watch) -> None:
+    `learned` is called with each URI that was not followed before.
+    """
+
+    def __init__(self, path: str, watch: Watch, learned: Callable[[str], None] = lambda _: None) -> None:
         self._path = path
         self._watch = watch
+        self._learned = learned
         self._ended = threading.Event()
         if os.path.exists(path):  # noqa: PTH110 - pathlib costs memory that this program does not need
             os.unlink(path)  # noqa: PTH108 - as above
@@ -30,7 +42,7 @@ class Server:
             self._listener.bind(path)
         finally:
             os.umask(before)
-        self._listener.listen(8)
+        self._listener.listen(64)
         self._listener.settimeout(0.5)
 
     def serve(self) -> None:
@@ -41,7 +53,11 @@ class Server:
                 link, _ = self._listener.accept()
             except TimeoutError:
                 continue
-            threading.Thread(target=self._talk, args=(link,), daemon=True).start()
+            except OSError as error:
+                say("cannot accept", why=str(error))  # out of file descriptors, say: what is held is freed all the same
+                self._ended.wait(0.5)
+                continue
+            threading.Thread(target=self._talk, args=(link,), name="talk", daemon=True).start()
         self._listener.close()
 
     def stop(self) -> None:
@@ -51,12 +67,12 @@ class Server:
     def _talk(self, link: socket.socket) -> None:
         armed: set[str] = set()
         try:
-            if not _same_user(link):
+            if not same_user(link):
                 say("refused", why="the peer is another user")
                 return
             with link, link.makefile("rb") as lines:
                 while line := lines.readline(_LINE_LIMIT):
-                    link.sendall(json.dumps(self._answer(line, armed)).encode() + b"\n")
+                    link.sendall(json.dumps(self.answer(line, armed)).encode() + b"\n")
         except OSError as error:
             say("connection lost", why=str(error))
         finally:
@@ -64,13 +80,17 @@ class Server:
             for nonce in armed:
                 self._watch.release(nonce, "the process that armed it is gone")
 
-    def _answer(self, line: bytes, armed: set[str]) -> dict[str, Any]:
+    def answer(self, line: bytes, armed: set[str]) -> dict[str, Any]:
+        """Do what a line asks and return the answer; `armed` are the nonces that this connection keeps armed."""
         try:
             question = json.loads(line)
             match question["op"]:
                 case "arm":
-                    nonce = str(question["nonce"])
-                    self._watch.arm(str(question["uri"]), str(question["domain"]), nonce)
+                    uri, nonce = str(question["uri"]), str(question["nonce"])
+                    for each in (uri, *map(str, question.get("pool", ())))[:_POOL_LIMIT]:
+                        if self._watch.follow(each):
+                            self._learned(each)
+                    self._watch.arm(uri, str(question["domain"]), nonce)
                     armed.add(nonce)
                     return {"ok": True, "nonce": nonce}
                 case "disarm":
@@ -85,10 +105,11 @@ class Server:
         except RefusedError as error:
             return {"ok": False, "error": str(error)}
         except (ValueError, KeyError, TypeError) as error:
-            return {"ok": False, "error": f"not understood: {error}"}
+            return {"ok": False, "error": f"not understood: {error!r}"}
 
 
-def _same_user(link: socket.socket) -> bool:
+def same_user(link: socket.socket) -> bool:
+    """Whether the other end is this very user, or root."""
     credentials = link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     _, uid, _ = struct.unpack("3i", credentials)
     return uid in (os.geteuid(), 0)

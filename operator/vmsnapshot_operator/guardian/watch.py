@@ -1,25 +1,38 @@
-"""Which VMs are held, until when, and freeing those whose time is over.
+"""Which VMs are held, until when, and freeing those whose time is over, or whose holder is gone.
 
-It learns of journals by itself: from each libvirt's metadata events, and by looking each second. A timer starts at first
-sight, by this process's own clock. An early thaw is always safe: the thaw's count betrays it to the operator.
+It learns of journals by itself (`host`) and from the operator (`server`). A timer starts at first sight, by this process's
+own clock. An early thaw is always safe: the thaw's count betrays it to the operator. The journal is never removed here: the
+operator needs to see it.
 """
 
 from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import libvirt
 
-from vmsnapshot_operator.core import journal as journals
 from vmsnapshot_operator.core.journal import Journal, UnreadableJournalError
 from vmsnapshot_operator.guardian import release
+from vmsnapshot_operator.guardian.attempts import Attempts
+from vmsnapshot_operator.guardian.host import Host
 from vmsnapshot_operator.guardian.log import say
+from vmsnapshot_operator.guardian.release import Outcome
 
-POLL_SECONDS = 1.0
-RECONNECT_SECONDS = 1.0
+TURN_SECONDS = 1.0
+ATTEMPT_SECONDS = 20.0
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 1.0
+SETTLE_SECONDS = 35.0
+"""How long a VM that was freed is looked at again: libvirtd keeps a freeze of a holder that died in line for up to 30 s, and
+carries it out then."""
+
+HOPELESS_TRIES, HOPELESS_AT_ONCE = 5, 6
+"""VMs that could not be freed in so many tries take turns, so many at a time: each dead agent holds one of libvirtd's 20
+workers, and the others must find one."""
 
 
 class RefusedError(Exception):
@@ -33,13 +46,12 @@ def clock() -> float:
 
 @dataclass(slots=True)
 class Held:
-    """One journal that was seen. `done`: it was freed, or its holder said that it is over."""
+    """One journal that was seen. `over`: it was freed, or its holder says so, or the journal is gone."""
 
     uri: str
     domain: str
     journal: Journal
     until: float
-    done: bool = False
     releasing: bool = False
     over: threading.Event = field(default_factory=threading.Event)
 
@@ -47,33 +59,45 @@ class Held:
 class Watch:
     """All journals on all libvirts that are followed. Every public method may be called from any thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = clock) -> None:
+        self._clock = clock
         self._lock = threading.Lock()
         self._held: dict[str, Held] = {}
-        self._followed: dict[str, libvirt.virConnect | None] = {}
+        self._hosts: dict[str, Host] = {}
         self._wake = threading.Event()
-        libvirt.registerErrorHandler(lambda *_: None, None)
-        libvirt.virEventRegisterDefaultImpl()
-        threading.Thread(target=_events, daemon=True).start()
-        threading.Thread(target=self._expire, daemon=True).start()
+        self._hopeless = threading.BoundedSemaphore(HOPELESS_AT_ONCE)
+        self._turned = clock()
+        self._ending = False
 
-    def follow(self, uri: str) -> None:
-        """Look at this libvirt from now on."""
+    def start(self) -> None:
+        """Begin to free what is due."""
+        threading.Thread(target=self._expire, name="expire", daemon=True).start()
+
+    def follow(self, uri: str) -> bool:
+        """Look at this libvirt from now on; True if it was not followed before."""
         with self._lock:
-            if uri in self._followed:
-                return
-            self._followed[uri] = None
-        threading.Thread(target=self._follow, args=(uri,), daemon=True).start()
+            if uri in self._hosts:
+                return False
+            host = self._hosts[uri] = Host(uri, self.seen)
+        host.start()
+        return True
+
+    def followed(self) -> list[str]:
+        """The URIs of all libvirts that are followed."""
+        with self._lock:
+            return list(self._hosts)
 
     def arm(self, uri: str, domain: str, nonce: str) -> None:
         """Read the journal in the domain itself and start its timer. Raises RefusedError."""
-        self.follow(uri)
-        connection = self._connection(uri)
+        if self._ending:
+            raise RefusedError("the guardian is ending")
         try:
-            found = read(connection, connection.lookupByUUIDString(domain))
-        except libvirt.libvirtError as error:
-            raise RefusedError(f"domain {domain}: {error.get_error_message()}") from error
-        except UnreadableJournalError as error:
+            connection = release.connect(uri)
+            try:
+                found = release.read(connection.lookupByUUIDString(domain))
+            finally:
+                connection.close()
+        except (libvirt.libvirtError, UnreadableJournalError) as error:
             raise RefusedError(f"domain {domain}: {error}") from error
         if found is None or found.nonce != nonce:
             raise RefusedError(f"domain {domain} does not bear the journal {nonce}")
@@ -83,138 +107,114 @@ class Watch:
         """The VM is free, says its holder."""
         with self._lock:
             held = self._held.get(nonce)
-            if held is not None:
-                held.done = True
+        if held is not None:
+            held.over.set()
 
     def release(self, nonce: str, why: str) -> None:
         """Free a VM now, in a thread of its own: a dead agent delays nobody else."""
         with self._lock:
             held = self._held.get(nonce)
-            if held is None or held.done or held.releasing:
+            if held is None or held.over.is_set() or held.releasing:
                 return
             held.releasing = True
-        threading.Thread(target=self._release, args=(held, why), daemon=True).start()
+        threading.Thread(target=self._release, args=(held, why), name=f"free {held.domain}", daemon=True).start()
 
-    def release_all(self, why: str, seconds: float = 10.0) -> None:
-        """Free everything that is armed, and wait for it, but not longer than so many seconds."""
+    def release_all(self, why: str, seconds: float) -> None:
+        """Acknowledge nothing more, free everything that is armed, and wait for that, but not longer than so many seconds."""
+        self._ending = True
         with self._lock:
-            open_ = [h for h in self._held.values() if not h.done]
+            open_ = [h for h in self._held.values() if not h.over.is_set()]
         for held in open_:
             self.release(held.journal.nonce, why)
-        end = clock() + seconds
+        end = time.monotonic() + seconds
         for held in open_:
-            held.over.wait(max(0.0, end - clock()))
+            if not held.over.wait(max(0.0, end - time.monotonic())):
+                say("left held", domain=held.domain, nonce=held.journal.nonce)
 
     def status(self) -> dict[str, Any]:
-        """What is followed and what is held."""
+        """What is followed and what is held; `turned`: seconds since it was last looked whether something is due."""
         with self._lock:
-            armed = [h for h in self._held.values() if not h.done]
+            armed = [h for h in self._held.values() if not h.over.is_set()]
             return {
                 "armed": len(armed),
                 "releasing": sum(h.releasing for h in armed),
-                "followed": {u: bool(c is not None and c.isAlive()) for u, c in self._followed.items()},
+                "followed": {uri: host.answers for uri, host in self._hosts.items()},
+                "turned": round(self._clock() - self._turned, 1),
             }
+
+    def seen(self, uri: str, journals: dict[str, Journal]) -> None:
+        """Take in all journals of one libvirt; forget those that are over and gone."""
+        for domain, journal in journals.items():
+            self._see(uri, domain, journal)
+        present = {j.nonce for j in journals.values()}
+        with self._lock:
+            for nonce, held in list(self._held.items()):
+                if held.uri == uri and held.over.is_set() and nonce not in present:
+                    del self._held[nonce]
+
+    def due(self) -> list[str]:
+        """The nonces of all journals whose budget is over and that nobody frees yet."""
+        now = self._clock()
+        with self._lock:
+            self._turned = now
+            return [n for n, h in self._held.items() if h.until <= now and not h.over.is_set() and not h.releasing]
 
     def _see(self, uri: str, domain: str, journal: Journal) -> None:
         with self._lock:
-            if journal.nonce in self._held:
+            known = self._held.get(journal.nonce)
+            if known is not None:
+                known.uri = uri  # it may have migrated
                 return
-            self._held[journal.nonce] = Held(uri, domain, journal, clock() + journal.budget)
+            self._held[journal.nonce] = Held(uri, domain, journal, self._clock() + journal.budget)
         say("armed", domain=domain, nonce=journal.nonce, method=journal.method, budget=journal.budget)
         self._wake.set()
 
-    def _release(self, held: Held, why: str) -> None:
-        say("releasing", domain=held.domain, nonce=held.journal.nonce, method=held.journal.method, why=why)
-        release.free(held.uri, held.domain, held.journal.method, held.journal.nonce)
-        with self._lock:
-            held.done = True
-        held.over.set()
-        say("released", domain=held.domain, nonce=held.journal.nonce)
-
     def _expire(self) -> None:
         while True:
+            for nonce in self.due():
+                self.release(nonce, "its budget is over")
             with self._lock:
-                waiting = [h for h in self._held.values() if not h.done and not h.releasing]
-            now = clock()
-            for held in waiting:
-                if held.until <= now:
-                    self.release(held.journal.nonce, "its budget is over")
-            left = [h.until - now for h in waiting if h.until > now]
-            self._wake.wait(min(left, default=POLL_SECONDS))
+                next_ = min((h.until for h in self._held.values() if not h.over.is_set()), default=0.0)
+            self._wake.wait(min(TURN_SECONDS, max(0.01, next_ - self._clock()) if next_ else TURN_SECONDS))
             self._wake.clear()
 
-    def _connection(self, uri: str) -> libvirt.virConnect:
-        with self._lock:
-            connection = self._followed.get(uri)
-        if connection is not None and connection.isAlive():
-            return connection
-        try:
-            connection = libvirt.open(uri)
-            if not uri.startswith("test:"):
-                connection.setKeepAlive(3, 3)
-            connection.domainEventRegisterAny(None, libvirt.VIR_DOMAIN_EVENT_ID_METADATA_CHANGE, self._changed, uri)
-        except libvirt.libvirtError as error:
-            raise RefusedError(f"libvirt {uri}: {error.get_error_message()}") from error
-        with self._lock:
-            self._followed[uri] = connection
-        return connection
+    def _release(self, held: Held, why: str) -> None:
+        """Try until it is free, then look for a while whether it stays so."""
+        facts = {"domain": held.domain, "nonce": held.journal.nonce}
+        say("releasing", method=held.journal.method, why=why, **facts)
+        attempts, tries = Attempts(), 0
+        while not held.over.is_set():
+            tries += 1
+            if tries <= HOPELESS_TRIES:
+                outcome = self._try(held, attempts, again=False)
+            else:
+                with self._hopeless:
+                    outcome = self._try(held, attempts, again=False)
+            if outcome is not Outcome.HELD:
+                say("released", tries=tries, outcome=outcome.value, **facts)
+                held.over.set()
+                break
+            held.over.wait(min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** min(tries, 8)))
+        end = time.monotonic() + SETTLE_SECONDS
+        while time.monotonic() < end:
+            time.sleep(LONGEST_PAUSE)
+            if self._try(held, attempts, again=True) is not Outcome.FREE:
+                break
 
-    def _changed(self, _connection: Any, _domain: Any, _kind: int, namespace: str | None, uri: str) -> None:
-        """A metadata event: have this libvirt looked at soon; libvirt's event thread must not call back into it."""
-        if namespace == journals.NAMESPACE:
-            threading.Thread(target=self._look, args=(uri,), daemon=True).start()
-
-    def _follow(self, uri: str) -> None:
-        quiet = True
-        while True:
+    def _try(self, held: Held, attempts: Attempts, *, again: bool) -> Outcome:
+        """Try where the VM was last seen, then on all the others: it may have migrated. Says every failure, raises none."""
+        silent = False
+        domain, method, nonce = held.domain, held.journal.method, held.journal.nonce
+        for uri in dict.fromkeys((held.uri, *self.followed())):
             try:
-                self._look(uri)
-                quiet = True
-            except RefusedError as error:
-                if quiet:
-                    say("libvirt does not answer", uri=uri, why=str(error))
-                quiet = False
-            time.sleep(POLL_SECONDS)
-
-    def _look(self, uri: str) -> None:
-        """Take in all journals of one libvirt; forget those that are gone."""
-        connection = self._connection(uri)
-        present: set[str] = set()
-        try:
-            for domain in connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE):
-                try:
-                    found = read(connection, domain)
-                except UnreadableJournalError as error:
-                    say("journal not understood", domain=domain.UUIDString(), why=str(error))
-                    continue
-                except libvirt.libvirtError as error:
-                    if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
-                        continue
-                    raise
-                if found is not None:
-                    present.add(found.nonce)
-                    self._see(uri, domain.UUIDString(), found)
-        except libvirt.libvirtError as error:
-            raise RefusedError(f"libvirt {uri}: {error.get_error_message()}") from error
-        with self._lock:
-            for nonce, held in list(self._held.items()):
-                if held.uri == uri and held.done and nonce not in present:
-                    del self._held[nonce]
-
-
-def read(connection: libvirt.virConnect, domain: libvirt.virDomain) -> Journal | None:  # noqa: ARG001 - keeps the connection alive
-    """Return the journal that a running domain bears, or None."""
-    try:
-        text = domain.metadata(libvirt.VIR_DOMAIN_METADATA_ELEMENT, journals.NAMESPACE, libvirt.VIR_DOMAIN_AFFECT_LIVE)
-    except libvirt.libvirtError as error:
-        if error.get_error_code() in (
-            libvirt.VIR_ERR_NO_DOMAIN_METADATA, libvirt.VIR_ERR_OPERATION_INVALID, libvirt.VIR_ERR_NO_SUPPORT
-        ):
-            return None
-        raise
-    return journals.from_xml(text)
-
-
-def _events() -> None:
-    while True:
-        libvirt.virEventRunDefaultImpl()
+                free = partial(release.attempt, uri, domain, method, nonce, again=again)
+                outcome = attempts.run(free, ATTEMPT_SECONDS)
+            except Exception as error:  # noqa: BLE001 - whatever it is, it is said, and tried again
+                say("not free yet", domain=domain, uri=uri, why=str(error))
+                silent = True
+                if uri == held.uri:
+                    return Outcome.HELD
+                continue
+            if outcome is not Outcome.ELSEWHERE:
+                return outcome
+        return Outcome.HELD if silent else Outcome.ELSEWHERE
