@@ -218,12 +218,12 @@ def test_when_it_cannot_be_seen_whether_the_vm_is_free_nothing_is_terminal() -> 
 
 
 def test_attempts_are_not_endless() -> None:
-    done = world()
-    for _ in range(next_effect.MAX_ATTEMPTS + 2):
-        done.budget_of_steps = 5
-        done.settle_down()
-        done.crash()
+    done = world(finalizer=True, budget_of_steps=4, dies_again=4)  # in each window, for ever
+    done.settle_down(next_effect.MAX_ATTEMPTS * 20)
+    done.dies_again = done.budget_of_steps = None
     done.settle_down()
     check(done)
     assert done.record is not None
-    assert done.record.attempt <= next_effect.MAX_ATTEMPTS
+    assert done.record.failure is not None
+    assert done.record.failure.reason == "Interrupted"
+    assert done.record.attempt == next_effect.MAX_ATTEMPTS

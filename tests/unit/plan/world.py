@@ -53,6 +53,7 @@ class World:
     agent_failed: str = ""
     trouble: bool = False
     budget_of_steps: int | None = None
+    dies_again: int | None = None
 
     def step(self) -> None:
         """One moment at which the process may die."""
@@ -67,7 +68,7 @@ class World:
         self.prepared = self.outcome = None
         self.agent_failed = ""
         self.frozen = False
-        self.budget_of_steps = None
+        self.budget_of_steps = self.dies_again
 
     def gather(self) -> e.Observation:
         """Look, as the operator does."""
@@ -146,6 +147,7 @@ class World:
 
     def _prepare(self, effect: e.Prepare, seen: e.Observation) -> None:
         assert self.record is None or effect.attempt > self.record.attempt, "an attempt's names are used once"
+        assert self.finalizer, "nothing is written before the finalizer is there"
         self.outcome = None
         self.step()
         groups = {
