@@ -30,7 +30,7 @@ RUN --mount=type=secret,id=pipconf,target=/etc/pip.conf \
 
 # --- what runs --------------------------------------------------------------------------------------------------------
 FROM ${BASE}
-# Off: without the bindings of Ceph, some 60 MB less; StorageDriverClasses of the driver ceph-rbd then say so.
+# Off: without the bindings of Ceph, some 90 MB less; StorageDriverClasses of the driver ceph-rbd then say so.
 ARG WITH_CEPH=true
 RUN apt-get update \
  && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
