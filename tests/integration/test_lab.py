@@ -29,6 +29,10 @@ def cli(*arguments: str) -> str:
     return run(sys.executable, "-m", "tests.lab", *arguments, cwd=REPOSITORY)
 
 
+def status() -> dict[str, str]:
+    return {line.split("  ")[0].strip(): line for line in cli("status").splitlines()}
+
+
 @pytest.fixture
 def demo(lab: Lab) -> Iterator[Guest]:
     """The shared guest; whatever a test does to it, it is left answering and thawed."""
@@ -73,12 +77,12 @@ def test_a_second_up_changes_nothing(lab: Lab, demo: Guest) -> None:
 
 
 def test_status_shows_every_part_and_that_it_works(lab: Lab, demo: Guest) -> None:
-    lines = {line.split("  ")[0].strip(): line for line in cli("status").splitlines()}
+    shown = status()
     for name in lab.components:
-        assert "works" in lines[name]
-        assert str(lab.component(name).pid) in lines[name]
-    assert "running" in lines["guest demo"]
-    assert "mounted" in lines["pool reflink"]
+        assert "works" in shown[name]
+        assert str(lab.component(name).pid) in shown[name]
+    assert "running" in shown["guest demo"]
+    assert "mounted" in shown["pool reflink"]
 
 
 def test_env_is_what_a_shell_needs(lab: Lab, demo: Guest) -> None:
@@ -211,6 +215,11 @@ def test_half_dead_is_mended(lab: Lab, private: Path) -> None:
     mine.component("libvirtd").kill()
     mine.component("ceph-mon").kill(signal.SIGSTOP)
     mine.component("ceph-osd").kill()
+    with pytest.raises(LabError, match="ceph-osd, libvirtd"):
+        Lab.attach()
+    shown = status()
+    assert "ended" in shown["libvirtd"]
+    assert "does not answer" in shown["ceph-mon"]
 
     again = Lab.up()
     assert all(again.component(name).healthy() for name in again.components)

@@ -6,6 +6,7 @@ import shlex
 import sys
 import sysconfig
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -19,7 +20,7 @@ from tests.lab.lab import Lab
 from tests.lab.locks import locked
 from tests.lab.supervisor import Supervisor
 
-console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
+console = Console(highlight=False, markup=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
 _STATES = {
     libvirt.VIR_DOMAIN_RUNNING: "running",
     libvirt.VIR_DOMAIN_PAUSED: "paused",
@@ -67,7 +68,7 @@ def down() -> None:
     """End everything, whoever started it and whatever is left of it, and delete its state. The cache stays."""
     left = Lab.down()
     for each in left:
-        console.print(f"[red]left: {each}[/red]")
+        console.print(f"left: {each}", style="red")
     if left:
         raise LabError("the laboratory is not wholly down: somebody uses what is left")
     console.print("the laboratory is down: no process, mount or loop device of it is left")
@@ -77,40 +78,21 @@ def down() -> None:
 def status() -> None:
     """Show each component and guest: whether it works, its process, its memory, where it is."""
     try:
-        lab = Lab.attach()
+        lab = Lab.attach(whole=False)
     except LabError as error:
         console.print(str(error))
         for each in leftovers.found(paths.state()):
             console.print(f"  left: {each}")
         return
-    where = {
-        "etcd": lab.control_plane.etcd,
-        "kube-apiserver": lab.control_plane.server,
-        "ceph-mon": lab.ceph.mon_host,
-        "libvirtd": f"{lab.libvirt_socket}, tcp 127.0.0.1:{lab.host.tcp_port}",
-    }
     table = Table(box=None, pad_edge=False)
     for column in ("", "state", "process", "memory"):
         table.add_column(column, no_wrap=True)
     table.add_column("where", overflow="fold")
-    for name in lab.components:
-        component = lab.component(name)
-        said = "works" if component.healthy() else "does not answer"
-        table.add_row(name, said, str(component.pid), _resident(component.pid), where.get(name, ""))
-    with lab.host.connection() as connection:
-        pids = lab.host.pids()
-        for domain in sorted(connection.listAllDomains(), key=lambda d: d.name()):
-            pid, state = pids.get(domain.name()), _STATES.get(domain.state()[0], "other")
-            log = str(lab.state / "log" / f"guest-{domain.name()}.log")
-            table.add_row(f"guest {domain.name()}", state, str(pid or ""), _resident(pid), log)
+    for row in [*_components(lab), *_guests(lab)]:
+        table.add_row(*row)
     for pool in pools.NAMES:
-        table.add_row(
-            f"pool {pool}",
-            "mounted" if lab.pool_path(pool).is_mount() else "gone",
-            "",
-            "",
-            str(lab.pool_path(pool)),
-        )
+        path = lab.pool_path(pool)
+        table.add_row(f"pool {pool}", "mounted" if path.is_mount() else "gone", "", "", str(path))
     console.print(table)
 
 
@@ -165,6 +147,34 @@ def clear(supervisor: int) -> None:
             leftovers.clear(state)
 
 
+def _components(lab: Lab) -> Iterator[tuple[str, ...]]:
+    where = {
+        "etcd": lambda: lab.control_plane.etcd,
+        "kube-apiserver": lambda: lab.control_plane.server,
+        "ceph-mon": lambda: lab.ceph.mon_host,
+        "libvirtd": lambda: f"{lab.libvirt_socket}, tcp 127.0.0.1:{lab.host.tcp_port}",
+    }
+    pids = lab.control.pids()
+    for name in lab.components:
+        if name not in pids:
+            yield name, "ended", "", "", f"log: {lab.control.log(name)}"
+        else:
+            said = "works" if lab.component(name).healthy() else "does not answer"
+            yield name, said, str(pids[name]), _resident(pids[name]), where.get(name, str)()
+
+
+def _guests(lab: Lab) -> Iterator[tuple[str, ...]]:
+    pids = lab.host.pids()
+    try:
+        with lab.host.connection() as connection:
+            found = {d.name(): _STATES.get(d.state()[0], "other") for d in connection.listAllDomains()}
+    except libvirt.libvirtError:
+        found = dict.fromkeys(pids, "unknown")
+    for name, state in sorted(found.items()):
+        log = lab.state / "log" / f"guest-{name}.log"
+        yield f"guest {name}", state, str(pids.get(name, "")), _resident(pids.get(name)), str(log)
+
+
 def _resident(pid: int | None) -> str:
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
@@ -177,5 +187,5 @@ if __name__ == "__main__":
     try:
         main()
     except LabError as error:
-        console.print(f"[red]{error}[/red]", markup=True)
+        console.print(str(error), style="red")
         sys.exit(1)

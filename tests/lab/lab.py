@@ -55,17 +55,17 @@ class Lab:
         return lab
 
     @classmethod
-    def attach(cls) -> Lab:
-        """Return the laboratory that runs; raises LabError naming what of it does not."""
+    def attach(cls, *, whole: bool = True) -> Lab:
+        """Return the laboratory that runs; raises LabError if none does, or (unless `whole` is false) naming what of it does not."""
         state = paths.state()
         facts = _facts(state)
         lab = cls(state, Path(facts["given"]) if facts.get("given") else None)
         running = lab.control.pids()
         missing = [name for name in lab.components if name not in running]
-        if missing or facts.get("layout") != LAYOUT:
-            raise LabError(
-                f"of the laboratory at {state} does not run: {', '.join(missing) or 'this version'}: run `make lab-up`"
-            )
+        if whole and missing:
+            raise LabError(f"of the laboratory at {state} does not run: {', '.join(missing)}: run `make lab-up`")
+        if facts.get("layout") != LAYOUT:
+            raise LabError(f"the laboratory at {state} is one of another version: run `make lab-up`")
         return lab
 
     @staticmethod
