@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Protocol
+from typing import Any, Protocol
 
 from vmsnapshot_operator.core.driver import CutResult, Fit, SnapshotRequest
 from vmsnapshot_operator.core.evidence import WindowOutcome
@@ -223,6 +223,6 @@ class SnapshotStrategy(Protocol):
         """Pure: the next effect."""
         ...
 
-    async def apply(self, effect: Effect, seen: Observation) -> None:
-        """Perform one effect; the next gather sees its outcome."""
+    async def apply(self, effect: Effect, seen: Observation, body: Mapping[str, Any]) -> None:
+        """Perform one effect on the VMSnapshot with this body; the next gather sees its outcome. Raises SnapshotError."""
         ...

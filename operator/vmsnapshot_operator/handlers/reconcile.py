@@ -30,7 +30,7 @@ from vmsnapshot_operator.errors import ConflictError, RefusedError, SnapshotErro
 from vmsnapshot_operator.kube import conditions
 from vmsnapshot_operator.plan import report
 from vmsnapshot_operator.strategies.gather import gather
-from vmsnapshot_operator.strategies.storage import StorageStrategy
+from vmsnapshot_operator.strategies.registry import choose
 from vmsnapshot_operator.strategies.world import World, now
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,6 @@ class Reconciler:
     def __init__(self, world: World, wake: Callable[[str, str, str], None]) -> None:
         self._world = world
         self._wake = wake
-        self._strategy = StorageStrategy(world)
         self._running: dict[str, _Running] = {}
 
     async def reconcile(self, namespace: str, name: str, uid: str) -> float | None:
@@ -78,7 +77,7 @@ class Reconciler:
             except RefusedError as error:
                 log.warning("VMSnapshot %s/%s cannot be understood: %s", namespace, name, error.message)
                 return None
-            decision = self._strategy.decide(seen, now())
+            decision = choose(self._world.strategies, seen.request, seen.record).decide(seen, now())
             if not isinstance(decision.effect, QUIET):
                 body = await self._tell(seen, decision, body)
             if isinstance(decision.effect, Wait):
@@ -140,7 +139,7 @@ class Reconciler:
     async def _apply(self, effect: Effect, seen: Observation, body: Mapping[str, Any]) -> None:
         memory = self._world.memory(seen.request.uid)
         try:
-            await self._strategy.apply(effect, seen, body)
+            await choose(self._world.strategies, seen.request, seen.record).apply(effect, seen, body)
         except ConflictError as error:
             log.info("%s: %s", seen.request.uid, error.message)
         except SnapshotError as error:

@@ -173,13 +173,10 @@ async def _plan_on(
     labels = await world.cluster.namespace_labels(request.namespace)
     if not access.may_use(live.access, labels, ref.name):
         return _Planned(refusal=access.not_found(request.domain, request.hypervisor, request.namespace))
-    if request.strategy not in ("Auto", "Storage"):
-        return _Planned(
-            refusal=Refusal(
-                reason="StrategyUnknown",
-                message=f'strategy "{request.strategy}" is not installed; use Auto or Storage',
-            )
-        )
+    if request.strategy not in ("Auto", *world.strategies):
+        installed = ", ".join(sorted(world.strategies))
+        message = f'strategy "{request.strategy}" is not installed; use Auto, or one of {installed}'
+        return _Planned(refusal=Refusal(reason="StrategyUnknown", message=message))
     if (busy := _busy(world, ref.uuid, request.uid)) != "":
         return _Planned(in_use_by=busy)
     machine = await client.describe(ref, ask_agent=request.policy is not Policy.NEVER)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Protocol
 
-from vmsnapshot_operator.core.effects import Failure, RecordedGroup
+from vmsnapshot_operator.core.effects import Failure, RecordedGroup, SnapshotStrategy
 from vmsnapshot_operator.core.evidence import WindowOutcome
 from vmsnapshot_operator.core.planning import StorageClass
 from vmsnapshot_operator.drivers.host import DriverHost, Slot
@@ -105,6 +105,7 @@ class World:
     hypervisors: LiveHypervisors
     classes: LiveClasses
     metrics: Metrics
+    strategies: Mapping[str, SnapshotStrategy] = field(default_factory=dict)
     claims: dict[str, str] = field(default_factory=dict)
     memories: dict[str, Memory] = field(default_factory=dict)
 
