@@ -5,7 +5,6 @@ Shared by the demo, the integration tests and the benchmarks. Not the laboratory
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import signal
@@ -211,15 +210,15 @@ class Stack:
 
     def configure(self) -> None:
         """Apply the examples of an administrator: Hypervisor, classes, Ceph's key."""
-        key = base64.b64encode(self.lab.ceph.key("vmsnapshot").encode()).decode()
-        secret = {"apiVersion": "v1", "kind": "Secret", "type": "Opaque"}
-        self._apply(secret | {"metadata": {"name": "ceph-rbd", "namespace": NAMESPACE}, "data": {"key": key}})
-        for document in (*self.example("hypervisor.yaml"), *self.example("storage-classes.yaml")):
-            self._apply(self.fitted(document))
+        for name in ("ceph-secret.yaml", "hypervisor.yaml", "storage-classes.yaml"):
+            for document in self.example(name):
+                self._apply(self.fitted(document))
 
     def fitted(self, document: dict[str, Any]) -> dict[str, Any]:
         """An example with the addresses of this laboratory."""
-        if document["kind"] == "Hypervisor":
+        if document["kind"] == "Secret":
+            document["stringData"] = {"key": self.lab.ceph.key("vmsnapshot")}
+        elif document["kind"] == "Hypervisor":
             document["spec"]["libvirt"]["endpoints"] = [self.endpoint()]
         elif document["kind"] == "StorageDriverClass" and document["spec"]["driver"] == "ceph-rbd":
             document["spec"]["parameters"] |= {"monHosts": self.lab.ceph.mon_host, "pool": self.lab.ceph.pool}
