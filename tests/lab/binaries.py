@@ -150,7 +150,7 @@ def _build(go: Path, program: Program, report: Callable[[str], None]) -> None:
             process.wait()
             raise
     if process.returncode:
-        raise LabError(f"building {program.name} failed:\n{log.read_text()[-3000:]}")
+        raise LabError(f"building {program.name} failed with {process.returncode}:\n{log.read_text()[-3000:]}")
     unfinished.rename(folder() / program.name)
     log.unlink()
     (folder() / "pins.json").write_text(json.dumps(_stamps() | {program.name: program.pin()}, indent=2))

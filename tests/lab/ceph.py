@@ -226,6 +226,10 @@ osd objectstore = memstore
 # An OSD that is ended, and not killed, writes its memory down and has it again after a start.
 osd fast shutdown = false
 osd class load list = *
+# One copy of everything has nobody to recover from: the log of past writes would only eat memory.
+osd min pg log entries = 100
+osd max pg log entries = 200
+osd pg log dups tracked = 100
 osd memory target = 939524096
 memstore device bytes = {memory}
 [client]

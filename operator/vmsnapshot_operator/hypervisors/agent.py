@@ -17,7 +17,14 @@ STATUS_SECONDS = 2
 FILESYSTEMS_LIMIT = 1000
 
 _NEEDED = ("guest-fsfreeze-freeze", "guest-fsfreeze-thaw")
-_UNKNOWN_COMMAND = ("CommandNotFound", "not found", "has been disabled", "not supported")
+_SAID_BY_THE_AGENT = frozenset({libvirt.VIR_ERR_INTERNAL_ERROR, AGENT_COMMAND_FAILED})
+_UNKNOWN_COMMAND = (
+    "CommandNotFound",
+    "has not been found",
+    "has been disabled",
+    "not supported",
+    "not currently supported",
+)
 _NO_AGENT = frozenset(
     {
         libvirt.VIR_ERR_ARGUMENT_UNSUPPORTED,  # the domain has no channel for it
@@ -50,7 +57,7 @@ def freeze_state(domain: Any, seconds: int) -> tuple[AgentState, str]:
     except libvirt.libvirtError as error:
         text = sanitised(str(error.get_error_message()))
         code = error.get_error_code()
-        if any(unknown in text for unknown in _UNKNOWN_COMMAND):
+        if code in _SAID_BY_THE_AGENT and any(unknown in text for unknown in _UNKNOWN_COMMAND):
             return AgentState.UNSUPPORTED, text
         if code == libvirt.VIR_ERR_AGENT_UNRESPONSIVE:
             return (AgentState.ABSENT if "not connected" in text else AgentState.SILENT), text

@@ -56,7 +56,7 @@ def test_built_once_and_again_after_a_changed_pin(tmp_path: Path, monkeypatch: p
 
 def test_a_build_that_fails_says_why_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     go(tmp_path, monkeypatch, build="echo no such module >&2; exit 1")
-    with pytest.raises(LabError, match="building etcd failed:\nno such module"):
+    with pytest.raises(LabError, match="building etcd failed with 1:\nno such module"):
         binaries.ensure(lambda _line: None)
     assert binaries.find("etcd") is None
 
