@@ -19,7 +19,7 @@ from tests.lab import Lab
 from tests.lab.definition import GuestDisk
 from tests.lab.guests import Guest
 from vmsnapshot_operator.core.endpoint import Endpoint
-from vmsnapshot_operator.core.journal import Journal
+from vmsnapshot_operator.core.journal import Journal, to_xml
 from vmsnapshot_operator.core.machine import AgentState, PowerState
 from vmsnapshot_operator.errors import HypervisorError
 from vmsnapshot_operator.hypervisors.domains import DomainWindow, Hypervisor, Ref
@@ -138,19 +138,19 @@ _HOLDER = """
 import asyncio, sys
 from pathlib import Path
 from vmsnapshot_operator.core.endpoint import Endpoint
-from vmsnapshot_operator.core.journal import Journal
+from vmsnapshot_operator.core.journal import from_xml
 from vmsnapshot_operator.hypervisors.domains import Hypervisor
 from vmsnapshot_operator.hypervisors.guardian_link import GuardianLink
 
-async def main(socket, guardian, domain, nonce, method, budget):
+async def main(socket, guardian, domain, held):
     hypervisor = await Hypervisor.connect("lab", [Endpoint(socket_path=socket)], {})
     link = GuardianLink(Path(guardian))
     ref = await hypervisor.find(domain)
-    journal = Journal(installation="tested", owner_uid="u", nonce=nonce, attempt=1, method=method, budget=float(budget))
+    journal = from_xml(held)
     await hypervisor.write_journal(ref, journal)
-    await link.arm(hypervisor.uri(ref), ref.uuid, nonce, hypervisor.uris)
+    await link.arm(hypervisor.uri(ref), ref.uuid, journal.nonce, hypervisor.uris)
     window = await hypervisor.window(ref)
-    if method == "Pause":
+    if journal.method == "Pause":
         await window.pause()
     else:
         await window.freeze((), 15)
@@ -165,7 +165,7 @@ class Holder:
     """A process that holds a VM as the operator does, to be killed or stopped."""
 
     def __init__(self, lab: Lab, guardian: Guardian, ref: Ref, held: Journal) -> None:
-        words = [str(lab.libvirt_socket), str(guardian.socket), ref.uuid, held.nonce, held.method, str(held.budget)]
+        words = [str(lab.libvirt_socket), str(guardian.socket), ref.uuid, to_xml(held)]
         self.process = subprocess.Popen([sys.executable, "-c", _HOLDER, *words], stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
         assert self.process.stdout.readline() == "held\n"

@@ -226,6 +226,13 @@ osd objectstore = memstore
 # An OSD that is ended, and not killed, writes its memory down and has it again after a start.
 osd fast shutdown = false
 osd class load list = *
+# Tests stop the process for as long as they need. One that then takes its own silence for a defect ends itself, and
+# its memory is gone.
+osd op thread timeout = 3600
+osd op thread suicide timeout = 0
+# Reads and writes wait for a lease of 16 s that copies of the data give each other. With a single copy nobody renews one
+# that ended while the process was stopped, and every image hangs for good ("active+clean+laggy").
+osd pool default read lease ratio = 1000
 # One copy of everything has nobody to recover from: the log of past writes would only eat memory.
 osd min pg log entries = 100
 osd max pg log entries = 200
