@@ -142,6 +142,8 @@ class Stack:
             str(port),
             "--guardian-socket",
             str(self.guardian_socket),
+            "--identity",
+            name,
             "--log-format",
             "text",
         ]

@@ -49,6 +49,13 @@ def main() -> None:
     "--telemetry-port", default=8080, show_default=True, help="Port of /metrics, /healthz and /readyz; 0 picks one."
 )
 @click.option("--telemetry-host", default="0.0.0.0", show_default=True, help="Address to listen on.")  # noqa: S104 - probes come from outside the pod
+@click.option(
+    "--identity",
+    default="",
+    envvar="VMSNAPSHOT_IDENTITY",
+    help="Name of this instance in the lease. It must be one that no other running process has, such as the pod's; a "
+    "restart under the same name goes on at once, under another one when the lease has run out. Default: host and process.",
+)
 @click.option("--log-format", type=click.Choice(["json", "text"]), default="json", show_default=True)
 @click.option("--verbose", is_flag=True, help="Also log what is seen, not only what is done.")
 def run(
@@ -58,6 +65,7 @@ def run(
     guardian_socket: Path | None,
     telemetry_port: int,
     telemetry_host: str,
+    identity: str,
     log_format: str,
     verbose: bool,
 ) -> None:
@@ -75,6 +83,7 @@ def run(
             guardian_socket=guardian_socket,
             telemetry_port=telemetry_port,
             telemetry_host=telemetry_host,
+            identity=identity,
         )
     )
 

@@ -3,15 +3,46 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 
 import pytest
 
 from tests.lab import Lab
-from tests.stack import Stack
+from tests.lab.errors import LabError
+from tests.stack import Stack, until
 from tests.stack import stack as run_stack
 
 _NUMBERS = itertools.count(1)
+
+BREATH_SECONDS = 30.0
+"""So long a component may need to get over what a test did to it."""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """End the run where a failing test leaves a laboratory that does not work: each later test would wait in vain."""
+    report = yield
+    if report.failed:
+        broken = _broken()
+        if broken:
+            item.session.shouldfail = f"the laboratory does not work after {item.nodeid}: {', '.join(broken)}"
+    return report
+
+
+def _broken() -> list[str]:
+    """Components that are not healthy and do not become so."""
+    try:
+        lab = Lab.attach()
+    except LabError as error:
+        return [str(error)]
+    found = []
+    for name in lab.components:
+        component = lab.component(name)
+        try:
+            until(f"{name} is healthy", component.healthy, BREATH_SECONDS)
+        except LabError:
+            found.append(name)
+    return found
 
 
 @pytest.fixture(scope="session")
