@@ -62,16 +62,16 @@ async def test_a_clone_shares_the_blocks_of_its_volume(storage: LibvirtStorage, 
 async def test_a_clone_keeps_size_and_permissions(storage: LibvirtStorage, host: DriverHost) -> None:
     volume = storage.volume(b"1")
     source = Path(volume.writable.source)
-    source.chmod(0o640)  # noqa: ASYNC240 - one call
+    source.chmod(0o640)
     request = order(volume)
     async with host.reserve(request) as slot:
         cut = await slot.cut(request)
 
     for _ in range(2):
-        found = Path(cut.handles[volume.id]).stat()  # noqa: ASYNC240
+        found = Path(cut.handles[volume.id]).stat()
         assert (found.st_mode & 0o777, found.st_size) == (0o640, SIZE)
         await host.revert(cut, [volume], timeout=LONG)
-        found = source.stat()  # noqa: ASYNC240
+        found = source.stat()
         assert (found.st_mode & 0o777, found.st_size) == (0o640, SIZE)
 
 
@@ -95,7 +95,7 @@ async def test_a_guest_cannot_have_a_file_of_the_host_read(storage: LibvirtStora
     secret = storage.volume(b"secret of the host")
     forge = ["qemu-img", "create", "-q", "-u", "-f", "qcow2", "-F", "raw", "-b", secret.writable.source]
 
-    subprocess.run([*forge, bad.writable.source, "8M"], check=True)  # noqa: ASYNC221 - quick
+    subprocess.run([*forge, bad.writable.source, "8M"], check=True)
     await host.list("vms-", timeout=LONG)  # the pool is read
     fit = await host.can_handle([good, bad], timeout=LONG)
     with pytest.raises(DriverError, match="for qcow2, not raw"):
@@ -103,7 +103,7 @@ async def test_a_guest_cannot_have_a_file_of_the_host_read(storage: LibvirtStora
 
     request = order(good, later)
     async with host.reserve(request) as slot:
-        subprocess.run([*forge, later.writable.source, "8M"], check=True)  # noqa: ASYNC221
+        subprocess.run([*forge, later.writable.source, "8M"], check=True)
         await host.list("vms-", timeout=LONG)  # the pool is read between prepare and cut
         with pytest.raises(DriverError, match="cloning"):
             await slot.cut(request)
@@ -157,14 +157,14 @@ async def test_a_clone_that_libvirt_does_not_know_is_never_written_over(
         cut = await slot.cut(request)
     await host.delete(request.name, timeout=LONG)
     left = Path(cut.handles[volumes[1].id])
-    left.write_bytes(b"of somebody else")  # noqa: ASYNC240 - behind libvirt's back
+    left.write_bytes(b"of somebody else")
 
     async with host.reserve(request) as slot:
         with pytest.raises(DriverError, match="exists"):
             await slot.cut(request)
 
-    assert left.read_bytes() == b"of somebody else"  # noqa: ASYNC240
-    assert not Path(cut.handles[volumes[0].id]).exists(), "one of two is none"  # noqa: ASYNC240
+    assert left.read_bytes() == b"of somebody else"
+    assert not Path(cut.handles[volumes[0].id]).exists(), "one of two is none"
     await host.delete(request.name, timeout=LONG)
     assert storage.held() == before
 
@@ -201,7 +201,7 @@ async def test_a_guest_cannot_have_a_file_of_the_host_copied(copying: LibvirtSto
     async with host.reserve(request) as slot:
         cut = await slot.cut(request)
     forge = ["qemu-img", "create", "-q", "-u", "-f", "qcow2", "-F", "raw", "-b", secret.writable.source]
-    subprocess.run([*forge, volume.writable.source, "8M"], check=True)  # noqa: ASYNC221 - quick
+    subprocess.run([*forge, volume.writable.source, "8M"], check=True)
     connection = copying.lab.libvirt()
     connection.storagePoolLookupByName(copying.pool).refresh(0)
     connection.close()
@@ -209,7 +209,7 @@ async def test_a_guest_cannot_have_a_file_of_the_host_copied(copying: LibvirtSto
     with pytest.raises(DriverError, match="for qcow2, not raw"):
         await host.wait_ready(request, cut, timeout=LONG)
 
-    assert not Path(cut.handles[volume.id]).exists()  # noqa: ASYNC240
+    assert not Path(cut.handles[volume.id]).exists()
     await host.close()
 
 
@@ -220,7 +220,7 @@ async def test_a_copy_that_was_cut_short_is_made_anew(copying: LibvirtStorage) -
     async with host.reserve(request) as slot:
         cut = await slot.cut(request)
     partial = Path(cut.handles[volumes[0].id])
-    partial.write_bytes(b"half")  # noqa: ASYNC240 - as a daemon leaves it that was killed in the middle
+    partial.write_bytes(b"half")
     connection = copying.lab.libvirt()
     connection.storagePoolLookupByName(copying.destination).refresh(0)
     connection.close()

@@ -1,4 +1,4 @@
-# ruff: noqa: ASYNC109, ASYNC110, ASYNC240 - tests of processes look at /proc until they have ended
+# ruff: noqa: ASYNC109, ASYNC110 - tests of processes look at /proc until they have ended
 """The processes of a class, with drivers that hang, crash, stop, babble and lie. Deadlines here are real, but short."""
 
 import asyncio
