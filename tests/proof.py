@@ -111,7 +111,7 @@ def _domains(lab: Lab) -> list[str]:
             found += [f"libvirt snapshot {s.getName()} of {domain.name()}" for s in domain.listAllSnapshots()]
             for disk in ET.fromstring(domain.XMLDesc()).findall("devices/disk"):  # noqa: S314 - libvirt's own
                 source = disk.find("source")
-                if source is not None and "vms-" in "".join(source.attrib.values()):
+                if source is not None and any(Path(v).name.startswith("vms-") for v in source.attrib.values()):
                     found.append(f"overlay on {domain.name()}")
     finally:
         connection.close()

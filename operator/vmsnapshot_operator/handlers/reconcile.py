@@ -26,6 +26,7 @@ from vmsnapshot_operator.core.effects import (
     TakeWindow,
     Wait,
 )
+from vmsnapshot_operator.core.steps import Step, step
 from vmsnapshot_operator.errors import ConflictError, RefusedError, SnapshotError
 from vmsnapshot_operator.kube import conditions
 from vmsnapshot_operator.plan import report
@@ -139,7 +140,8 @@ class Reconciler:
     async def _apply(self, effect: Effect, seen: Observation, body: Mapping[str, Any]) -> None:
         memory = self._world.memory(seen.request.uid)
         try:
-            await choose(self._world.strategies, seen.request, seen.record).apply(effect, seen, body)
+            async with step(Step(type(effect).__name__), seen.request.uid):
+                await choose(self._world.strategies, seen.request, seen.record).apply(effect, seen, body)
         except ConflictError as error:
             log.info("%s: %s", seen.request.uid, error.message)
         except SnapshotError as error:

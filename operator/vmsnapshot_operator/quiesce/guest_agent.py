@@ -15,6 +15,7 @@ from vmsnapshot_operator.core.evidence import Evidence, Window
 from vmsnapshot_operator.core.journal import Journal
 from vmsnapshot_operator.core.machine import AgentState
 from vmsnapshot_operator.core.planning import Method
+from vmsnapshot_operator.core.steps import Step, step
 from vmsnapshot_operator.core.volumes import Seconds
 from vmsnapshot_operator.errors import DomainGoneError, HypervisorError, QuiesceError
 from vmsnapshot_operator.hypervisors.domains import DomainWindow
@@ -44,9 +45,10 @@ class GuestAgentQuiescer:
         try:
             window.ask()
             mountpoints = plan.quiesce.mountpoints if plan is not None else ()
-            frozen = await domain.freeze(mountpoints, timeout=Seconds(journal.budget * FREEZE_SHARE))
-            window.learn(frozen=frozen)
-            window.stands()
+            async with step(Step.WINDOW_QUIESCE, journal.owner_uid):
+                frozen = await domain.freeze(mountpoints, timeout=Seconds(journal.budget * FREEZE_SHARE))
+                window.learn(frozen=frozen)
+                window.stands()
             yield window
         except HypervisorError as error:
             if window.evidence.still_from is not None:
@@ -62,7 +64,7 @@ class GuestAgentQuiescer:
         finally:
             if not window.free:
                 window.ending()
-                await undisturbed(self._free(domain, window))
+                await undisturbed(self._free_as_step(domain, window, journal))
 
     async def let_go(self, journal: Journal) -> None:
         """Thaw until the agent says `thawed`."""
@@ -75,6 +77,10 @@ class GuestAgentQuiescer:
                 reason="ThawFailed",
                 retryable=True,
             )
+
+    async def _free_as_step(self, domain: DomainWindow, window: OpenWindow, journal: Journal) -> None:
+        async with step(Step.WINDOW_FREE, journal.owner_uid):
+            await self._free(domain, window)
 
     async def _free(self, domain: DomainWindow, window: OpenWindow) -> None:
         counted = False

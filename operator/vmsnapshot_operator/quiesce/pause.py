@@ -9,6 +9,7 @@ from vmsnapshot_operator.core.evidence import Evidence, Window
 from vmsnapshot_operator.core.journal import Journal
 from vmsnapshot_operator.core.machine import PowerState
 from vmsnapshot_operator.core.planning import Method
+from vmsnapshot_operator.core.steps import Step, step
 from vmsnapshot_operator.errors import HypervisorError, QuiesceError
 from vmsnapshot_operator.hypervisors.domains import DomainWindow
 from vmsnapshot_operator.quiesce.base import RELEASE_PATIENCE, Context, OpenWindow, insist, undisturbed
@@ -21,15 +22,16 @@ class PauseQuiescer:
         self._context = context
 
     @asynccontextmanager
-    async def still(self, journal: Journal) -> AsyncIterator[Window]:  # noqa: ARG002 - the protocol's signature
+    async def still(self, journal: Journal) -> AsyncIterator[Window]:
         """Hold the VM paused. Raises QuiesceError when it cannot: then it was resumed again."""
         domain = await self._context.hypervisor.window(self._context.ref)
         window = OpenWindow(Evidence(method=Method.PAUSE))
         with self._context.hypervisor.events(self._context.ref) as events:
             try:
                 window.ask()
-                await domain.pause()
-                window.stands()
+                async with step(Step.WINDOW_QUIESCE, journal.owner_uid):
+                    await domain.pause()
+                    window.stands()
                 yield window
             except HypervisorError as error:
                 if window.evidence.still_from is not None:
@@ -44,7 +46,7 @@ class PauseQuiescer:
                     window.ending()
                     if events.resumed:
                         window.learn(freed_by_other=True)
-                    await undisturbed(self._free(domain, window))
+                    await undisturbed(self._free_as_step(domain, window, journal))
 
     async def let_go(self, journal: Journal) -> None:  # noqa: ARG002 - the protocol's signature
         """Resume the VM if it is paused."""
@@ -57,6 +59,10 @@ class PauseQuiescer:
                 reason="ResumeFailed",
                 retryable=True,
             )
+
+    async def _free_as_step(self, domain: DomainWindow, window: OpenWindow, journal: Journal) -> None:
+        async with step(Step.WINDOW_FREE, journal.owner_uid):
+            await self._free(domain, window)
 
     async def _free(self, domain: DomainWindow, window: OpenWindow) -> None:
         async def attempt() -> bool:

@@ -34,6 +34,7 @@ from vmsnapshot_operator.core.effects import (
 )
 from vmsnapshot_operator.core.evidence import Evidence, GroupOutcome, WindowOutcome
 from vmsnapshot_operator.core.journal import Journal
+from vmsnapshot_operator.core.steps import Step, step
 from vmsnapshot_operator.core.volumes import Seconds
 from vmsnapshot_operator.drivers.host import DriverHost, Slot
 from vmsnapshot_operator.errors import DomainGoneError, DriverError, DriverUnavailableError, SnapshotError
@@ -132,9 +133,11 @@ class StorageStrategy:
                 for g in effect.plan.groups
             },
         )
-        await self._write(record, seen, create=seen.record is None)
+        async with step(Step.PREPARE_INTENT, request.uid):
+            await self._write(record, seen, create=seen.record is None)
         try:
-            memory.prepared = await self._reserve(effect)
+            async with step(Step.PREPARE_RESERVE, request.uid):
+                memory.prepared = await self._reserve(effect, request.uid)
         except DriverError as error:
             memory.outcome = WindowOutcome(
                 attempt=effect.attempt,
@@ -146,7 +149,7 @@ class StorageStrategy:
                 message=error.message,
             )
 
-    async def _reserve(self, effect: Prepare) -> Prepared:
+    async def _reserve(self, effect: Prepare, uid: str) -> Prepared:
         """Take a driver process for each group and let it do what is slow.
 
         The classes come in the order of their names: two snapshots that each held what the other needs would wait for ever.
@@ -158,7 +161,7 @@ class StorageStrategy:
                 slots[name] = await stack.enter_async_context(self._host(name).reserve(timeout=RESERVE_TIMEOUT))
             async with asyncio.TaskGroup() as tasks:
                 for name, request in effect.requests.items():
-                    tasks.create_task(_let_prepare(slots[name], request))
+                    tasks.create_task(_let_prepare(slots[name], request, name, uid))
         except BaseException as error:
             await undisturbed(stack.aclose())
             if isinstance(error, BaseExceptionGroup):
@@ -231,7 +234,8 @@ class StorageStrategy:
             if group.result is None:
                 return
             host = await self._world.classes.host_of_record(group)
-            await host.wait_ready(group.request, group.result, timeout=Seconds(max(1.0, left)))
+            async with step(Step.SETTLE_DRIVER, request.uid, group.class_name):
+                await host.wait_ready(group.request, group.result, timeout=Seconds(max(1.0, left)))
 
         await asyncio.gather(*(wait(g) for g in groups.values()))
         await self._write(replace(seen.record, ready=True, ready_time=now()), seen, create=False)
@@ -247,7 +251,8 @@ class StorageStrategy:
                 host = await self._world.classes.host_of_record(record.groups[class_name])
             else:
                 host = self._host(class_name)
-            await host.delete(name, timeout=DELETE_TIMEOUT)
+            async with step(Step.ROLL_BACK_DRIVER, seen.request.uid, class_name):
+                await host.delete(name, timeout=DELETE_TIMEOUT)
 
         pairs = [(c, n) for c, group in held.items() for n in sorted(group)]
         results = await asyncio.gather(*(delete(c, n) for c, n in pairs), return_exceptions=True)
@@ -284,9 +289,10 @@ class StorageStrategy:
             await self._world.cluster.replace_content(body)
 
 
-async def _let_prepare(slot: Slot, request: SnapshotRequest) -> None:
+async def _let_prepare(slot: Slot, request: SnapshotRequest, class_name: str, uid: str) -> None:
     try:
-        await slot.prepare(request)
+        async with step(Step.PREPARE_DRIVER, uid, class_name):
+            await slot.prepare(request)
     except DriverError as error:
         disks = ", ".join(v.label for v in request.volumes)
         raise DriverError(f"disk {disks}: {error.message}", reason=error.reason, retryable=error.retryable) from error

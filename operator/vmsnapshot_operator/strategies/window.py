@@ -20,6 +20,7 @@ from vmsnapshot_operator.core.evidence import Bracket, Evidence, GroupOutcome, Q
 from vmsnapshot_operator.core.journal import Journal
 from vmsnapshot_operator.core.machine import Machine
 from vmsnapshot_operator.core.planning import Plan
+from vmsnapshot_operator.core.steps import Step, step
 from vmsnapshot_operator.core.volumes import Seconds, volume_id
 from vmsnapshot_operator.drivers.host import Slot
 from vmsnapshot_operator.errors import (
@@ -110,8 +111,10 @@ async def _held(
                 "the lease does not outlast the window: another instance may take over", reason="NotLeader"
             )
         try:
-            await client.write_journal(ref, journal)
-            await guardian.arm(client.uri(ref), ref.uuid, journal.nonce)
+            async with step(Step.WINDOW_JOURNAL, journal.owner_uid):
+                await client.write_journal(ref, journal)
+            async with step(Step.WINDOW_ARM, journal.owner_uid):
+                await guardian.arm(client.uri(ref), ref.uuid, journal.nonce)
             yield
         finally:
             if progress.is_free():
@@ -127,9 +130,11 @@ def _guardian(world: World) -> GuardianLink:
 
 
 async def _unhold(guardian: GuardianLink, journal: Journal, ref: Ref, client: Hypervisor) -> None:
-    await guardian.disarm(journal.nonce)
+    async with step(Step.WINDOW_DISARM, journal.owner_uid):
+        await guardian.disarm(journal.nonce)
     try:
-        await client.clear_journal(ref, journal.nonce)
+        async with step(Step.WINDOW_CLEAR, journal.owner_uid):
+            await client.clear_journal(ref, journal.nonce)
     except DomainGoneError:
         pass  # its metadata went with it
     except HypervisorError as error:
@@ -169,7 +174,13 @@ async def _cut_all(
                 async with asyncio.TaskGroup() as cuts:
                     for name, request in requests.items():
                         cuts.create_task(
-                            _cut(replace(request, timeout=Seconds(remaining)), name, slots[name], progress)
+                            _cut(
+                                replace(request, timeout=Seconds(remaining)),
+                                name,
+                                slots[name],
+                                progress,
+                                journal.owner_uid,
+                            )
                         )
             except* _CutFailedError:
                 pass  # each group has told its own failure
@@ -185,10 +196,11 @@ def _disks(request: SnapshotRequest) -> str:
     return ", ".join(v.label for v in request.volumes)
 
 
-async def _cut(request: SnapshotRequest, name: str, slot: Slot, progress: _Progress) -> None:
+async def _cut(request: SnapshotRequest, name: str, slot: Slot, progress: _Progress, uid: str) -> None:
     start = clock()
     try:
-        result = await slot.cut(request)
+        async with step(Step.WINDOW_CUT, uid, name):
+            result = await slot.cut(request)
     except DriverError as error:
         message = f"disk {_disks(request)}: {error.message}"
         progress.groups[name] = GroupOutcome(class_name=name, reason=error.reason, message=message)

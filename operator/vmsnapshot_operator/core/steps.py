@@ -1,0 +1,76 @@
+"""The named steps of an operation on a VMSnapshot: where a tracer can look, and where a fault can be injected.
+
+Every effect is a step, and so is every part of one that leaves something behind. A process has at most one observer; without
+one a step costs nothing. Not: what a step does (`strategies`, `quiesce`), nor what an observer does with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from enum import StrEnum
+from typing import Protocol
+
+
+class Step(StrEnum):
+    """All steps. Those without a slash are the effects, by the names of their classes."""
+
+    RECOVER = "Recover"
+    ADOPT = "Adopt"
+    PREPARE = "Prepare"
+    PREPARE_INTENT = "Prepare/Intent"
+    PREPARE_RESERVE = "Prepare/Reserve"
+    PREPARE_DRIVER = "Prepare/Driver"
+    TAKE_WINDOW = "TakeWindow"
+    WINDOW_JOURNAL = "TakeWindow/Journal"
+    WINDOW_ARM = "TakeWindow/Arm"
+    WINDOW_QUIESCE = "TakeWindow/Quiesce"
+    WINDOW_CUT = "TakeWindow/Cut"
+    WINDOW_FREE = "TakeWindow/Free"
+    WINDOW_DISARM = "TakeWindow/Disarm"
+    WINDOW_CLEAR = "TakeWindow/Clear"
+    KEEP = "Keep"
+    SETTLE = "Settle"
+    SETTLE_DRIVER = "Settle/Driver"
+    ROLL_BACK = "RollBack"
+    ROLL_BACK_DRIVER = "RollBack/Driver"
+    FAIL = "Fail"
+    DROP_CONTENT = "DropContent"
+    FORGET = "Forget"
+    EXPIRE = "Expire"
+
+
+class Moment(StrEnum):
+    """Which side of a step."""
+
+    BEFORE = "before"
+    AFTER = "after"
+
+
+class Observer(Protocol):
+    """Told of every step of every VMSnapshot; the step waits for it to return."""
+
+    async def reached(self, step: Step, moment: Moment, uid: str, detail: str) -> None:
+        """`uid` is the VMSnapshot's; `detail` the class or handle that it is about, or empty."""
+        ...
+
+
+class _Process:
+    observer: Observer | None = None
+
+
+def observe(observer: Observer | None) -> None:
+    """Make this the observer of the process."""
+    _Process.observer = observer
+
+
+@asynccontextmanager
+async def step(name: Step, uid: str, detail: str = "") -> AsyncIterator[None]:
+    """Bracket a step. The side after it is reached only by a step that succeeded."""
+    observer = _Process.observer
+    if observer is None:
+        yield
+        return
+    await observer.reached(name, Moment.BEFORE, uid, detail)
+    yield
+    await observer.reached(name, Moment.AFTER, uid, detail)
