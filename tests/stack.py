@@ -84,11 +84,17 @@ def until(what: str, ready: Callable[[], bool], timeout: float = GUARD_SECONDS) 
 
 @dataclass(slots=True)
 class Stack:
-    """The operator under test. `snapshots` and friends speak to the API server as the administrator does."""
+    """The operator under test. `snapshots` and friends speak to the API server as the administrator does.
+
+    `server`: where the operator looks for the API server, if not where it is. `observer`: the socket of one who is told of each
+    of its steps (see `tests.chaos.observed`).
+    """
 
     lab: Lab
     state: Path
     telemetry_port: int = 0
+    server: str = ""
+    observer: Path | None = None
     programs: dict[str, Program] = field(default_factory=dict)
 
     # --- starting and ending -------------------------------------------------------------------------------------
@@ -98,8 +104,12 @@ class Stack:
         self.lab.kubectl("apply", "--server-side", "--force-conflicts", "-f", str(ROOT / "crds"))
         self.lab.kubectl("wait", "--for=condition=Established", "--timeout=60s", "-f", str(ROOT / "crds"))
         for name in (NAMESPACE, TENANT):
-            self._apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}})
+            self.make_namespace(name)
         self.lab.kubectl("apply", "--server-side", "--force-conflicts", "-f", "-", stdin=self.chart_permissions())
+
+    def make_namespace(self, name: str) -> None:
+        """Make a namespace, if there is none."""
+        self._apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}})
 
     def chart_permissions(self) -> str:
         """Render the chart's ServiceAccount and RBAC."""
@@ -132,7 +142,7 @@ class Stack:
 
     def start_operator(self, name: str = "operator", *, wait: bool = True) -> None:
         """Start the operator as its ServiceAccount."""
-        kubeconfig = self.lab.service_account_kubeconfig(NAMESPACE, SERVICE_ACCOUNT)
+        kubeconfig = self._kubeconfig()
         port = free_port()
         if name == "operator":
             self.telemetry_port = port
@@ -147,9 +157,17 @@ class Stack:
             "--log-format",
             "text",
         ]
-        self._spawn(name, ["run", *options])
+        self._spawn(name, ["run", *options], self.observer)
         if wait:
             until(f"the operator is ready (log: {self.programs[name].log})", self.ready)
+
+    def _kubeconfig(self) -> Path:
+        path = self.lab.service_account_kubeconfig(NAMESPACE, SERVICE_ACCOUNT)
+        if self.server:
+            config = yaml.safe_load(path.read_text())
+            config["clusters"][0]["cluster"] = {"server": self.server}
+            path.write_text(yaml.safe_dump(config))
+        return path
 
     def stop(self) -> None:
         """End operator and guardian, in this order."""
@@ -194,11 +212,15 @@ class Stack:
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()
 
-    def _spawn(self, name: str, arguments: list[str]) -> None:
+    def _spawn(self, name: str, arguments: list[str], observer: Path | None = None) -> None:
         log = self.state / f"{name}.log"
+        program = [str(Path(sys.executable).parent / "vmsnapshot-operator")]
+        if observer is not None:
+            program = [sys.executable, "-m", "tests.chaos.observed", str(observer)]
         with log.open("ab") as out:
             process = subprocess.Popen(
-                [str(Path(sys.executable).parent / "vmsnapshot-operator"), *arguments],
+                [*program, *arguments],
+                cwd=ROOT,
                 stdout=out,
                 stderr=out,
                 stdin=subprocess.DEVNULL,

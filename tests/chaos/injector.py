@@ -1,0 +1,96 @@
+"""Stands at the other end of the observed operator's socket: lets every step go on, but for the one that a trap waits for."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
+
+from vmsnapshot_operator.core.steps import Moment, Step
+
+
+@dataclass(slots=True)
+class Trap:
+    """Waits for the first time that any snapshot reaches one side of a step; the operator stands there until `go`."""
+
+    step: Step
+    moment: Moment
+    _reached: threading.Event = field(default_factory=threading.Event)
+    _going: threading.Event = field(default_factory=threading.Event)
+
+    def wait(self, seconds: float) -> bool:
+        """Whether the step was reached within this time."""
+        return self._reached.wait(seconds)
+
+    def go(self) -> None:
+        """Let the operator go on."""
+        self._going.set()
+
+    def matches(self, step: str, moment: str) -> bool:
+        """Whether this is it, for the first time."""
+        return (step, moment) == (self.step, self.moment) and not self._reached.is_set()
+
+    def hold(self) -> None:
+        """Keep the operator there."""
+        self._reached.set()
+        self._going.wait(120)
+
+
+class Injector:
+    """Listens on a socket as long as it is entered."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.reached: Counter[tuple[str, str]] = Counter()
+        self._traps: list[Trap] = []
+        self._listener: socket.socket | None = None
+
+    def __enter__(self) -> Self:
+        self.path.unlink(missing_ok=True)
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(self.path))
+        self._listener.listen(64)
+        threading.Thread(target=self._listen, args=(self._listener,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._listener is not None:
+            with contextlib.suppress(OSError):
+                self._listener.shutdown(socket.SHUT_RDWR)
+            self._listener.close()
+        for trap in self._traps:
+            trap.go()
+
+    @contextlib.contextmanager
+    def trap(self, step: Step, moment: Moment) -> Iterator[Trap]:
+        """Set a trap for as long as it is entered."""
+        made = Trap(step, moment)
+        self._traps.append(made)
+        try:
+            yield made
+        finally:
+            self._traps.remove(made)
+            made.go()
+
+    def _listen(self, listener: socket.socket) -> None:
+        while True:
+            try:
+                link, _ = listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._answer, args=(link,), daemon=True).start()
+
+    def _answer(self, link: socket.socket) -> None:
+        with link, contextlib.suppress(OSError, ValueError):
+            said = json.loads(link.makefile().readline())
+            self.reached[said["step"], said["moment"]] += 1
+            for trap in list(self._traps):
+                if trap.matches(said["step"], said["moment"]):
+                    trap.hold()
+            link.sendall(b"go\n")
