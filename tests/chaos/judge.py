@@ -4,11 +4,13 @@ from dataclasses import dataclass
 from tests import proof
 from tests.lab import LabError
 
+
 @dataclass(frozen=True)
 class Finding:
     kind: str
     subject: str
     what: str
+
 
 def judge_now(lab, stack, guests):
     found = []
@@ -25,13 +27,17 @@ def judge_now(lab, stack, guests):
         found += [Finding("leaked", x, x) for x in proof.leftovers(lab) if "journal" in x or "overlay" in x]
     return found
 
+
 def judge_snapshot(lab, stack, name, namespace):
     body = stack.get(name, namespace)
     status = body.get("status") or {}
     if status.get("phase") != "Ready":
         return []
-    content = stack.lab.kubectl("get", "vmsnapshotcontents.vmsnapshot.io", f"vmsnapcontent-{body['metadata']['uid']}", "-o", "json")
+    content = stack.lab.kubectl(
+        "get", "vmsnapshotcontents.vmsnapshot.io", f"vmsnapcontent-{body['metadata']['uid']}", "-o", "json"
+    )
     import json
+
     into = lab.state / "judge"
     t = proof.read(lab, json.loads(content), into)
     if status.get("consistency") == "Filesystem" and not (t.one_instant and t.clean):

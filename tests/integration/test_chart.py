@@ -230,7 +230,11 @@ def test_the_program_takes_the_arguments_of_the_chart(render: Render) -> None:
         assert str(context.params["guardian_socket"]) == "/run/vmsnapshot/guardian.sock"
         assert context.params["telemetry_port"] == operator["ports"][0]["containerPort"]
         env = {e["name"]: e.get("value") for e in operator["env"]}
-        assert env == {"POD_NAMESPACE": None, "VMSNAPSHOT_GUARDIAN_SOCKET": "/run/vmsnapshot/guardian.sock"}
+        assert env == {
+            "VMSNAPSHOT_IDENTITY": None,
+            "POD_NAMESPACE": None,
+            "VMSNAPSHOT_GUARDIAN_SOCKET": "/run/vmsnapshot/guardian.sock",
+        }
 
 
 def test_the_guardian_runs_and_is_probed_as_the_chart_says(render: Render, tmp_path: Path) -> None:

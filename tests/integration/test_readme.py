@@ -43,7 +43,7 @@ def test_commands_on_a_cluster(lab: Lab, stack: Stack, tmp_path: Path) -> None:
     ran = []
     for command in commands():
         if command[0] == "helm":
-            command = [*command, "--dry-run=server", "--replace"]  # noqa: PLW2901 - its namespace is in use by the stack
+            command = [*command, "--dry-run=server", "--take-ownership"]  # noqa: PLW2901 - the stack is installed
         if command[0] in ("helm", "kubectl"):
             done = subprocess.run(
                 command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=120
