@@ -91,8 +91,11 @@ def _ceph(lab: Lab) -> list[str]:
         for name in rbd.RBD().list(ioctx):
             if name.startswith("vms-"):
                 found.append(f"rbd image {name}")
-            with rbd.Image(ioctx, name, read_only=True) as image:
-                found += [f"rbd snapshot {name}@{s['name']}" for s in image.list_snaps()]
+            try:
+                with rbd.Image(ioctx, name, read_only=True) as image:
+                    found += [f"rbd snapshot {name}@{s['name']}" for s in image.list_snaps()]
+            except rbd.ImageNotFound:
+                continue  # gone since it was listed
         found += [f"rbd trash {e['name']}" for e in rbd.RBD().trash_list(ioctx)]
     return found
 
