@@ -11,6 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from tests.chaos import cases, runner
+from tests.chaos.fleet import run as run_fleet
+from tests.chaos.runner import Result
 from tests.lab import Lab
 
 BUILD = Path("build")
@@ -23,8 +25,11 @@ console = Console(highlight=False)
 @click.option("--first", default=0, show_default=True, help="Leave out so many of the walk: to extend an earlier run.")
 @click.option("--case", "names", multiple=True, help="Replay this case alone: fault@step:when. Can be repeated.")
 @click.option("--list", "listing", is_flag=True, help="List all cases and end.")
+@click.option(
+    "--fleet", default=0, show_default=True, help="Afterwards so many VMSnapshots over 16 guests, a fault each."
+)
 @click.option("--quick", is_flag=True, help="Leave out faults that take longer than half a minute each.")
-def main(*, number: int, seed: int, first: int, names: tuple[str, ...], listing: bool, quick: bool) -> None:
+def main(*, number: int, seed: int, first: int, names: tuple[str, ...], listing: bool, fleet: int, quick: bool) -> None:
     """Inject faults into the laboratory and judge what is left of the world. Exit status 1 if the judge found anything.
 
     A run is repeated by its seed: `make chaos N=100 SEED=7`. A failing case prints the command that replays it alone.
@@ -39,18 +44,25 @@ def main(*, number: int, seed: int, first: int, names: tuple[str, ...], listing:
         raise click.BadParameter(str(error)) from error
     lab = Lab.up(report=lambda line: console.print(f"[dim]{line}[/dim]"))
     with runner.suite(lab, seed) as suite, _progress() as bar:
-        task = bar.add_task("injecting", total=len(chosen))
-        for offset, case in enumerate(chosen):
-            bar.update(task, description=case.name)
-            result = suite.inject(case, first + offset)
+        task = bar.add_task("injecting", total=len(chosen) + fleet)
+
+        def tell(result: Result) -> None:
             runner.write(suite.results, seed, BUILD / "chaos.json")
             for finding in result.findings:
-                bar.console.print(f"[red]✘ {case.name}: {finding.kind}: {finding.subject}: {finding.what}[/red]")
-                bar.console.print(f"  replay: make chaos SEED={seed} CASE={case.name}", markup=False)
+                bar.console.print(f"[red]✘ {result.case}: {finding.kind}: {finding.subject}: {finding.what}[/red]")
+                if not result.case.endswith("@fleet"):
+                    bar.console.print(f"  replay: make chaos SEED={seed} CASE={result.case}", markup=False)
             bar.advance(task)
+
+        for offset, case in enumerate(chosen):
+            bar.update(task, description=case.name)
+            tell(suite.inject(case, first + offset))
+        if fleet:
+            bar.update(task, description=f"{fleet} over 16 guests")
+            run_fleet(suite, fleet, tell)
         found = runner.write(suite.results, seed, BUILD / "chaos.json")
     console.print(_table(found))
-    console.print(f"{len(chosen) - found['injections']} did not reach their step; written to build/chaos.json")
+    console.print(f"{len(chosen) + fleet - found['injections']} did not reach their step; written to build/chaos.json")
     sys.exit(1 if found["leftFrozen"] or found["leaked"] or found["lied"] or found["stuck"] else 0)
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
-import shutil
+
 from dataclasses import dataclass
+
 from tests import proof
 from tests.lab import LabError
 

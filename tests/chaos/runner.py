@@ -77,11 +77,11 @@ class Suite:
         try:
             reached = self._strike(case, scene)
             mended = time.monotonic()
-            findings += self._ended(scene)
+            findings += self.ended(scene)
             recovery = time.monotonic() - mended
         except LabError as error:
             findings.append(Finding("stuck", scene.name, str(error)))
-        outcome = self._outcome(scene)
+        outcome = self.outcome(scene)
         findings += self._look(scene)
         result = Result(
             case=case.name,
@@ -122,11 +122,11 @@ class Suite:
                 return trap.wait(0.0)
         return True
 
-    def _ended(self, scene: Scene) -> list[Finding]:
+    def ended(self, scene: Scene, seconds: float = END_SECONDS) -> list[Finding]:
         """Wait until every snapshot of the scene has come to its end."""
         for name in (scene.name, *scene.others):
             try:
-                until(f"{name} has ended", lambda name=name: self._is_over(name), END_SECONDS)  # type: ignore[misc]
+                until(f"{name} has ended", lambda name=name: self._is_over(name), seconds)  # type: ignore[misc]
             except LabError as error:
                 status = json.dumps((self.stack.get(name, TENANT) or {}).get("status"))
                 return [Finding("stuck", name, f"{error}: {status}")]
@@ -142,7 +142,8 @@ class Suite:
         settled = found.get("Reconciling", {}).get("status") == "False"
         return settled and "True" in (found.get("Ready", {}).get("status"), found.get("Stalled", {}).get("status"))
 
-    def _outcome(self, scene: Scene) -> str:
+    def outcome(self, scene: Scene) -> str:
+        """What became of the scene's snapshot, in a word."""
         body = self.stack.get(scene.name, TENANT)
         if body is None:
             return "gone"
@@ -159,21 +160,21 @@ class Suite:
             names = [n for n in (scene.name, *scene.others) if self.stack.get(n, TENANT) is not None]
             for name in names:
                 findings += judge.judge_snapshot(self.lab, self.stack, name, TENANT)
-            findings += self._settled()
+            findings += self.settled([self.guest])
             for name in names:
                 self.stack.delete(name, namespace=TENANT, wait=False)
             for name in names:
                 until(f"{name} is gone", lambda name=name: self.stack.get(name, TENANT) is None, END_SECONDS)  # type: ignore[misc]
-            findings += self._settled()
+            findings += self.settled([self.guest])
         except LabError as error:
             findings.append(Finding("stuck", scene.name, str(error)))
         return findings
 
-    def _settled(self) -> list[Finding]:
+    def settled(self, guests: list[Guest]) -> list[Finding]:
         """What the judge still finds after a while: a thaw or a clearing of traces may be under way."""
         end = time.monotonic() + 30
         while True:
-            found = judge.judge_now(self.lab, self.stack, [self.guest])
+            found = judge.judge_now(self.lab, self.stack, guests)
             if not found or time.monotonic() > end:
                 return found
             time.sleep(0.5)
