@@ -18,6 +18,7 @@ from random import Random
 import libvirt
 
 from tests.chaos.apiproxy import ApiProxy, Trouble
+from tests.chaos.injector import Injector
 from tests.lab import Lab, LabError
 from tests.lab.guests import Guest
 from tests.stack import TENANT, Stack, until
@@ -31,6 +32,7 @@ class Scene:
     lab: Lab
     stack: Stack
     proxy: ApiProxy
+    injector: Injector
     guest: Guest
     random: Random
     namespace: str = TENANT
@@ -141,6 +143,15 @@ def _kill_both(scene: Scene) -> None:
 def _start_both(scene: Scene) -> None:
     _start_guardian(scene)
     _start_operator(scene)
+
+
+def _step_clock(seconds: int) -> Callable[[Scene], None]:
+    """The operator's wall clock is wrong from its next step on."""
+
+    def strike(scene: Scene) -> None:
+        scene.injector.clock_seconds = seconds
+
+    return strike
 
 
 def _stop_guardian(scene: Scene) -> None:
@@ -382,6 +393,8 @@ FAULTS: tuple[Fault, ...] = (
         slow=True,
     ),
     Fault(name="second-operator", strike=_second_operator, heal=_end_second_operator, hold=4.0),
+    Fault(name="clock-an-hour-ahead", strike=_step_clock(3600), heal=_step_clock(0), hold=2.0),
+    Fault(name="clock-an-hour-behind", strike=_step_clock(-3600), heal=_step_clock(0), hold=2.0),
     Fault(name="guardian-killed", strike=_kill_guardian, heal=_start_guardian, hold=1.0),
     Fault(name="guardian-stopped", strike=_stop_guardian, heal=_continue_guardian, hold=3.0),
     Fault(name="guardian-and-operator-killed", strike=_kill_both, heal=_start_both, ends_operator=True),

@@ -81,6 +81,7 @@ def _batch(suite: Suite, guests: list[Guest], random: Random, first: int, size: 
             lab=suite.lab,
             stack=suite.stack,
             proxy=suite.proxy,
+            injector=suite.injector,
             guest=guests[(first + n) % len(guests)],
             random=random,
             namespace=TENANT,

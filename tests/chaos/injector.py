@@ -43,10 +43,11 @@ class Trap:
 
 
 class Injector:
-    """Listens on a socket as long as it is entered."""
+    """Listens on a socket as long as it is entered. `clock_seconds`: by so much the operator's wall clock shall be wrong."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.clock_seconds = 0
         self.reached: Counter[tuple[str, str]] = Counter()
         self._traps: list[Trap] = []
         self._listener: socket.socket | None = None
@@ -93,4 +94,4 @@ class Injector:
             for trap in list(self._traps):
                 if trap.matches(said["step"], said["moment"]):
                     trap.hold()
-            link.sendall(b"go\n")
+            link.sendall(b"%d\n" % self.clock_seconds)

@@ -29,6 +29,7 @@ from vmsnapshot_operator.core.steps import Moment, Step
 
 REACH_SECONDS = 60.0
 """So long a snapshot may need to reach its step; one that does not is no injection."""
+HASTY_SHARE = 0.5
 END_SECONDS = 240.0
 """So long after the mending everything may need to come to its end; after that it is stuck."""
 
@@ -67,6 +68,7 @@ class Suite:
             lab=self.lab,
             stack=self.stack,
             proxy=self.proxy,
+            injector=self.injector,
             guest=self.guest,
             random=random,
             namespace=TENANT,
@@ -197,7 +199,9 @@ class Suite:
     # --- ways to a step --------------------------------------------------------------------------------------------------------
 
     def create(self, scene: Scene, **spec: Any) -> None:
-        """Apply the scene's VMSnapshot."""
+        """Apply the scene's VMSnapshot; every other one with a budget that many faults outlast."""
+        if scene.random.random() < HASTY_SHARE:
+            spec["quiesce"] = {"maxFrozenSeconds": 5, **spec.get("quiesce", {})}
         self.stack.snapshot(scene.name, self.guest.name, namespace=TENANT, **spec)
 
 
