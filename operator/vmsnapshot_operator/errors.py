@@ -109,6 +109,13 @@ class GuardianError(SnapshotError):
     retryable = True
 
 
+class NotPermittedError(SnapshotError):
+    """What this process was about to do to a VM or its storage it may not do any more: its time is over, or its lease."""
+
+    reason = "NotLeader"
+    retryable = True
+
+
 class WindowError(SnapshotError):
     """The window failed; the VM has been freed."""
 

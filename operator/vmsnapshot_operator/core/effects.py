@@ -13,6 +13,8 @@ from vmsnapshot_operator.core.journal import Journal
 from vmsnapshot_operator.core.planning import Plan, Refusal, Request
 from vmsnapshot_operator.core.volumes import Consistency, Seconds, VolumeId
 
+_NO_TIME = Seconds(0.0)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordedGroup:
@@ -78,15 +80,16 @@ class Observation:
     `plan` and `refusal`: what planning says now (None, None when it was not needed). `held`: names of ours that drivers
     listed, by class, or None when nobody was asked; `unlisted`: classes that could not be asked, with the reason.
     `prepared`: the attempt that this very process has prepared and not yet tried. `outcome`: a window that this process
-    ran and has not recorded. `broken`: what this process found that no retry can mend. `trouble`, `retry_at`: the last effect
-    failed, and when to try again. `in_use_by`: who else works on this VM.
+    ran and has not recorded. `broken`: what this process found that no retry can mend. `trouble`, `retry_in`: the last effect
+    failed, and in how many seconds to try again. `known_for`: how long this process has known the object, in seconds.
+    `in_use_by`: who else works on this VM.
     """
 
     request: Request
     deleting: bool = False
     finalizer: bool = False
     refused: Failure | None = None
-    first_seen: datetime
+    known_for: Seconds = _NO_TIME
     plan: Plan | None = None
     refusal: Refusal | None = None
     record: Record | None = None
@@ -101,7 +104,7 @@ class Observation:
     in_use_by: str = ""
     broken: Failure | None = None
     trouble: str = ""
-    retry_at: datetime | None = None
+    retry_in: Seconds = _NO_TIME
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -105,7 +105,10 @@ class Quiescer(Protocol):
     """One way to make volumes stand still: through the agent, by a pause, not at all."""
 
     def still(self, journal: Journal) -> AbstractAsyncContextManager[Window]:
-        """Make the VM stand still; leaving frees it on every path. Raises QuiesceError (the VM is then free, or `free` is False)."""
+        """Make the VM stand still; leaving frees it on every path.
+
+        Raises QuiesceError (the VM is then free, or `free` is False), or another error of ours before anything was sent to the VM.
+        """
         ...
 
     async def let_go(self, journal: Journal) -> None:

@@ -10,7 +10,6 @@ import contextlib
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 from vmsnapshot_operator.core.effects import (
@@ -27,12 +26,13 @@ from vmsnapshot_operator.core.effects import (
     Wait,
 )
 from vmsnapshot_operator.core.steps import Step, step
+from vmsnapshot_operator.core.volumes import Seconds
 from vmsnapshot_operator.errors import ConflictError, RefusedError, SnapshotError
 from vmsnapshot_operator.kube import conditions
 from vmsnapshot_operator.plan import report
 from vmsnapshot_operator.strategies.gather import gather
 from vmsnapshot_operator.strategies.registry import choose
-from vmsnapshot_operator.strategies.world import World, now
+from vmsnapshot_operator.strategies.world import World, clock, now
 
 log = logging.getLogger(__name__)
 
@@ -78,11 +78,17 @@ class Reconciler:
             except RefusedError as error:
                 log.warning("VMSnapshot %s/%s cannot be understood: %s", namespace, name, error.message)
                 return None
+            if not seen.leader:
+                return STANDBY_SECONDS
             decision = choose(self._world.strategies, seen.request, seen.record).decide(seen, now())
             if not isinstance(decision.effect, QUIET):
                 body = await self._tell(seen, decision, body)
             if isinstance(decision.effect, Wait):
+                # Whoever waits holds no driver process that others need, and freezes nobody for one that went cold.
+                await self._world.memory(uid).drop_prepared()
                 return decision.effect.seconds
+            if not self._world.leadership.is_leader():
+                return STANDBY_SECONDS
             log.info("VMSnapshot %s/%s: %s", namespace, name, type(decision.effect).__name__)
             if isinstance(decision.effect, _LONG):
                 self._start(decision.effect, seen, body)
@@ -148,7 +154,7 @@ class Reconciler:
             log.warning(
                 "%s of %s/%s: %s", type(effect).__name__, seen.request.namespace, seen.request.name, error.message
             )
-            if isinstance(effect, _CANCELLABLE) and not error.retryable:
+            if _is_final(effect, error):
                 memory.broken = Failure(reason=error.reason, message=error.message)
             self._retry_later(seen, error.message)
         except Exception as error:
@@ -161,4 +167,11 @@ class Reconciler:
         memory = self._world.memory(seen.request.uid)
         memory.failures += 1
         memory.trouble = message
-        memory.retry_at = now() + timedelta(seconds=min(MAX_BACKOFF_SECONDS, 0.5 * 2 ** min(memory.failures, 10)))
+        memory.retry_at = Seconds(clock() + min(MAX_BACKOFF_SECONDS, 0.5 * 2 ** min(memory.failures, 10)))
+
+
+def _is_final(effect: Effect, error: SnapshotError) -> bool:
+    """Whether no retry can help. What was taken is given up only when the storage says that it is gone."""
+    if isinstance(effect, Settle):
+        return error.reason == "SnapshotLost"
+    return isinstance(effect, Prepare) and not error.retryable

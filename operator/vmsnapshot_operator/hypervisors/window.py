@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from vmsnapshot_operator.core.machine import AgentState, PowerState
 from vmsnapshot_operator.core.volumes import Seconds
-from vmsnapshot_operator.errors import AgentError, CallTimeoutError, DomainGoneError, HypervisorError
+from vmsnapshot_operator.errors import AgentError, CallTimeoutError, DomainGoneError, HypervisorError, NotPermittedError
 from vmsnapshot_operator.hypervisors import agent, description
 from vmsnapshot_operator.hypervisors.calls import Calls
 
@@ -22,6 +22,15 @@ GRACE = Seconds(2.0)
 """What a call may take longer than the deadline given to libvirt itself."""
 
 T = TypeVar("T")
+
+Permit = Callable[[], str]
+"""Asked in the very thread that is about to hold a VM, right before it does: why it may not any more, or nothing. A process
+that was stopped meanwhile must not act on what was true before."""
+
+
+def always() -> str:
+    """Permit everything."""
+    return ""
 
 
 class Handles(NamedTuple):
@@ -83,8 +92,11 @@ class DomainWindow:
         """Look the domain up on both connections."""
         self._handles = await self._look_up(self)
 
-    async def freeze(self, mountpoints: Sequence[str], timeout: Seconds) -> int:  # noqa: ASYNC109 - given to libvirt
-        """Freeze these file systems, or all; return how many were. After any error it may still happen later: thaw."""
+    async def freeze(self, mountpoints: Sequence[str], timeout: Seconds, permit: Permit = always) -> int:  # noqa: ASYNC109 - given to libvirt
+        """Freeze these file systems, or all; return how many were. After any error it may still happen later: thaw.
+
+        Raises NotPermittedError if `permit` says no: then nothing was sent.
+        """
         here = self._known()
         seconds, releases = max(1, int(timeout)), self._releases
 
@@ -94,6 +106,8 @@ class DomainWindow:
                 here.holding.agentSetResponseTimeout(seconds, 0)
                 if self._releases != releases:
                     raise AgentError("the freeze was given up before it was sent")
+                if why := permit():
+                    raise NotPermittedError(f"domain {self._name} was not frozen: {why}")
                 return int(here.holding.fsFreeze(list(mountpoints) or None, 0))
 
         try:
@@ -135,14 +149,16 @@ class DomainWindow:
         self._wait_for_ours("freeze")
         return state
 
-    async def pause(self) -> None:
-        """Pause the VM. After any error it may still happen later: resume."""
+    async def pause(self, permit: Permit = always) -> None:
+        """Pause the VM. After any error it may still happen later: resume. Raises NotPermittedError as `freeze` does."""
         here, releases = self._known(), self._releases
 
         def run() -> None:
             with self._outstanding.holding(self.uuid):
                 if self._releases != releases:
                     raise HypervisorError("the pause was given up before it was sent")
+                if why := permit():
+                    raise NotPermittedError(f"domain {self._name} was not paused: {why}")
                 here.holding.suspend()
 
         await here.calls.act(f"pause of {self._name}", run, timeout=ACT_TIMEOUT)

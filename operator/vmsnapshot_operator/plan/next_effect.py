@@ -52,9 +52,10 @@ def decide(seen: Observation, now: datetime, *, installation: str) -> Decision:
         return _say(
             seen, Wait(_SOON), "HypervisorUnreachable", f"cannot see whether the VM is free: {seen.journal_problem}"
         )
-    if seen.retry_at is not None and seen.retry_at > now:
-        wait = Wait(Seconds(max(0.05, (seen.retry_at - now).total_seconds())))
-        return _say(seen, wait, "Retrying", seen.trouble)
+    if not seen.leader:
+        return _say(seen, Wait(_SOON), "NotLeader", "another instance of the operator holds the lease")
+    if seen.retry_in > 0:
+        return _say(seen, Wait(max(Seconds(0.05), seen.retry_in)), "Retrying", seen.trouble)
     if seen.deleting:
         return _delete(seen)
     if seen.request.dry_run:
@@ -128,7 +129,7 @@ def _refuse(seen: Observation, refusal: Refusal, now: datetime) -> Decision:
     """Tell a refusal: as final once its patience is over."""
     if refusal.patience is Patience.WAIT and now <= deadline(seen):
         return Decision(effect=Wait(_SOON), conditions=conditions.waiting(seen, refusal))
-    if refusal.patience is Patience.SETTLE and now < seen.first_seen + timedelta(seconds=SETTLE_SECONDS):
+    if refusal.patience is Patience.SETTLE and seen.known_for < SETTLE_SECONDS:
         return Decision(effect=Wait(_SOON), conditions=conditions.waiting(seen, refusal))
     return Decision(
         effect=Wait(),
@@ -140,10 +141,10 @@ def _not_now(seen: Observation) -> Decision | None:
     """Say what has to be waited for before anything may begin."""
     if seen.in_use_by:
         return _say(seen, Wait(_SOON), "VMBusy", seen.in_use_by)
-    if not seen.leader:
-        return _say(seen, Wait(_SOON), "NotLeader", "another instance of the operator holds the lease")
     if seen.plan is None:
         return _say(seen, Wait(_SOON), "Planning", seen.trouble)
+    if seen.plan.quiesce.holds_vm and seen.guardian is not None and not seen.guardian.ok:
+        return _say(seen, Wait(_SOON), seen.guardian.reason, seen.guardian.message)
     return None
 
 
@@ -195,7 +196,7 @@ def _again(
 ) -> Decision:
     """The attempt came to nothing: remove what it left, then try a new one under new names."""
     why = outcome.message if outcome is not None else f"attempt {record.attempt} was interrupted"
-    if (left := _roll_back(seen, why)) is not None:
+    if (left := _roll_back(seen, why, upto=record.attempt)) is not None:
         return left
     if record.attempt >= MAX_ATTEMPTS:
         reason = outcome.reason if outcome is not None and outcome.reason else "Interrupted"
@@ -219,12 +220,21 @@ def _window(seen: Observation, record: Record, now: datetime, installation: str)
     if (waiting := _not_now(seen)) is not None:
         return waiting
     assert seen.plan is not None, "_not_now waits for a plan"  # noqa: S101 - for the type checker
-    if seen.plan.membership != record.plan.membership or seen.plan.quiesce.method != record.plan.quiesce.method:
-        return _prepare(seen, record.attempt + 1, installation)
-    if seen.plan.quiesce.holds_vm and seen.guardian is not None and not seen.guardian.ok:
-        return _say(seen, Wait(_SOON), seen.guardian.reason, seen.guardian.message)
+    if not _same_terms(seen.plan, record.plan):
+        # What was prepared is another snapshot than the one that would be judged: it is given up as a whole.
+        return _again(seen, record, None, now, installation)
     requests = requests_for(seen.plan, installation, seen.request.uid, record.attempt)
     return _say(seen, TakeWindow(record.attempt, seen.plan, requests), "Taking")
+
+
+def _same_terms(now: Plan, then: Plan) -> bool:
+    """Whether the verdict that was planned for is still the one that can be reached: the same disks, file systems and way."""
+    return (
+        now.membership == then.membership
+        and now.quiesce.method == then.quiesce.method
+        and now.quiesce.expected_filesystems == then.quiesce.expected_filesystems
+        and {v.volume.id: v.covered for v in now.volumes} == {v.volume.id: v.covered for v in then.volumes}
+    )
 
 
 def _fail(seen: Observation, reason: str, message: str) -> Decision:
@@ -258,7 +268,7 @@ def _delete(seen: Observation) -> Decision:
     record = seen.record
     if not seen.finalizer:
         return _say(seen, Wait(), "Deleting")
-    if record is not None and record.taken and seen.request.retain and not record.problem:
+    if record is not None and seen.request.retain and (record.taken or record.problem):
         return _say(seen, Forget(), "Deleting", "deletionPolicy Retain: the VMSnapshotContent and the storage keep it")
     if (left := _roll_back(seen, "")) is not None:
         return left
@@ -267,11 +277,14 @@ def _delete(seen: Observation) -> Decision:
     return _say(seen, Forget(), "Deleting")
 
 
-def _roll_back(seen: Observation, why: str) -> Decision | None:
-    """Remove what the storage systems hold under our names, or None when they confirmed that it is nothing."""
+def _roll_back(seen: Observation, why: str, upto: int | None = None) -> Decision | None:
+    """Remove what the storage systems hold under our names, or None when they confirmed that it is nothing.
+
+    `upto`: of this attempt and earlier ones. Later ones were made by somebody who took over meanwhile.
+    """
     word = "Deleting" if seen.deleting else "RollingBack"
-    if seen.held and any(seen.held.values()):
-        return _say(seen, _names(seen), word, seen.trouble or why)
+    if (found := _names(seen, upto)).names:
+        return _say(seen, found, word, seen.trouble or why)
     if seen.unlisted:
         silent = "; ".join(f'class "{c}": {m}' for c, m in sorted(seen.unlisted.items()))
         return _say(
@@ -285,9 +298,12 @@ def _roll_back(seen: Observation, why: str) -> Decision | None:
     return None
 
 
-def _names(seen: Observation) -> RollBack:
-    held = seen.held or {}
-    return RollBack({c: n for c, n in sorted(held.items()) if n})
+def _names(seen: Observation, upto: int | None = None) -> RollBack:
+    chosen = {
+        c: frozenset(n for n in held if upto is None or (names.attempt_of(n) or 0) <= upto)
+        for c, held in sorted((seen.held or {}).items())
+    }
+    return RollBack({c: n for c, n in chosen.items() if n})
 
 
 def _until_expiry(seen: Observation, now: datetime) -> Effect:

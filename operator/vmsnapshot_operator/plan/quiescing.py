@@ -25,6 +25,15 @@ WINDOWS_BUDGET = Seconds(
 )  # VSS holds writes for 10 s at most (Microsoft, "Overview of processing a backup under VSS")
 
 
+FREEZABLE = frozenset(
+    {"ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "gfs2", "jfs", "nilfs2", "ocfs2", "reiserfs", "bcachefs", "zonefs"}
+)
+"""Linux file systems that know how to be frozen; the agent passes over the others without a word (FIFREEZE: EOPNOTSUPP)."""
+
+STILL = frozenset({"iso9660", "udf", "squashfs", "erofs", "cramfs", "romfs"})
+"""Those that are only ever read: there is nothing to freeze."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usable:
     """What the agent offers: the targets whose file systems it can freeze all, and how many it would freeze."""
@@ -37,10 +46,19 @@ def coverage(agent: Agent | None, mountpoints: Sequence[str]) -> Usable:
     """Return the disk targets of which every mounted file system would be frozen."""
     if agent is None:
         return Usable(covered=frozenset(), filesystems=0)
-    wanted = [f for f in agent.filesystems if not mountpoints or f.mountpoint in mountpoints]
-    missed = {t for f in agent.filesystems if mountpoints and f.mountpoint not in mountpoints for t in f.targets}
+    mounted = [f for f in agent.filesystems if agent.is_windows or f.type not in STILL]
+    wanted = [
+        f
+        for f in mounted
+        if (not mountpoints or f.mountpoint in mountpoints) and (agent.is_windows or f.type in FREEZABLE)
+    ]
+    passed_over = [f for f in mounted if f not in wanted]
+    if mountpoints and any(not f.targets for f in passed_over):
+        return Usable(covered=frozenset(), filesystems=len({f.device for f in wanted}))  # it may lie on any disk
+    missed = {t for f in passed_over for t in f.targets}
     covered = {t for f in wanted for t in f.targets} - missed
-    return Usable(covered=frozenset(covered), filesystems=len({f.device for f in wanted if f.targets}))
+    # All that it freezes is counted, also what lies on no disk of the VM: else such a one could stand in for one that was missed.
+    return Usable(covered=frozenset(covered), filesystems=len({f.device for f in wanted}))
 
 
 def _agent_problem(agent: Agent | None, failed_before: str) -> tuple[str, str]:

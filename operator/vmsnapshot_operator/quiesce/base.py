@@ -19,6 +19,7 @@ from vmsnapshot_operator.core.planning import Plan
 from vmsnapshot_operator.core.volumes import Seconds
 from vmsnapshot_operator.errors import DomainGoneError, HypervisorError, QuiesceError
 from vmsnapshot_operator.hypervisors.domains import Hypervisor, Ref
+from vmsnapshot_operator.hypervisors.window import Permit, always
 
 log = logging.getLogger(__name__)
 
@@ -33,11 +34,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Context:
-    """Which VM, where, and what was planned for it."""
+    """Which VM, where, what was planned for it, and who is asked right before it is held whether that is still allowed."""
 
     hypervisor: Hypervisor
     ref: Ref
     plan: Plan | None = None
+    permit: Permit = always
 
 
 QuiescerFactory = Callable[[Context], Quiescer]

@@ -17,7 +17,7 @@ from vmsnapshot_operator.core.machine import AgentState
 from vmsnapshot_operator.core.planning import Method
 from vmsnapshot_operator.core.steps import Step, step
 from vmsnapshot_operator.core.volumes import Seconds
-from vmsnapshot_operator.errors import DomainGoneError, HypervisorError, QuiesceError
+from vmsnapshot_operator.errors import DomainGoneError, HypervisorError, NotPermittedError, QuiesceError
 from vmsnapshot_operator.hypervisors.domains import DomainWindow
 from vmsnapshot_operator.quiesce.base import RELEASE_PATIENCE, Context, OpenWindow, insist, undisturbed
 
@@ -46,10 +46,15 @@ class GuestAgentQuiescer:
             window.ask()
             mountpoints = plan.quiesce.mountpoints if plan is not None else ()
             async with step(Step.WINDOW_QUIESCE, journal.owner_uid):
-                frozen = await domain.freeze(mountpoints, timeout=Seconds(journal.budget * FREEZE_SHARE))
+                frozen = await domain.freeze(
+                    mountpoints, timeout=Seconds(journal.budget * FREEZE_SHARE), permit=self._context.permit
+                )
                 window.learn(frozen=frozen)
                 window.stands()
             yield window
+        except NotPermittedError:
+            window.free = True  # nothing was sent
+            raise
         except HypervisorError as error:
             if window.evidence.still_from is not None:
                 raise

@@ -10,7 +10,7 @@ from vmsnapshot_operator.core.journal import Journal
 from vmsnapshot_operator.core.machine import PowerState
 from vmsnapshot_operator.core.planning import Method
 from vmsnapshot_operator.core.steps import Step, step
-from vmsnapshot_operator.errors import HypervisorError, QuiesceError
+from vmsnapshot_operator.errors import HypervisorError, NotPermittedError, QuiesceError
 from vmsnapshot_operator.hypervisors.domains import DomainWindow
 from vmsnapshot_operator.quiesce.base import RELEASE_PATIENCE, Context, OpenWindow, insist, undisturbed
 
@@ -30,9 +30,12 @@ class PauseQuiescer:
             try:
                 window.ask()
                 async with step(Step.WINDOW_QUIESCE, journal.owner_uid):
-                    await domain.pause()
+                    await domain.pause(self._context.permit)
                     window.stands()
                 yield window
+            except NotPermittedError:
+                window.free = True  # nothing was sent
+                raise
             except HypervisorError as error:
                 if window.evidence.still_from is not None:
                     raise

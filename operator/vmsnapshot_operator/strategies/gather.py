@@ -28,7 +28,7 @@ from vmsnapshot_operator.errors import (
 from vmsnapshot_operator.hypervisors.domains import Hypervisor, Ref
 from vmsnapshot_operator.kube import contents, distill
 from vmsnapshot_operator.plan import access, disks, grouping, planner
-from vmsnapshot_operator.strategies.world import LiveHypervisor, Memory, World
+from vmsnapshot_operator.strategies.world import LiveHypervisor, Memory, World, clock
 
 ASK_TIMEOUT = Seconds(10.0)
 
@@ -66,7 +66,7 @@ async def gather(world: World, body: Mapping[str, Any]) -> Observation:
         deleting=deleting,
         finalizer=finalizer,
         refused=refused,
-        first_seen=memory.first_seen,
+        known_for=Seconds(clock() - memory.since),
         plan=planned.plan,
         refusal=planned.refusal,
         record=record,
@@ -81,7 +81,7 @@ async def gather(world: World, body: Mapping[str, Any]) -> Observation:
         guardian=planned.guardian,
         in_use_by=planned.in_use_by,
         trouble=memory.trouble,
-        retry_at=memory.retry_at,
+        retry_in=Seconds(max(0.0, memory.retry_at - clock())) if memory.retry_at is not None else Seconds(0.0),
     )
 
 

@@ -37,19 +37,28 @@ from vmsnapshot_operator.core.journal import Journal
 from vmsnapshot_operator.core.steps import Step, step
 from vmsnapshot_operator.core.volumes import Seconds
 from vmsnapshot_operator.drivers.host import DriverHost, Slot
-from vmsnapshot_operator.errors import DomainGoneError, DriverError, DriverUnavailableError, SnapshotError
+from vmsnapshot_operator.errors import (
+    ConflictError,
+    DomainGoneError,
+    DriverError,
+    DriverUnavailableError,
+    SnapshotError,
+)
 from vmsnapshot_operator.kube import contents
 from vmsnapshot_operator.plan import next_effect, verdict
 from vmsnapshot_operator.quiesce.base import Context, find, undisturbed
 from vmsnapshot_operator.strategies import window
 from vmsnapshot_operator.strategies.gather import locate
-from vmsnapshot_operator.strategies.world import Memory, Prepared, World, now
+from vmsnapshot_operator.strategies.world import Memory, Prepared, World, clock, now
 
 log = logging.getLogger(__name__)
 
 RESERVE_TIMEOUT = Seconds(120.0)
 """Back-pressure: so long a snapshot waits for a free process of each class, with its VM untouched."""
 DELETE_TIMEOUT = Seconds(60.0)
+SETTLE_TIMEOUT = Seconds(300.0)
+"""Of one call: it is repeated until the ready deadline, so that a lost connection does not hold a process until then."""
+RECOVER_PAUSE = Seconds(1.0)
 
 
 class StorageStrategy:
@@ -102,13 +111,21 @@ class StorageStrategy:
         return self._world.memory(seen.request.uid)
 
     async def _recover(self, journal: Journal, seen: Observation) -> None:
-        await self._memory(seen).drop_prepared()
+        memory = self._memory(seen)
+        await memory.drop_prepared()
         try:
             client, ref = await locate(self._world, seen.request, seen.record)
             await find(journal.method)(Context(hypervisor=client, ref=ref)).let_go(journal)
             await client.clear_journal(ref, journal.nonce)
         except DomainGoneError:
             log.info("domain of snapshot %s is gone: nothing is left to free", seen.request.uid)
+        except SnapshotError:
+            await asyncio.sleep(RECOVER_PAUSE)  # what fails at once is tried again without end, but not without rest
+            raise
+        if self._world.guardian is not None:
+            await self._world.guardian.disarm(journal.nonce)
+        if memory.outcome is not None and not memory.outcome.free:
+            memory.outcome = _freed(memory.outcome)
 
     async def _prepare(self, effect: Prepare, seen: Observation) -> None:
         """Write the intent first: from then on every name that may appear on storage is known."""
@@ -137,7 +154,7 @@ class StorageStrategy:
             await self._write(record, seen, create=seen.record is None)
         try:
             async with step(Step.PREPARE_RESERVE, request.uid):
-                memory.prepared = await self._reserve(effect, request.uid)
+                memory.prepared = await self._reserve(effect, record, request.uid)
         except DriverError as error:
             memory.outcome = WindowOutcome(
                 attempt=effect.attempt,
@@ -149,7 +166,7 @@ class StorageStrategy:
                 message=error.message,
             )
 
-    async def _reserve(self, effect: Prepare, uid: str) -> Prepared:
+    async def _reserve(self, effect: Prepare, record: Record, uid: str) -> Prepared:
         """Take a driver process for each group and let it do what is slow.
 
         The classes come in the order of their names: two snapshots that each held what the other needs would wait for ever.
@@ -158,7 +175,9 @@ class StorageStrategy:
         slots: dict[str, Slot] = {}
         try:
             for name in sorted(effect.requests):
-                slots[name] = await stack.enter_async_context(self._host(name).reserve(timeout=RESERVE_TIMEOUT))
+                # As recorded: a class that was edited since would cut elsewhere than where it is looked for.
+                host = await self._world.classes.host_of_record(record.groups[name])
+                slots[name] = await stack.enter_async_context(host.reserve(timeout=RESERVE_TIMEOUT))
             async with asyncio.TaskGroup() as tasks:
                 for name, request in effect.requests.items():
                     tasks.create_task(_let_prepare(slots[name], request, name, uid))
@@ -235,15 +254,23 @@ class StorageStrategy:
                 return
             host = await self._world.classes.host_of_record(group)
             async with step(Step.SETTLE_DRIVER, request.uid, group.class_name):
-                await host.wait_ready(group.request, group.result, timeout=Seconds(max(1.0, left)))
+                await host.wait_ready(group.request, group.result, timeout=Seconds(min(SETTLE_TIMEOUT, max(1.0, left))))
 
         await asyncio.gather(*(wait(g) for g in groups.values()))
         await self._write(replace(seen.record, ready=True, ready_time=now()), seen, create=False)
 
     async def _roll_back(self, held: Mapping[str, frozenset[str]], seen: Observation) -> None:
-        """Delete every name, go on after errors, and report what is left."""
+        """Delete every name, go on after errors, and report what is left.
+
+        Raises ConflictError if the content is not what it was decided on: somebody who took over meanwhile may have made what
+        would be deleted.
+        """
         await self._memory(seen).drop_prepared()
         record = seen.record
+        if record is not None:
+            found = await self._world.cluster.content(record.name)
+            if found is None or found["metadata"]["resourceVersion"] != record.version:
+                raise ConflictError(f"VMSnapshotContent {record.name} was changed since it was decided to roll back")
 
         async def delete(class_name: str, name: str) -> None:
             trusted = record is not None and not record.problem and class_name in record.groups
@@ -296,6 +323,13 @@ async def _let_prepare(slot: Slot, request: SnapshotRequest, class_name: str, ui
     except DriverError as error:
         disks = ", ".join(v.label for v in request.volumes)
         raise DriverError(f"disk {disks}: {error.message}", reason=error.reason, retryable=error.retryable) from error
+
+
+def _freed(outcome: WindowOutcome) -> WindowOutcome:
+    """The outcome of a window whose VM was freed later, by whoever it was: held until now, at most."""
+    evidence = outcome.evidence
+    held = round((clock() - evidence.still_from) * 1000) if evidence.still_from is not None else 0
+    return replace(outcome, free=True, evidence=replace(evidence, thawed_time=now(), frozen_milliseconds=held))
 
 
 def _with_result(group: RecordedGroup, outcome: GroupOutcome) -> RecordedGroup:

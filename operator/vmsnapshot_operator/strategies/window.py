@@ -28,11 +28,13 @@ from vmsnapshot_operator.errors import (
     DriverError,
     GuardianError,
     HypervisorError,
+    NotPermittedError,
     QuiesceError,
     SnapshotError,
 )
 from vmsnapshot_operator.hypervisors.domains import Hypervisor, Ref
 from vmsnapshot_operator.hypervisors.guardian_link import GuardianLink
+from vmsnapshot_operator.kube.lease import Leadership
 from vmsnapshot_operator.quiesce.base import Context, clock, find, undisturbed, wall
 from vmsnapshot_operator.strategies.world import World
 
@@ -40,6 +42,35 @@ log = logging.getLogger(__name__)
 
 LEASE_MARGIN = Seconds(5.0)
 """The lease must outlast the budget by so much: within it nobody else may believe to be the one who acts."""
+
+
+class Limit:
+    """Until when this attempt may act. It is one moment for all that it does, and asked again right before each deed.
+
+    A process may be stopped between any two steps for longer than every deadline, while another one took over.
+    """
+
+    def __init__(self, leadership: Leadership, budget: float) -> None:
+        self._leadership = leadership
+        self._until = clock() + budget
+
+    @property
+    def remaining(self) -> Seconds:
+        """Seconds that are left; never negative."""
+        return Seconds(max(0.0, self._until - clock()))
+
+    def refusal(self) -> str:
+        """Why nothing may be done any more, or nothing. May be asked in any thread."""
+        if clock() >= self._until:
+            return "the budget was over before it was sent"
+        if not self._leadership.is_leader():
+            return "another instance may have taken over"
+        return ""
+
+    def check(self) -> None:
+        """Raise NotPermittedError if nothing may be done any more."""
+        if why := self.refusal():
+            raise NotPermittedError(f"not cut: {why}")
 
 
 class _CutFailedError(Exception):
@@ -85,13 +116,19 @@ async def run(
         budget=plan.quiesce.budget,
         members=tuple(v.volume.id for v in plan.volumes),
     )
-    quiescer = find(plan.quiesce.method)(Context(hypervisor=client, ref=ref, plan=plan))
+    factory = find(plan.quiesce.method)
+    if dead := [name for name, slot in slots.items() if not slot.alive]:
+        progress.fail(
+            "DriverCrashed", f"the driver process of class {', '.join(dead)} ended after prepare", interrupted=True
+        )
+        return await _tell(effect, progress, ref, client, plan)
     try:
-        async with _held(world, plan, journal, ref, client, progress):
-            await _still(quiescer, journal, effect.requests, slots, progress)
+        async with _held(world, plan, journal, ref, client, progress) as limit:
+            quiescer = factory(Context(hypervisor=client, ref=ref, plan=plan, permit=limit.refusal))
+            await _still(quiescer, journal, effect.requests, slots, progress, limit)
     except QuiesceError as error:
         progress.fail(error.reason, error.message, fallback=True)
-    except (GuardianError, HypervisorError) as error:
+    except (GuardianError, HypervisorError, NotPermittedError) as error:
         progress.fail(error.reason, error.message, interrupted=True)
     return await _tell(effect, progress, ref, client, plan)
 
@@ -99,23 +136,25 @@ async def run(
 @asynccontextmanager
 async def _held(
     world: World, plan: Plan, journal: Journal, ref: Ref, client: Hypervisor, progress: _Progress
-) -> AsyncIterator[None]:
-    """Journal and guardian around the window; the journal goes only when the VM is confirmed free."""
-    if not plan.quiesce.holds_vm:
-        yield
-        return
-    guardian = _guardian(world)
+) -> AsyncIterator[Limit]:
+    """Lease, journal and guardian around the window; the journal goes only when the VM is confirmed free."""
     async with world.leadership.outlasting(plan.quiesce.budget + LEASE_MARGIN) as leading:
         if not leading:
             raise GuardianError(
                 "the lease does not outlast the window: another instance may take over", reason="NotLeader"
             )
+        # Counted from before the journal: the guardian's own timer starts when it sees it, and ours must not end later.
+        limit = Limit(world.leadership, plan.quiesce.budget)
+        if not plan.quiesce.holds_vm:
+            yield limit
+            return
+        guardian = _guardian(world)
         try:
             async with step(Step.WINDOW_JOURNAL, journal.owner_uid):
                 await client.write_journal(ref, journal)
             async with step(Step.WINDOW_ARM, journal.owner_uid):
-                await guardian.arm(client.uri(ref), ref.uuid, journal.nonce)
-            yield
+                await guardian.arm(client.uri(ref), ref.uuid, journal.nonce, client.uris)
+            yield limit
         finally:
             if progress.is_free():
                 await undisturbed(_unhold(guardian, journal, ref, client))
@@ -147,26 +186,29 @@ async def _still(
     requests: Mapping[str, SnapshotRequest],
     slots: Mapping[str, Slot],
     progress: _Progress,
+    limit: Limit,
 ) -> None:
-    start = clock()
     progress.free = False  # until the quiescer says otherwise
     try:
         async with quiescer.still(journal) as window:
             progress.window = window
-            await _cut_all(start, journal, requests, slots, progress)
+            await _cut_all(journal, requests, slots, progress, limit)
     except QuiesceError as error:
         progress.free = error.free
+        raise
+    except SnapshotError:
+        progress.free = True  # nothing was sent; where a window was opened, that one tells
         raise
 
 
 async def _cut_all(
-    start: Seconds,
     journal: Journal,
     requests: Mapping[str, SnapshotRequest],
     slots: Mapping[str, Slot],
     progress: _Progress,
+    limit: Limit,
 ) -> None:
-    remaining = journal.budget - (clock() - start)
+    remaining = limit.remaining
     progress.cut_time = wall()
     try:
         async with asyncio.timeout(remaining):
@@ -175,11 +217,12 @@ async def _cut_all(
                     for name, request in requests.items():
                         cuts.create_task(
                             _cut(
-                                replace(request, timeout=Seconds(remaining)),
+                                replace(request, timeout=remaining),
                                 name,
                                 slots[name],
                                 progress,
                                 journal.owner_uid,
+                                limit,
                             )
                         )
             except* _CutFailedError:
@@ -196,11 +239,16 @@ def _disks(request: SnapshotRequest) -> str:
     return ", ".join(v.label for v in request.volumes)
 
 
-async def _cut(request: SnapshotRequest, name: str, slot: Slot, progress: _Progress, uid: str) -> None:
+async def _cut(request: SnapshotRequest, name: str, slot: Slot, progress: _Progress, uid: str, limit: Limit) -> None:
     start = clock()
     try:
         async with step(Step.WINDOW_CUT, uid, name):
+            limit.check()
             result = await slot.cut(request)
+    except NotPermittedError as error:
+        progress.groups[name] = GroupOutcome(class_name=name, reason=error.reason, message=error.message)
+        progress.fail(error.reason, error.message, interrupted=True)
+        raise _CutFailedError from error
     except DriverError as error:
         message = f"disk {_disks(request)}: {error.message}"
         progress.groups[name] = GroupOutcome(class_name=name, reason=error.reason, message=message)

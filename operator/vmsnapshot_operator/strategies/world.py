@@ -5,6 +5,7 @@ Everything in `Memory` may be lost at any moment without harm: safety rests on n
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from typing import Protocol
 from vmsnapshot_operator.core.effects import Failure, RecordedGroup, SnapshotStrategy
 from vmsnapshot_operator.core.evidence import WindowOutcome
 from vmsnapshot_operator.core.planning import StorageClass
+from vmsnapshot_operator.core.volumes import Seconds
 from vmsnapshot_operator.drivers.host import DriverHost, Slot
 from vmsnapshot_operator.hypervisors.domains import Hypervisor
 from vmsnapshot_operator.hypervisors.guardian_link import GuardianLink
@@ -71,13 +73,13 @@ class Prepared:
 class Memory:
     """What this process remembers of one VMSnapshot between two looks."""
 
-    first_seen: datetime
+    since: Seconds
     prepared: Prepared | None = None
     outcome: WindowOutcome | None = None
     broken: Failure | None = None
     agent_failed: str = ""
     trouble: str = ""
-    retry_at: datetime | None = None
+    retry_at: Seconds | None = None
     failures: int = 0
     claimed: str = ""
 
@@ -86,6 +88,11 @@ class Memory:
         prepared, self.prepared = self.prepared, None
         if prepared is not None:
             await prepared.stack.aclose()
+
+
+def clock() -> Seconds:
+    """Read the clock that is never set, for all that this process measures by itself."""
+    return Seconds(time.clock_gettime(time.CLOCK_BOOTTIME))
 
 
 def now() -> datetime:
@@ -112,7 +119,7 @@ class World:
     def memory(self, uid: str) -> Memory:
         """What is remembered of this object; made at first sight."""
         if uid not in self.memories:
-            self.memories[uid] = Memory(first_seen=now())
+            self.memories[uid] = Memory(since=clock())
         return self.memories[uid]
 
     def claim(self, domain: str, uid: str) -> bool:

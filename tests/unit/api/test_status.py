@@ -107,7 +107,7 @@ def undeclared(declared: dict[str, Any], value: Any, path: str = "") -> list[str
 
 
 def seen(**facts: Any) -> Observation:
-    return Observation(request=REQUEST, first_seen=NOW, **facts)
+    return Observation(request=REQUEST, **facts)
 
 
 STATES: dict[str, tuple[Observation, tuple[Condition, ...]]] = {

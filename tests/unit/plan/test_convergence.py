@@ -12,6 +12,8 @@ from tests.unit.plan import builders as b
 from tests.unit.plan.world import World
 from vmsnapshot_operator.core import effects as e
 from vmsnapshot_operator.core.driver import Fit
+from vmsnapshot_operator.core.journal import Journal
+from vmsnapshot_operator.core.machine import Machine
 from vmsnapshot_operator.core.planning import Patience, Policy, Refusal
 from vmsnapshot_operator.core.volumes import Consistency
 from vmsnapshot_operator.plan import next_effect, verdict
@@ -185,13 +187,62 @@ def test_nothing_begins_without_the_lease_a_guardian_or_a_free_vm() -> None:
     assert "it does not answer" in decision.conditions[-2].message
 
 
-def test_a_vm_that_changed_since_it_was_prepared_is_prepared_anew() -> None:
+@pytest.mark.parametrize(
+    "found",
+    [
+        b.machine(disks=(*b.DISKS, b.disk("vdd")), agent=b.agent(("vda", "vdb", "vdc", "vdd"))),
+        b.machine(agent=b.agent(("vda", "vdb"))),
+    ],
+    ids=["a disk was plugged", "a file system was unmounted"],
+)
+def test_a_vm_that_changed_since_it_was_prepared_is_rolled_back_and_prepared_anew(found: Machine) -> None:
     done = World(finalizer=True)
     done.turn()
-    done.plan = b.plan(found=b.machine(disks=(*b.DISKS, b.disk("vdd")), agent=b.agent(("vda", "vdb", "vdc", "vdd"))))
-    effect = done.turn()
-    assert isinstance(effect, e.Prepare)
-    assert effect.attempt == 2
+    assert done.prepared == 1
+    left = next(iter(done.names_of(1)))
+    done.held.setdefault("ceph", set()).add(left)  # what a driver had made while it prepared
+    done.plan = b.plan(found=found)
+    effects = [done.turn() for _ in range(3)]
+    assert [type(x) for x in effects] == [e.Wait, e.RollBack, e.Prepare]
+    assert isinstance(effects[2], e.Prepare)
+    assert effects[2].attempt == 2
+
+
+def test_what_a_later_attempt_made_is_not_rolled_back_by_who_decides_on_an_earlier_one() -> None:
+    done = World(finalizer=True)
+    done.turn()
+    done.prepared = None
+    early, late = done.names_of(1), done.names_of(2)
+    seen = replace(done.gather(), held={"ceph": frozenset({*early, *late})})
+    effect = next_effect.decide(seen, b.CREATED, installation=b.INSTALLATION).effect
+    assert isinstance(effect, e.RollBack)
+    assert effect.names == {"ceph": frozenset(early)}
+    gone = next_effect.decide(replace(seen, deleting=True), b.CREATED, installation=b.INSTALLATION).effect
+    assert isinstance(gone, e.RollBack)
+    assert gone.names == {"ceph": frozenset({*early, *late})}
+
+
+def test_who_is_not_the_leader_frees_and_does_nothing_else() -> None:
+    done = World(finalizer=True)
+    done.turn()
+    for change in ({}, {"deleting": True}, {"prepared": None}):
+        seen = replace(done.gather(), leader=False, **change)  # type: ignore[arg-type]  # fields of the observation
+        assert isinstance(next_effect.decide(seen, b.CREATED, installation=b.INSTALLATION).effect, e.Wait)
+    journal = Journal(
+        installation=b.INSTALLATION, owner_uid=b.UID, nonce="n", attempt=1, method="GuestAgent", budget=30.0
+    )
+    seen = replace(done.gather(), leader=False, journal=journal)
+    assert isinstance(next_effect.decide(seen, b.CREATED, installation=b.INSTALLATION).effect, e.Recover)
+
+
+def test_what_cannot_be_read_is_kept_where_it_shall_be_retained() -> None:
+    done = World(finalizer=True)
+    done.turn()
+    assert done.record is not None
+    done.record = replace(done.record, problem="it was edited by hand")
+    request = replace(done.request, retain=True)
+    seen = replace(done.gather(), request=request, deleting=True, held={"ceph": frozenset(done.names_of(1))})
+    assert isinstance(next_effect.decide(seen, b.CREATED, installation=b.INSTALLATION).effect, e.Forget)
 
 
 def test_a_forged_content_is_refused_and_survives_deletion() -> None:

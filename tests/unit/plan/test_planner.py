@@ -8,11 +8,12 @@ import pytest
 
 from tests.unit.plan import builders as b
 from vmsnapshot_operator.core.driver import Capabilities, CutKind, Fit
-from vmsnapshot_operator.core.machine import Agent, AgentState, Device, DeviceKind, DiskDevice, PowerState
+from vmsnapshot_operator.core.machine import Agent, AgentState, Device, DeviceKind, DiskDevice, FileSystem, PowerState
 from vmsnapshot_operator.core.planning import Match, Method, Patience, Plan, Policy, Refusal
 from vmsnapshot_operator.core.volumes import volume_id
 from vmsnapshot_operator.plan.access import AccessRule, Requirement, may_use, not_found
 from vmsnapshot_operator.plan.planner import make_plan
+from vmsnapshot_operator.plan.quiescing import coverage
 
 
 def test_volumes_are_grouped_by_their_class() -> None:
@@ -205,6 +206,37 @@ def test_disks_without_a_file_system_are_not_covered_and_refused_by_require() ->
     made = b.plan(found=found)
     assert [v.target for v in made.volumes if not v.covered] == ["vdb"]
     assert "vdb" in b.refusal(b.REQUIRE, found).message
+
+
+def _mounted(*found: tuple[str, str, tuple[str, ...]]) -> Agent:
+    systems = tuple(FileSystem(mountpoint=m, device=m, type=t, targets=x) for m, t, x in found)
+    return Agent(state=AgentState.THAWED, filesystems=systems)
+
+
+def test_a_file_system_that_cannot_be_frozen_uncovers_its_disk_alone() -> None:
+    found = coverage(_mounted(("/", "ext4", ("vda",)), ("/boot/efi", "vfat", ("vda",)), ("/srv", "xfs", ("vdb",))), ())
+    assert found.covered == {"vdb"}
+    assert found.filesystems == 2
+
+
+def test_what_lies_on_no_disk_of_the_vm_is_counted_and_cannot_stand_in_for_one_that_was_missed() -> None:
+    found = coverage(_mounted(("/", "ext4", ("vda",)), ("/remote", "ext4", ())), ())
+    assert (found.covered, found.filesystems) == ({"vda"}, 2)
+
+
+def test_a_file_system_that_is_only_read_needs_no_freeze() -> None:
+    found = coverage(_mounted(("/", "ext4", ("vda",)), ("/media", "iso9660", ("vda",))), ())
+    assert (found.covered, found.filesystems) == ({"vda"}, 1)
+
+
+def test_with_mountpoints_what_may_lie_anywhere_uncovers_all() -> None:
+    found = coverage(_mounted(("/", "ext4", ("vda",)), ("/loop", "ext4", ())), ("/",))
+    assert found.covered == frozenset()
+
+
+def test_windows_freezes_all_volumes_whatever_their_type() -> None:
+    agent = replace(_mounted(("C:", "NTFS", ("vda",))), os_id="mswindows")
+    assert coverage(agent, ()).covered == {"vda"}
 
 
 def test_mountpoints() -> None:

@@ -88,7 +88,7 @@ class World:
             deleting=self.deleting,
             finalizer=self.finalizer,
             refused=self.refused if record is None else None,
-            first_seen=b.CREATED,
+            known_for=Seconds(self.clock),
             plan=made if isinstance(made, Plan) else None,
             refusal=made if isinstance(made, Refusal) else None,
             record=record,
@@ -104,6 +104,12 @@ class World:
         if isinstance(self.plan, Plan) and self.agent_failed:
             return b.planned(self.request, failed_before=self.agent_failed)
         return self.plan
+
+    def names_of(self, attempt: int) -> list[str]:
+        """What an attempt's groups are called."""
+        assert isinstance(self.plan, Plan)
+        requests = next_effect.requests_for(self.plan, b.INSTALLATION, self.request.uid, attempt)
+        return [requests["ceph"].name] if "ceph" in requests else [r.name for r in requests.values()]
 
     def turn(self) -> e.Effect:
         """Gather, decide, tell, apply."""
@@ -134,6 +140,7 @@ class World:
 
     def _wait(self, effect: e.Wait, _seen: e.Observation) -> None:
         self.clock += effect.seconds if effect.seconds is not None else 0.0
+        self.prepared = None  # whoever waits holds no driver process
 
     def _recover(self, _effect: e.Recover, _seen: e.Observation) -> None:
         self.step()
