@@ -69,8 +69,8 @@ async def _all(client: Hypervisor, *, force: bool) -> tuple[list[str], bool]:
     if not held:
         return ["no domain bears a journal: none is held by a snapshot"], True
     lines, ok = [], True
-    for ref, _ in held:
-        said, freed = await _one(client, ref.uuid, force=force)
+    for sighting in held:
+        said, freed = await _one(client, sighting.ref.uuid, force=force)
         lines += said
         ok = ok and freed
     return lines, ok
