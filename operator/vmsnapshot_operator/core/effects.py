@@ -203,7 +203,21 @@ class Wait:
     seconds: Seconds | None = None
 
 
-Effect = Recover | Adopt | Prepare | TakeWindow | Keep | Amend | Settle | RollBack | Fail | DropContent | Forget | Expire | Wait
+Effect = (
+    Recover
+    | Adopt
+    | Prepare
+    | TakeWindow
+    | Keep
+    | Amend
+    | Settle
+    | RollBack
+    | Fail
+    | DropContent
+    | Forget
+    | Expire
+    | Wait
+)
 
 
 QUIET = (Adopt, TakeWindow, Keep, Amend, Fail, DropContent, Forget)

@@ -38,8 +38,10 @@ MOST_PROVEN, MOST_NAMED = 1024, 256
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Swept:
-    """What a sweep found: VMs that are `held` by us and not freed yet, VMs with `overlays` of ours, journals that were `left`
-    untouched and why, by VM."""
+    """What a sweep found, by the names of VMs.
+
+    `held` by us and not freed yet; with `overlays` of ours; with a journal that was `left` untouched, and why.
+    """
 
     held: tuple[str, ...] = ()
     overlays: tuple[str, ...] = ()

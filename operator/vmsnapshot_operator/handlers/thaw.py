@@ -25,6 +25,9 @@ PATIENCE = Seconds(60.0)
 
 _THAW_TIMEOUT, _STATUS_TIMEOUT, _PAUSE = Seconds(5.0), Seconds(2.0), 1.0
 _DONE: Mapping[str, str] = {Method.GUEST_AGENT: "thawed", Method.PAUSE: "resumed", Method.NONE: "nothing was held"}
+BY_URI = (
+    "without the API server, name libvirt itself in the hypervisor's place: qemu+tls://HOST/system, or on its host qemu:///system"
+)
 _BY_HAND = (
     "free a VM without it, on its host: `virsh domfsthaw DOMAIN` if it is frozen, `virsh resume DOMAIN` if it is paused"
 )
@@ -39,9 +42,9 @@ async def thaw(
     a journal, or whose journal cannot be read. Never raises what this project raises on purpose: it is among the lines.
     """
     try:
-        client = await _connect(kubeconfig, namespace, hypervisor)
+        client = await connect(kubeconfig, namespace, hypervisor)
     except KubeError as error:
-        return [f"cannot learn where hypervisor {hypervisor} is: {error.message}", _BY_HAND], False
+        return [f"cannot learn where hypervisor {hypervisor} is: {error.message}", BY_URI, _BY_HAND], False
     except SnapshotError as error:
         return [f"hypervisor {hypervisor}: {error.message}", _BY_HAND], False
     try:
@@ -54,7 +57,13 @@ async def thaw(
         await client.close()
 
 
-async def _connect(kubeconfig: Path | None, namespace: str, name: str) -> Hypervisor:
+async def connect(kubeconfig: Path | None, namespace: str, name: str) -> Hypervisor:
+    """Connect to the Hypervisor object of this name, or to a libvirt URI without asking the API server at all.
+
+    Raises SnapshotError; KubeError if the object cannot be read.
+    """
+    if "://" in name:
+        return await Hypervisor.at(name)
     async with Cluster(namespace=namespace, kubeconfig=kubeconfig) as cluster:
         body = await cluster.client.get(HYPERVISORS.path(name))
         if body is None:
@@ -82,7 +91,7 @@ async def _one(client: Hypervisor, domain: str, *, force: bool) -> tuple[list[st
         machine = await client.describe(ref, ask_agent=True)
     except SnapshotError as error:
         return [f"{domain}: {error.message}"], False
-    lines = [f"{ref.name}: {_state(machine)}"]
+    lines = [f"{ref.name}: {state(machine)}"]
     try:
         if machine.journal is not None:
             said, freed = await _by_journal(client, ref, machine.journal)
@@ -95,7 +104,8 @@ async def _one(client: Hypervisor, domain: str, *, force: bool) -> tuple[list[st
     return lines + [f"{ref.name}: {line}" for line in said], freed
 
 
-def _state(machine: Machine) -> str:
+def state(machine: Machine) -> str:
+    """Say in one line what is known of a VM that may be held."""
     words = [f"{machine.power} on {machine.endpoint}"]
     if machine.agent is not None:
         words.append(

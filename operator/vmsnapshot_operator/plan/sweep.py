@@ -69,5 +69,7 @@ def judge(found: Found) -> Ruling:
     if found.owner == journal.owner_uid:
         return Ruling(Action.WAIT, "its snapshot is being taken")
     if found.leader:
-        return Ruling(Action.FREE, f"held by attempt {journal.attempt} of VMSnapshot {journal.owner_uid}, which is over")
+        return Ruling(
+            Action.FREE, f"held by attempt {journal.attempt} of VMSnapshot {journal.owner_uid}, which is over"
+        )
     return Ruling(Action.WAIT, "its snapshot may be being taken by the instance that holds the lease")
