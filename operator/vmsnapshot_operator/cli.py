@@ -127,6 +127,29 @@ def crds(*, folder: Path | None, checked: Path | None) -> None:
 
 
 @main.command()
+@click.option(
+    "--write", "written", type=click.Path(path_type=Path, dir_okay=False), help="Write the page to this file."
+)
+@click.option(
+    "--check",
+    "checked",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    help="Fail if the page there differs.",
+)
+def reasons(*, written: Path | None, checked: Path | None) -> None:
+    """Print all reasons of conditions and events with what to do about them, or write or check the page."""
+    from vmsnapshot_operator.api.reasons import document
+
+    if written is not None:
+        written.write_text(document(), encoding="utf-8")
+    elif checked is not None:
+        if checked.read_text(encoding="utf-8") != document():
+            raise click.ClickException(f"not as generated: run `vmsnapshot-operator reasons --write {checked}`")
+    else:
+        click.echo(document(), nl=False)
+
+
+@main.command()
 @_KUBECONFIG
 @_NAMESPACE
 @click.option("--guardian-socket", type=click.Path(path_type=Path), envvar="VMSNAPSHOT_GUARDIAN_SOCKET")
@@ -159,7 +182,7 @@ def doctor(*, kubeconfig: Path | None, namespace: str, guardian_socket: Path | N
 def sweep(
     *, kubeconfig: Path | None, namespace: str, hypervisors: tuple[str, ...], installation: str, dry_run: bool
 ) -> None:
-    """Find every VM that a snapshot left frozen or paused, and free it.
+    r"""Find every VM that a snapshot left frozen or paused, and free it.
 
     While a VM is held for a snapshot, a journal in its metadata says by whom, how and for how long. The operator and its
     guardians free what they find themselves; this command does the same when none of them runs, and works with the API server

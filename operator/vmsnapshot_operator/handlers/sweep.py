@@ -99,7 +99,9 @@ async def _sweep(client: Hypervisor, name: str, ours: str, report: Report, *, dr
     if not dry_run and any(_judge(s, ours).action is Action.FREE for s in found):
         await asyncio.sleep(LIVE)
     again = {_nonce(s) for s in await client.sweep()} if not dry_run else {_nonce(s) for s in found}
-    parts = await asyncio.gather(*(_domain(client, name, s, ours, there=_nonce(s) in again, dry_run=dry_run) for s in found))
+    parts = await asyncio.gather(
+        *(_domain(client, name, s, ours, there=_nonce(s) in again, dry_run=dry_run) for s in found)
+    )
     for part in parts:
         report.lines += part.lines
         report.ok = report.ok and part.ok
@@ -128,7 +130,9 @@ async def _domain(
         report.bad(f"{where}: {error.message}")
     journal = sighting.journal
     if journal is None:
-        report.bad(f"{where}: left: {ruling.why}; `thaw --force` thaws it, its host's administrator removes the journal")
+        report.bad(
+            f"{where}: left: {ruling.why}; `thaw --force` thaws it, its host's administrator removes the journal"
+        )
     elif ruling.action is not Action.FREE:
         report.lines.append(f"{where}: left: {ruling.why}")
         report.ok = bool(ours)  # another installation's business, if it is known not to be ours

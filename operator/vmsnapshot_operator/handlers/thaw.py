@@ -25,9 +25,7 @@ PATIENCE = Seconds(60.0)
 
 _THAW_TIMEOUT, _STATUS_TIMEOUT, _PAUSE = Seconds(5.0), Seconds(2.0), 1.0
 _DONE: Mapping[str, str] = {Method.GUEST_AGENT: "thawed", Method.PAUSE: "resumed", Method.NONE: "nothing was held"}
-BY_URI = (
-    "without the API server, name libvirt itself in the hypervisor's place: qemu+tls://HOST/system, or on its host qemu:///system"
-)
+BY_URI = "without the API server, name libvirt itself in the hypervisor's place: qemu+tls://HOST/system, or on its host qemu:///system"
 _BY_HAND = (
     "free a VM without it, on its host: `virsh domfsthaw DOMAIN` if it is frozen, `virsh resume DOMAIN` if it is paused"
 )
