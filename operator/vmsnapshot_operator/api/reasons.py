@@ -646,8 +646,8 @@ class Reason(StrEnum):
     )
     UNKNOWN_CLUSTER = (
         "UnknownCluster",
-        "The disk's source does not say which Ceph cluster it lies on, or its monitors are none that are known.",
-        "Name the monitors in the domain's disk, or in the class's parameters, so that the two agree.",
+        "The disk names no monitor in its domain, so nobody can tell which Ceph cluster it lies on.",
+        "Name the monitors in the domain's disk; or set the class's parameter allowDisksWithoutHosts, if there is one cluster only.",
     )
     VOLUME_NOT_FOUND = (
         "VolumeNotFound",
