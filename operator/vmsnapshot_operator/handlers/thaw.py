@@ -42,7 +42,7 @@ async def thaw(
     try:
         client = await connect(kubeconfig, namespace, hypervisor)
     except KubeError as error:
-        return [f"cannot learn where hypervisor {hypervisor} is: {error.message}", BY_URI, _BY_HAND], False
+        return [f"cannot learn where hypervisor {hypervisor} is: {error.message}", _BY_HAND, BY_URI], False
     except SnapshotError as error:
         return [f"hypervisor {hypervisor}: {error.message}", _BY_HAND], False
     try:
