@@ -65,6 +65,7 @@ lint: setup ## Formatting, lint rules, types, layers, generated files
 	$(BIN)/lint-imports
 	$(BIN)/vmsnapshot-operator crds --check crds
 	$(BIN)/vmsnapshot-operator crds --check charts/vmsnapshot-operator/crds-src
+	$(BIN)/vmsnapshot-operator reasons --check docs/reasons.md
 
 .PHONY: test-unit
 test-unit: setup ## Unit tests; no laboratory
@@ -95,6 +96,7 @@ bench: bindings ## Measure; ONLY=NAME for one measurement
 generate: setup ## Write everything that is generated
 	$(BIN)/vmsnapshot-operator crds --write crds
 	$(BIN)/vmsnapshot-operator crds --write charts/vmsnapshot-operator/crds-src
+	$(BIN)/vmsnapshot-operator reasons --write docs/reasons.md
 	$(BIN)/ruff format .
 
 .PHONY: constraints

@@ -286,6 +286,12 @@ class Stack:
         self._apply(body)
         return name
 
+    def patch(self, name: str, change: dict[str, Any], *, namespace: str = TENANT) -> None:
+        """Change a VMSnapshot by a merge patch."""
+        self.lab.kubectl(
+            "-n", namespace, "patch", "vmsnapshots.vmsnapshot.io", name, "--type=merge", "-p", json.dumps(change)
+        )
+
     def get(self, name: str, namespace: str = TENANT) -> dict[str, Any] | None:
         """The VMSnapshot as it is, or None."""
         text = self.lab.kubectl(

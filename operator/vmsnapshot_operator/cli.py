@@ -1,4 +1,4 @@
-"""The command line: `vmsnapshot-operator run | guardian | crds | doctor | thaw`.
+"""The command line: `vmsnapshot-operator run | guardian | crds | reasons | doctor | sweep | thaw`.
 
 Imports happen inside the commands, so that `--help` is quick and the guardian stays as small as it says it is.
 """
@@ -32,7 +32,8 @@ _NAMESPACE = click.option(
 def main() -> None:
     """Take one consistent snapshot of a VM whose disks lie on several storage systems.
 
-    In a cluster the chart runs `run` and `guardian` side by side. `doctor` says what is missing, `thaw` frees a VM by hand.
+    In a cluster the chart runs `run` and `guardian` side by side. `doctor` says what is missing. On a bad
+    day `sweep` frees what was left held, on all hypervisors, and `thaw` one VM.
     """
 
 
@@ -126,6 +127,29 @@ def crds(*, folder: Path | None, checked: Path | None) -> None:
 
 
 @main.command()
+@click.option(
+    "--write", "written", type=click.Path(path_type=Path, dir_okay=False), help="Write the page to this file."
+)
+@click.option(
+    "--check",
+    "checked",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    help="Fail if the page there differs.",
+)
+def reasons(*, written: Path | None, checked: Path | None) -> None:
+    """Print all reasons of conditions and events with what to do about them, or write or check the page."""
+    from vmsnapshot_operator.api.reasons import document
+
+    if written is not None:
+        written.write_text(document(), encoding="utf-8")
+    elif checked is not None:
+        if checked.read_text(encoding="utf-8") != document():
+            raise click.ClickException(f"not as generated: run `vmsnapshot-operator reasons --write {checked}`")
+    else:
+        click.echo(document(), nl=False)
+
+
+@main.command()
 @_KUBECONFIG
 @_NAMESPACE
 @click.option("--guardian-socket", type=click.Path(path_type=Path), envvar="VMSNAPSHOT_GUARDIAN_SOCKET")
@@ -141,6 +165,54 @@ def doctor(*, kubeconfig: Path | None, namespace: str, guardian_socket: Path | N
 @main.command()
 @_KUBECONFIG
 @_NAMESPACE
+@click.option(
+    "--hypervisor",
+    "hypervisors",
+    multiple=True,
+    metavar="NAME|URI",
+    help="Name of a Hypervisor object, or a libvirt URI such as qemu+tls://host/system. Again for several. Default: all objects.",
+)
+@click.option(
+    "--installation",
+    default="",
+    metavar="ID",
+    help="Whose journals are freed: six characters, as the journals say. Default: the installation of the cluster.",
+)
+@click.option("--dry-run", is_flag=True, help="Only say what was found and what would be done. Touches nothing.")
+def sweep(
+    *, kubeconfig: Path | None, namespace: str, hypervisors: tuple[str, ...], installation: str, dry_run: bool
+) -> None:
+    r"""Find every VM that a snapshot left frozen or paused, and free it.
+
+    While a VM is held for a snapshot, a journal in its metadata says by whom, how and for how long. The operator and its
+    guardians free what they find themselves; this command does the same when none of them runs, and works with the API server
+    gone: give the hypervisors by their libvirt URIs, and our installation's id.
+
+    \b
+    Begin with what is there:
+      vmsnapshot-operator sweep --dry-run
+      vmsnapshot-operator sweep --dry-run --hypervisor qemu+tls://kvm1.example.org/system
+    Then, if the API server does not answer, with the id that the journals show:
+      vmsnapshot-operator sweep --installation abc123 --hypervisor qemu+tls://kvm1.example.org/system
+
+    A journal is given five seconds to go by itself, since its snapshot may be being taken; one that is cut short all the same
+    fails and is tried again, and its VM is none the worse. Journals of other installations, and those that cannot be read, are
+    said and left; so is a VM that is frozen without a journal: `thaw` frees a single VM, whoever holds it.
+
+    Exit status 0: nothing of ours is held. 1: something is (in a dry run: would have to be freed), a journal cannot be read,
+    or a hypervisor does not answer.
+    """
+    from vmsnapshot_operator.handlers import sweep as sweep_module
+
+    lines, ok = asyncio.run(sweep_module.sweep(kubeconfig, namespace, hypervisors, installation, dry_run=dry_run))
+    for line in lines:
+        click.echo(line)
+    sys.exit(0 if ok else 1)
+
+
+@main.command()
+@_KUBECONFIG
+@_NAMESPACE
 @click.argument("hypervisor")
 @click.argument("domain", required=False)
 @click.option("--all", "everything", is_flag=True, help="Every domain of the hypervisor that bears a journal.")
@@ -150,7 +222,8 @@ def thaw(
 ) -> None:
     """Free a VM by hand: thaw or resume it as its journal says, then remove the journal.
 
-    HYPERVISOR is the name of a Hypervisor object, DOMAIN the name or UUID of the VM.
+    HYPERVISOR is the name of a Hypervisor object, or a libvirt URI such as qemu:///system, which needs no API server; DOMAIN
+    the name or UUID of the VM.
     """
     from vmsnapshot_operator.handlers import thaw as thaw_module
 

@@ -22,6 +22,7 @@ class Way(StrEnum):
     RECOVER = "recover"
     FAIL = "fail"
     EXPIRE = "expire"
+    AMEND = "amend"
 
 
 WAYS: dict[Step, Way] = {
@@ -40,6 +41,7 @@ WAYS: dict[Step, Way] = {
     Step.WINDOW_DISARM: Way.TAKE,
     Step.WINDOW_CLEAR: Way.TAKE,
     Step.KEEP: Way.TAKE,
+    Step.AMEND: Way.AMEND,
     Step.SETTLE: Way.TAKE,
     Step.SETTLE_DRIVER: Way.TAKE,
     Step.ROLL_BACK: Way.DELETE,

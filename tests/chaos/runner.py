@@ -218,6 +218,14 @@ def _taken(suite: Suite, scene: Scene) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _taken_and_given_back(suite: Suite, scene: Scene) -> Iterator[None]:
+    with _taken(suite, scene):
+        yield
+    with contextlib.suppress(LabError):  # it may be gone
+        suite.stack.patch(scene.name, {"spec": {"deletionPolicy": "Delete"}})
+
+
+@contextlib.contextmanager
 def _killed_in_the_window(suite: Suite, scene: Scene) -> Iterator[None]:
     with suite.injector.trap(Step.WINDOW_CUT, Moment.BEFORE) as trap:
         suite.create(scene)
@@ -259,12 +267,17 @@ def _expire(suite: Suite, scene: Scene) -> None:
     suite.create(scene, ttlSeconds=1)
 
 
+def _amend(suite: Suite, scene: Scene) -> None:
+    suite.stack.patch(scene.name, {"spec": {"deletionPolicy": "Retain"}})
+
+
 _WAYS: dict[Way, Callable[[Suite, Scene], contextlib.AbstractContextManager[None]]] = {
     Way.TAKE: _plain,
     Way.DELETE: _taken,
     Way.RECOVER: _killed_in_the_window,
     Way.FAIL: _hook_fails,
     Way.EXPIRE: _plain,
+    Way.AMEND: _taken_and_given_back,
 }
 _DRIVE: dict[Way, Callable[[Suite, Scene], None]] = {
     Way.TAKE: _take,
@@ -272,6 +285,7 @@ _DRIVE: dict[Way, Callable[[Suite, Scene], None]] = {
     Way.RECOVER: _recover,
     Way.FAIL: _fail,
     Way.EXPIRE: _expire,
+    Way.AMEND: _amend,
 }
 
 

@@ -385,7 +385,7 @@ async def test_libvirtd_killed_while_frozen(lab: Lab, hypervisor: Hypervisor, re
     assert events.blind
     assert events.resumed
     assert await hypervisor.read_journal(ref) == held
-    assert [j.nonce for _, j in await hypervisor.sweep()] == [held.nonce]
+    assert [s.journal for s in await hypervisor.sweep()] == [held]
 
 
 async def test_libvirtd_that_hangs_is_left_at_the_deadline(lab: Lab, hypervisor: Hypervisor, ref: Ref) -> None:
@@ -495,7 +495,9 @@ async def test_a_journal_that_cannot_be_read_is_somebody_elses(hypervisor: Hyper
     seen = await hypervisor.describe(ref, ask_agent=False)
     assert seen.journal is None
     assert seen.journal_error
-    assert not await hypervisor.sweep()
+    [sighting] = await hypervisor.sweep()
+    assert (sighting.ref.name, sighting.journal) == (ref.name, None)
+    assert "version" in sighting.problem
     await hypervisor.clear_journal(ref, journal().nonce)
     assert guest.domain().metadata(kind, journals.NAMESPACE, 1)
 
@@ -511,7 +513,7 @@ async def test_a_sweep_finds_journals_of_domains_that_run_are_off_or_transient(
         for name, each in held.items():
             await hypervisor.write_journal(await hypervisor.find(name), each)
         off.destroy()
-        assert {r.name: j for r, j in await hypervisor.sweep()} == held
+        assert {s.ref.name: s.journal for s in await hypervisor.sweep()} == held
         for name, each in held.items():
             await hypervisor.clear_journal(await hypervisor.find(name), each.nonce)
         assert not await hypervisor.sweep()

@@ -50,7 +50,8 @@ class Record:
     """The VMSnapshotContent, distilled: the memory of one snapshot outside this process.
 
     It is written before the first cut of an attempt (`groups` without results), completed after the window, marked
-    `ready` when it can be restored, or given a `failure`. `problem` says why its handles must not be used; `foreign` that
+    `ready` when it can be restored, or given a `failure`. `retain`: what it says is done with the data when the VMSnapshot is
+    deleted, of which the request may say otherwise since. `problem` says why its handles must not be used; `foreign` that
     it belongs to somebody else altogether. `version` is what was read: who writes over a newer one is told so.
     """
 
@@ -63,6 +64,7 @@ class Record:
     failure: Failure | None = None
     ready: bool = False
     ready_time: datetime | None = None
+    retain: bool = False
     problem: str = ""
     foreign: bool = False
     version: str = ""
@@ -80,9 +82,9 @@ class Observation:
     `plan` and `refusal`: what planning says now (None, None when it was not needed). `held`: names of ours that drivers
     listed, by class, or None when nobody was asked; `unlisted`: classes that could not be asked, with the reason.
     `prepared`: the attempt that this very process has prepared and not yet tried. `outcome`: a window that this process
-    ran and has not recorded. `broken`: what this process found that no retry can mend. `trouble`, `retry_in`: the last effect
-    failed, and in how many seconds to try again. `known_for`: how long this process has known the object, in seconds.
-    `in_use_by`: who else works on this VM.
+    ran and has not recorded. `broken`: what this process found that no retry can mend. `lost`: what status says of a content
+    that was on record and is no more. `trouble`, `retry_in`: the last effect failed, and in how many seconds to try again.
+    `known_for`: how long this process has known the object, in seconds. `in_use_by`: who else works on this VM.
     """
 
     request: Request
@@ -103,6 +105,7 @@ class Observation:
     guardian: Fit | None = None
     in_use_by: str = ""
     broken: Failure | None = None
+    lost: Mapping[str, Any] = field(default_factory=dict)
     trouble: str = ""
     retry_in: Seconds = _NO_TIME
 
@@ -156,6 +159,11 @@ class Keep:
 
 
 @dataclass(frozen=True, slots=True)
+class Amend:
+    """Write a changed deletion policy into the VMSnapshotContent, which must say it when the VMSnapshot is gone."""
+
+
+@dataclass(frozen=True, slots=True)
 class Settle:
     """Wait until it can be restored while the VM runs: resumable."""
 
@@ -198,10 +206,24 @@ class Wait:
     seconds: Seconds | None = None
 
 
-Effect = Recover | Adopt | Prepare | TakeWindow | Keep | Settle | RollBack | Fail | DropContent | Forget | Expire | Wait
+Effect = (
+    Recover
+    | Adopt
+    | Prepare
+    | TakeWindow
+    | Keep
+    | Amend
+    | Settle
+    | RollBack
+    | Fail
+    | DropContent
+    | Forget
+    | Expire
+    | Wait
+)
 
 
-QUIET = (Adopt, TakeWindow, Keep, Fail, DropContent, Forget)
+QUIET = (Adopt, TakeWindow, Keep, Amend, Fail, DropContent, Forget)
 """Effects that are short and followed by another decision: their conditions are not worth a write of their own."""
 
 

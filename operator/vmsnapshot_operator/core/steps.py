@@ -30,6 +30,7 @@ class Step(StrEnum):
     WINDOW_DISARM = "TakeWindow/Disarm"
     WINDOW_CLEAR = "TakeWindow/Clear"
     KEEP = "Keep"
+    AMEND = "Amend"
     SETTLE = "Settle"
     SETTLE_DRIVER = "Settle/Driver"
     ROLL_BACK = "RollBack"

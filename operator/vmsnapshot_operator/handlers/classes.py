@@ -5,11 +5,14 @@ Not: what a driver does (`drivers`), nor which class is chosen (`plan.grouping`)
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+import math
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vmsnapshot_operator.core.effects import Condition, RecordedGroup
@@ -19,6 +22,8 @@ from vmsnapshot_operator.drivers.host import DriverHost
 from vmsnapshot_operator.errors import DriverError, DriverUnavailableError, KubeError, RefusedError, SnapshotError
 from vmsnapshot_operator.kube import conditions, distill
 from vmsnapshot_operator.kube.cluster import Cluster
+from vmsnapshot_operator.plan import class_report
+from vmsnapshot_operator.plan.orphans import Findings
 from vmsnapshot_operator.plan.report import clip
 from vmsnapshot_operator.strategies.world import now
 
@@ -34,22 +39,45 @@ DEFAULT_CUTS = 4
 """Requests of one class at once, where the class does not say: each has a process of its own."""
 
 
+LOOK_EVERY = Seconds(60.0)
+"""Between two looks at what changed of itself: no measurement or finding is written more often than that."""
+
+SAMPLES = 256
+"""So many of the latest cuts make a class's latency."""
+
+
 @dataclass(slots=True)
 class _Live:
-    """One class with its process. `key` changes when the process must be another one."""
+    """One class with its process. `key` changes when the process must be another one.
+
+    `given`: the class as it was when last probed; `probe_at`, `told_at`: readings of the loop's clock.
+    """
 
     cls: StorageClass
+    body: Mapping[str, Any] | None = None
     key: str = ""
     host: DriverHost | None = None
+    given: StorageClass | None = None
+    error: SnapshotError | None = None
+    probe_at: float = 0.0
+    told_at: float = -math.inf
+    found: Findings | None = None
+    cuts: deque[float] = field(default_factory=lambda: deque(maxlen=SAMPLES))
+
+
+_NO_CLASS = StorageClass(name="", driver="", match=())
+"""Stands for an object that cannot be understood."""
 
 
 class Classes:
     """All classes of this process; see `strategies.world.LiveClasses`."""
 
-    def __init__(self, cluster: Cluster) -> None:
+    def __init__(self, cluster: Cluster, *, leading: Callable[[], bool]) -> None:
         self._cluster = cluster
+        self._leading = leading
         self._live: dict[str, _Live] = {}
         self._adhoc: dict[str, DriverHost] = {}
+        self._starting: dict[str, asyncio.Lock] = {}
 
     def all(self) -> tuple[StorageClass, ...]:
         """All classes as the planner sees them."""
@@ -77,11 +105,12 @@ class Classes:
             if live.host is None:
                 raise DriverUnavailableError(f'class "{group.class_name}": its driver has not started yet')
             return live.host
-        key = _key(group.driver, group.parameters, {"secret": group.secret_name})
-        if key not in self._adhoc:
-            self._adhoc[key] = await self._start(
-                f"{group.class_name} (as recorded)", group.driver, group.parameters, group.secret_name
-            )
+        credentials = await self._credentials(group.secret_name)
+        key = _key(group.driver, group.parameters, credentials)
+        async with self._starting.setdefault(key, asyncio.Lock()):
+            if key not in self._adhoc:
+                name = f"{group.class_name} (as recorded)"
+                self._adhoc[key] = await self._launch(name, group.driver, group.parameters, credentials)
         return self._adhoc[key]
 
     def expect(self, body: Mapping[str, Any]) -> None:
@@ -93,16 +122,44 @@ class Classes:
         if cls.name not in self._live:
             self._live[cls.name] = _Live(cls)
 
+    def note_cut(self, class_name: str, seconds: float) -> None:
+        """A group of this class was cut in so long."""
+        if (live := self._live.get(class_name)) is not None:
+            live.cuts.append(seconds)
+
+    def note_findings(self, class_name: str, found: Findings) -> None:
+        """The storage of this class was scanned; the next look tells it."""
+        if (live := self._live.get(class_name)) is not None:
+            live.found = found
+
+    def body(self, class_name: str) -> Mapping[str, Any] | None:
+        """The object as it was last seen, to post events about."""
+        live = self._live.get(class_name)
+        return live.body if live is not None else None
+
     async def reconcile(self, body: Mapping[str, Any]) -> float:
-        """Start or replace the class's process if need be, probe it, write status; return seconds until the next look."""
+        """Start, replace or probe the class's process if need be, write status; return seconds until the next look."""
         name = body["metadata"]["name"]
         try:
             cls = distill.storage_class(body)
         except RefusedError as error:
             await self.remove(name)
-            await self._report(body, None, error)
+            live = _Live(_NO_CLASS, body=body, error=error)
+        else:
+            live = self._live.setdefault(name, _Live(cls))
+            live.body = body
+            await self._probe(live, cls)
+        await self._tell(body, live)
+        if live.error is not None or not self._leading():
             return RETRY_EVERY
-        live = self._live.setdefault(name, _Live(cls))
+        return LOOK_EVERY
+
+    async def _probe(self, live: _Live, cls: StorageClass) -> None:
+        """Find out whether the driver works, unless that was done lately for the same class."""
+        clock = asyncio.get_running_loop().time
+        if live.error is None and live.given == cls and live.host is not None and clock() < live.probe_at:
+            return
+        live.given = cls
         try:
             live.cls = replace(cls, ready=live.cls.ready, problem=live.cls.problem, capabilities=live.cls.capabilities)
             credentials = await self._credentials(cls.secret_name)
@@ -111,17 +168,16 @@ class Classes:
                 await _close(live.host)
                 live.host = None
                 live.host = await self._launch(
-                    name, cls.driver, cls.parameters, credentials, cls.max_concurrent_cuts or DEFAULT_CUTS
+                    cls.name, cls.driver, cls.parameters, credentials, cls.max_concurrent_cuts or DEFAULT_CUTS
                 )
                 live.key = key
             capabilities = await live.host.capabilities(timeout=PROBE_TIMEOUT)
             live.cls = replace(cls, ready=True, problem="", capabilities=capabilities)
-            await self._report(body, live.cls, None)
+            live.error = None
         except SnapshotError as error:
             live.cls = replace(cls, ready=False, problem=error.message, capabilities=None)
-            await self._report(body, live.cls, error)
-            return RETRY_EVERY
-        return PROBE_EVERY
+            live.error = error
+        live.probe_at = clock() + PROBE_EVERY
 
     async def remove(self, name: str) -> None:
         """End the process of a class that is gone; what it cut can still be reached by its record."""
@@ -145,9 +201,6 @@ class Classes:
         except KubeError as error:
             raise DriverUnavailableError(f"spec.secretName: {error.message}", reason="SecretNotFound") from error
 
-    async def _start(self, name: str, driver: str, parameters: Mapping[str, str], secret_name: str) -> DriverHost:
-        return await self._launch(name, driver, parameters, await self._credentials(secret_name))
-
     async def _launch(
         self,
         name: str,
@@ -164,33 +217,48 @@ class Classes:
             raise
         return host
 
-    async def _report(self, body: Mapping[str, Any], cls: StorageClass | None, error: SnapshotError | None) -> None:
+    async def _tell(self, body: Mapping[str, Any], live: _Live) -> None:
+        """Write status if there is news, and news of numbers alone not more often than each minute.
+
+        Only the leader writes: instances that have seen different cuts would write in turn.
+        """
+        if not self._leading():
+            return
+        moment = asyncio.get_running_loop().time()
+        old = body.get("status") or {}
+        decided, error = self._conditions(live), live.error
+        generation = body["metadata"].get("generation", 0)
+        status: dict[str, Any] = {
+            "observedGeneration": generation,
+            "conditions": conditions.merge(old.get("conditions") or (), decided, generation, now()),
+            "capabilities": class_report.capabilities(live.cls.capabilities)
+            if error is None and live.cls.capabilities is not None
+            else None,
+        }
+        # What this process has not seen yet is left as its predecessor wrote it.
+        numbers = {k: old.get(k) for k in ("cutMilliseconds", "snapshotsHeld", "orphans", "orphansFound")}
+        known = {k: v for k, v in (status | numbers).items() if v is not None}
+        if (measured := class_report.latency(live.cuts)) is not None:
+            numbers["cutMilliseconds"] = measured
+        if live.found is not None:
+            numbers |= class_report.findings(live.found)
+        status = {k: v for k, v in (status | numbers).items() if v is not None}
+        urgent = conditions.changed(old, known)
+        if urgent or (conditions.changed(old, status) and moment - live.told_at >= LOOK_EVERY - 1.0):
+            await self._cluster.write_class_status(body, status)
+            live.told_at = moment
+
+    @staticmethod
+    def _conditions(live: _Live) -> tuple[Condition, ...]:
+        error = live.error
         ready = error is None
         reason = "Ready" if error is None else error.reason
         message = "the driver answers" if error is None else clip(error.message)
-        old = body.get("status") or {}
-        decided = (
+        return (
             Condition(type="Ready", status=ready, reason=reason, message=message),
             Condition(type="Reconciling", status=False, reason=reason),
             Condition(type="Stalled", status=not ready, reason=reason, message="" if ready else message),
         )
-        status: dict[str, Any] = {
-            "observedGeneration": body["metadata"].get("generation", 0),
-            "conditions": conditions.merge(
-                old.get("conditions") or (), decided, body["metadata"].get("generation", 0), now()
-            ),
-        }
-        if cls is not None and cls.capabilities is not None:
-            c = cls.capabilities
-            status["capabilities"] = {
-                "cut": c.cut,
-                "atomic": c.atomic,
-                "revert": c.revert,
-                "revertNewestOnly": c.revert_newest_only,
-                "clone": c.clone,
-            }
-        if conditions.changed(old, status):
-            await self._cluster.write_class_status(body, status)
 
 
 async def _close(host: DriverHost | None) -> None:

@@ -2,25 +2,50 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vmsnapshot_operator.core.effects import Condition
 from vmsnapshot_operator.core.journal import Journal
 from vmsnapshot_operator.core.volumes import Seconds
-from vmsnapshot_operator.errors import HypervisorError, RefusedError, SnapshotError
-from vmsnapshot_operator.hypervisors.domains import Hypervisor, Ref
+from vmsnapshot_operator.errors import (
+    HypervisorError,
+    KubeError,
+    KubeUnavailableError,
+    RefusedError,
+    SnapshotError,
+)
+from vmsnapshot_operator.hypervisors.domains import Hypervisor, Ref, Sighting
 from vmsnapshot_operator.kube import conditions, distill
 from vmsnapshot_operator.plan.report import clip
-from vmsnapshot_operator.quiesce.base import Context, find
+from vmsnapshot_operator.plan.sweep import Action, Found, Ruling, judge
+from vmsnapshot_operator.quiesce.base import Context, clock, find
 from vmsnapshot_operator.strategies.world import LiveHypervisor, World, now
 
 log = logging.getLogger(__name__)
 
 LOOK_EVERY = Seconds(30.0)
 RETRY_EVERY = Seconds(2.0)
+
+PATIENCE = Seconds(3.0)
+"""So long one sweep waits for VMs to be freed before it tells which are still held; the freeing goes on."""
+
+MOST_PROVEN, MOST_NAMED = 1024, 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Swept:
+    """What a sweep found, by the names of VMs.
+
+    `held` by us and not freed yet; with `overlays` of ours; with a journal that was `left` untouched, and why.
+    """
+
+    held: tuple[str, ...] = ()
+    overlays: tuple[str, ...] = ()
+    left: Mapping[str, str] = field(default_factory=dict)
 
 
 class Hypervisors:
@@ -29,6 +54,12 @@ class Hypervisors:
     def __init__(self) -> None:
         self._live: dict[str, LiveHypervisor] = {}
         self._spec: dict[str, object] = {}
+        self._secret: dict[str, Mapping[str, str]] = {}
+        self._seen: dict[tuple[str, str], float] = {}
+        self._told: dict[tuple[str, str], str] = {}
+        self._freeing: dict[tuple[str, str, str], asyncio.Task[None]] = {}
+        self._freed: set[tuple[str, str, str]] = set()
+        self._proven: dict[str, int] = {}
 
     def get(self, name: str) -> LiveHypervisor | None:
         """The hypervisor of this name, or None."""
@@ -43,31 +74,50 @@ class Hypervisors:
         name = body["metadata"]["name"]
         try:
             spec = distill.hypervisor(body)
-            credentials = await world.cluster.secret(spec.secret_name) if spec.secret_name else {}
-            key = (spec.endpoints, tuple(sorted(credentials.items())))
             live = self._live.get(name)
+            credentials = await self._credentials(name, spec.secret_name, world)
+            key = (spec.endpoints, tuple(sorted(credentials.items())))
             if live is None or live.client is None or self._spec.get(name) != key:
                 await self.remove(name)
                 client = await Hypervisor.connect(name, spec.endpoints, credentials)
                 live = LiveHypervisor(name=name, access=spec.access, client=client)
-                self._spec[name] = key
+                self._spec[name], self._secret[name] = key, credentials
             self._live[name] = live = replace(live, access=spec.access, problem="")
             assert live.client is not None, "made above"  # noqa: S101 - for the type checker
+            swept = await self.sweep(body, live.client, world)
             about = await live.client.about()
-            held = await self.sweep(name, live.client, world)
-            await _report(body, world, {**about, "heldDomains": list(held) or None}, held, None)
+            await _report(body, world, about, swept, None)
         except (HypervisorError, RefusedError) as error:
             before = self._live.get(name)
             # A connection that broke mends itself; only a hypervisor that was never reached has no client.
             client_before = before.client if before is not None else None
             rules = before.access if before is not None else ()
             self._live[name] = LiveHypervisor(name=name, access=rules, client=client_before, problem=error.message)
-            await _report(body, world, None, (), error)
+            await _report(body, world, None, Swept(), error)
             return RETRY_EVERY
-        return LOOK_EVERY
+        return RETRY_EVERY if swept.held or not world.leadership.is_leader() else LOOK_EVERY
+
+    async def _credentials(self, name: str, secret_name: str, world: World) -> Mapping[str, str]:
+        """Read the Secret; those that a connection was made with do while the API server does not answer.
+
+        Without the API server nothing is snapshotted, but VMs that are held must still be freed.
+        """
+        if not secret_name:
+            return {}
+        try:
+            return await world.cluster.secret(secret_name)
+        except KubeUnavailableError:
+            if name not in self._secret:
+                raise
+            return self._secret[name]
 
     async def remove(self, name: str) -> None:
         """Close the connections of a hypervisor that is gone."""
+        tasks = [t for (hypervisor, _, _), t in self._freeing.items() if hypervisor == name]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._secret.pop(name, None)
         live = self._live.pop(name, None)
         self._spec.pop(name, None)
         if live is not None and live.client is not None:
@@ -78,28 +128,107 @@ class Hypervisors:
         for name in list(self._live):
             await self.remove(name)
 
-    async def sweep(self, name: str, client: Hypervisor, world: World) -> tuple[str, ...]:
-        """Free every VM that a journal of ours says is held, but for windows open in this process; return those not freed.
+    def proven(self) -> Mapping[str, int]:
+        """By UID of a VMSnapshot: the latest attempt that a journal of ours named in a VM that was freed here."""
+        return self._proven
 
-        Only the leader does it: another instance's window is over before its lease is.
+    async def sweep(self, body: Mapping[str, Any], client: Hypervisor, world: World) -> Swept:
+        """Free every VM that a journal of ours says is held by nobody who lives; say what was found.
+
+        Each VM is freed in a task of its own, which outlives this sweep if need be: one that hangs delays none of the others.
         """
-        left = []
-        for ref, journal in await client.sweep():
-            if journal.installation != world.installation or world.claims.get(ref.uuid) == journal.owner_uid:
-                continue
-            if not world.leadership.is_leader():
-                left.append(ref.name)
-                continue
+        name = body["metadata"]["name"]
+        sightings = await client.sweep()
+        self._forget_unseen(name, sightings)
+        rulings = [(s, self._judge(name, s, world)) for s in sightings]
+        for sighting, ruling in rulings:
+            if ruling.action is Action.FREE and sighting.journal is not None:
+                self._free(body, client, sighting.ref, sighting.journal, ruling.why, world)
+        if tasks := [t for (hypervisor, _, _), t in self._freeing.items() if hypervisor == name]:
+            await asyncio.wait(tasks, timeout=PATIENCE)
+        held = [s.ref.name for s, r in rulings if r.action is Action.FREE and not self._is_free(name, s)]
+        left = {s.ref.name: r.why for s, r in rulings if r.action is Action.LEAVE}
+        overlays = [s.ref.name for s, _ in rulings if s.journal is not None and self._overlay(s.journal, world)]
+        world.metrics.frozen_vms(len(held), hypervisor=name)
+        world.metrics.strange_journals(len(left), hypervisor=name)
+        for domain, why in sorted(left.items()):
+            if self._told.get((name, domain)) != why:
+                log.warning("hypervisor %s: domain %s: %s", name, domain, why)
+                await world.events.emit(body, "Warning", "JournalLeft", f"domain {domain}: {why}")
+        self._told = {k: v for k, v in self._told.items() if k[0] != name} | {(name, d): w for d, w in left.items()}
+        return Swept(
+            held=tuple(sorted(held)),
+            overlays=tuple(sorted(overlays)),
+            left=left,
+        )
+
+    def _judge(self, name: str, sighting: Sighting, world: World) -> Ruling:
+        journal = sighting.journal
+        first = self._seen.setdefault((name, journal.nonce), clock()) if journal is not None else clock()
+        return judge(
+            Found(
+                journal=journal,
+                problem=sighting.problem,
+                installation=world.installation,
+                owner=world.claims.get(sighting.ref.uuid, ""),
+                leader=world.leadership.is_leader(),
+                seen_for=Seconds(clock() - first),
+            )
+        )
+
+    def _forget_unseen(self, name: str, sightings: Sequence[Sighting]) -> None:
+        there = {(name, s.journal.nonce) for s in sightings if s.journal is not None}
+        self._seen = {k: t for k, t in self._seen.items() if k[0] != name or k in there}
+        self._freed = {k for k in self._freed if k[0] != name or (k[0], k[2]) in there}
+
+    def _is_free(self, name: str, sighting: Sighting) -> bool:
+        journal = sighting.journal
+        return journal is not None and (name, sighting.ref.uuid, journal.nonce) in self._freed
+
+    @staticmethod
+    def _overlay(journal: Journal, world: World) -> bool:
+        return bool(journal.overlays) and journal.installation == world.installation
+
+    def _free(
+        self, body: Mapping[str, Any], client: Hypervisor, ref: Ref, journal: Journal, why: str, world: World
+    ) -> None:
+        """Begin to free one VM, unless it is being freed already."""
+        name = str(body["metadata"]["name"])
+        key = (name, ref.uuid, journal.nonce)
+        if key in self._freeing:
+            return
+        self._freed.discard(key)
+
+        async def let_go() -> None:
             try:
+                # The list is as old as the slowest host of it: meanwhile another snapshot may have begun on this VM.
+                there = await client.read_journal(ref)
+                if there is None or there.nonce != journal.nonce:
+                    self._freed.add(key)
+                    return
                 await free(client, ref, journal)
-                log.warning(
-                    "hypervisor %s: domain %s was still held by attempt %d; freed", name, ref.name, journal.attempt
-                )
             except SnapshotError as error:
-                left.append(ref.name)
                 log.error("hypervisor %s: domain %s is still held: %s", name, ref.name, error.message)  # noqa: TRY400 - the message says it all
-        world.metrics.frozen_vms(len(left), hypervisor=name)
-        return tuple(left)
+                await world.events.emit(body, "Warning", "VMStillHeld", f"domain {ref.name}: {why}; {error.message}")
+                return
+            if world.guardian is not None:
+                await world.guardian.disarm(journal.nonce)
+            self._freed.add(key)
+            self._prove(journal)
+            world.metrics.swept(hypervisor=name)
+            log.warning("hypervisor %s: domain %s was %s; freed", name, ref.name, why)
+            await world.events.emit(body, "Warning", "VMFreed", f"domain {ref.name} was {why}; freed")
+
+        task = asyncio.create_task(let_go(), name=f"free {ref.name}")
+        self._freeing[key] = task
+        task.add_done_callback(lambda _: self._freeing.pop(key, None))
+
+    def _prove(self, journal: Journal) -> None:
+        """Remember whose journal it was: with the journal goes the last proof of what that attempt may have cut."""
+        before = self._proven.pop(journal.owner_uid, 0)
+        self._proven[journal.owner_uid] = max(before, journal.attempt)
+        while len(self._proven) > MOST_PROVEN:
+            del self._proven[next(iter(self._proven))]
 
 
 async def free(client: Hypervisor, ref: Ref, journal: Journal) -> None:
@@ -108,29 +237,51 @@ async def free(client: Hypervisor, ref: Ref, journal: Journal) -> None:
     await client.clear_journal(ref, journal.nonce)
 
 
+def _seen(old: Mapping[str, Any], about: Mapping[str, Any] | None, swept: Swept) -> Mapping[str, Any]:
+    """What was seen now, or (nobody answered) what was seen last."""
+    if about is None:
+        return {k: v for k, v in old.items() if k not in ("conditions", "observedGeneration")}
+    return {
+        **about,
+        "heldDomains": list(swept.held[:MOST_NAMED]) or None,
+        "overlayDomains": list(swept.overlays[:MOST_NAMED]) or None,
+    }
+
+
 async def _report(
     body: Mapping[str, Any],
     world: World,
     about: Mapping[str, Any] | None,
-    held: tuple[str, ...],
+    swept: Swept,
     error: SnapshotError | None,
 ) -> None:
+    """Write status if there is news. Only the leader does: instances that see different things would write in turn."""
+    if not world.leadership.is_leader():
+        return
     generation = body["metadata"].get("generation", 0)
     ready = error is None
     reason = "Ready" if error is None else error.reason
-    message = "all endpoints answer" if error is None else clip(error.message)
-    if held:
-        message += f"; still held by us: {', '.join(held)}"
+    parts = ["all endpoints answer" if error is None else error.message]
+    if swept.held:
+        parts.append(f"still held by us: {', '.join(swept.held)}")
+    parts += [f"domain {domain}: {why}" for domain, why in sorted(swept.left.items())]
+    message = clip("; ".join(parts))
     old = body.get("status") or {}
     decided = (
-        Condition(type="Ready", status=ready, reason=reason, message=clip(message)),
+        Condition(type="Ready", status=ready, reason=reason, message=message),
         Condition(type="Reconciling", status=False, reason=reason),
-        Condition(type="Stalled", status=not ready, reason=reason, message="" if ready else clip(message)),
+        Condition(type="Stalled", status=not ready, reason=reason, message="" if ready else message),
     )
     status: dict[str, Any] = {
         "observedGeneration": generation,
         "conditions": conditions.merge(old.get("conditions") or (), decided, generation, now()),
-        **{k: v for k, v in (about or {}).items() if v is not None},
+        **_seen(old, about, swept),
     }
-    if conditions.changed(old, status):
+    status = {k: v for k, v in status.items() if v is not None}
+    if not conditions.changed(old, status):
+        return
+    try:
         await world.cluster.write_hypervisor_status(body, status)
+    except KubeError as failure:
+        # A sweep must not wait until the API server is back: the next look writes it.
+        log.warning("status of hypervisor %s is not written yet: %s", body["metadata"]["name"], failure.message)

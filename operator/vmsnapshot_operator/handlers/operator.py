@@ -16,9 +16,11 @@ from typing import Any, NamedTuple
 
 import kopf
 
-from vmsnapshot_operator.api.meta import GROUP, VERSION
+from vmsnapshot_operator.api.meta import GROUP, VERSION, content_name
 from vmsnapshot_operator.handlers.classes import Classes
+from vmsnapshot_operator.handlers.contents import Contents
 from vmsnapshot_operator.handlers.hypervisors import Hypervisors
+from vmsnapshot_operator.handlers.orphans import Known, OrphanScan
 from vmsnapshot_operator.handlers.queue import WorkQueue
 from vmsnapshot_operator.handlers.reconcile import Reconciler
 from vmsnapshot_operator.hypervisors.calls import threads_running
@@ -75,6 +77,7 @@ class Operator:
         self._reconciler: Reconciler | None = None
         self._queue: WorkQueue[Key] | None = None
         self._classes: Classes | None = None
+        self._contents: Contents | None = None
         self._hypervisors = Hypervisors()
         self.heartbeats = Heartbeats()
 
@@ -93,7 +96,7 @@ class Operator:
         guardian = GuardianLink(options.guardian_socket) if options.guardian_socket is not None else None
         if guardian is not None:
             self._stack.push_async_callback(guardian.close)
-        self._classes = Classes(cluster)
+        self._classes = Classes(cluster, leading=leadership.is_leader)
         self._stack.push_async_callback(self._classes.close)
         self._stack.push_async_callback(self._hypervisors.close)
         self._world = World(
@@ -106,16 +109,25 @@ class Operator:
             classes=self._classes,
             metrics=metrics,
         )
+        self._contents = Contents(
+            self._world,
+            exists=lambda o: Key(SNAPSHOTS, o.namespace, o.name, o.uid) in self._snapshots,
+            wake=lambda n: self._add(Key(CONTENTS, "", n, "")),
+        )
         self._world.strategies = registry.load(self._world)
         self._reconciler = Reconciler(self._world, lambda ns, n, uid: self._add(Key(SNAPSHOTS, ns, n, uid)))
         # Ended after the reconciler, whose windows need the lease to the last.
         self._keep(asyncio.create_task(leadership.run()))
         self._stack.push_async_callback(self._reconciler.close)
-        self._queue = WorkQueue(self._work, workers=WORKERS, resync=lambda: list(self._snapshots))
+        self._stack.push_async_callback(self._contents.close)
+        self._queue = WorkQueue(self._work, workers=WORKERS, resync=self._all)
         metrics.watch_queue(lambda: self._queue.depth if self._queue is not None else 0)
         metrics.watch_leadership(leadership.is_leader)
         metrics.watch_threads(threads_running)
-        for task in (self._queue.run(), self._beat(metrics)):
+        scan = OrphanScan(
+            self._world, self._classes, known=self._known, proven=self._hypervisors.proven, told=self._look_at_class
+        )
+        for task in (self._queue.run(), self._beat(metrics), scan.run()):
             self._keep(asyncio.create_task(task))
         for key in self._early:
             self._queue.add(key)
@@ -134,12 +146,17 @@ class Operator:
         key = Key(kind, meta.get("namespace", ""), meta["name"], meta["uid"])
         gone = event.get("type") == "DELETED"
         if kind == CONTENTS:
+            if self._contents is not None:
+                (self._contents.gone(key.name) if gone else self._contents.seen(body))
+            self._add(Key(CONTENTS, "", key.name, ""))
             ref = (body.get("spec") or {}).get("vmSnapshotRef") or {}
             key = Key(SNAPSHOTS, ref.get("namespace", ""), ref.get("name", ""), ref.get("uid", ""))
             if key not in self._snapshots:
                 return
         elif kind == SNAPSHOTS:
             (self._snapshots.discard if gone else self._snapshots.add)(key)
+            if gone:
+                self._add(Key(CONTENTS, "", content_name(key.uid), ""))
         elif gone:
             self._bodies.pop((kind, key.name), None)
         else:
@@ -147,6 +164,19 @@ class Operator:
             if kind == CLASSES and self._classes is not None:
                 self._classes.expect(body)
         self._add(key)
+
+    def _all(self) -> list[Key]:
+        """Everything that is looked at again now and then, whether anything happened to it or not."""
+        kept = self._contents.names() if self._contents is not None else ()
+        return [*self._snapshots, *(Key(CONTENTS, "", n, "") for n in kept)]
+
+    def _known(self) -> Known:
+        kept = self._contents.kept() if self._contents is not None else ()
+        return Known(contents=kept, snapshots=frozenset(k.uid for k in self._snapshots))
+
+    def _look_at_class(self, name: str) -> None:
+        if (body := self._bodies.get((CLASSES, name))) is not None:
+            self._add(Key(CLASSES, "", name, body["metadata"]["uid"]))
 
     def _add(self, key: Key) -> None:
         if self._queue is None:
@@ -160,6 +190,9 @@ class Operator:
         assert self._reconciler is not None, "the queue runs after start"  # noqa: S101 - for the type checker
         if key.kind == SNAPSHOTS:
             return await self._reconciler.reconcile(key.namespace, key.name, key.uid)
+        if key.kind == CONTENTS:
+            assert self._contents is not None, "the queue runs after start"  # noqa: S101 - for the type checker
+            return await self._contents.reconcile(key.name)
         body = self._bodies.get((key.kind, key.name))
         if key.kind == CLASSES:
             if body is not None:

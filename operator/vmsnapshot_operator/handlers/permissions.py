@@ -46,6 +46,7 @@ def _rows() -> Iterator[Permission]:
     yield Permission(group=GROUP, resource="vmsnapshots", verb="patch", subresource="status")
     # What is really held: written by the operator alone.
     yield from _verbs(GROUP, "vmsnapshotcontents", "get list watch create update delete")
+    yield Permission(group=GROUP, resource="vmsnapshotcontents", verb="patch", subresource="status")
     # The labels by which a Hypervisor says which namespaces may snapshot which VMs.
     yield Permission(group="", resource="namespaces", verb="get")
     # Watching begins when a kind is installed, and `doctor` compares the schemas.

@@ -25,6 +25,7 @@ PATIENCE = Seconds(60.0)
 
 _THAW_TIMEOUT, _STATUS_TIMEOUT, _PAUSE = Seconds(5.0), Seconds(2.0), 1.0
 _DONE: Mapping[str, str] = {Method.GUEST_AGENT: "thawed", Method.PAUSE: "resumed", Method.NONE: "nothing was held"}
+BY_URI = "without the API server, name libvirt itself in the hypervisor's place: qemu+tls://HOST/system, or on its host qemu:///system"
 _BY_HAND = (
     "free a VM without it, on its host: `virsh domfsthaw DOMAIN` if it is frozen, `virsh resume DOMAIN` if it is paused"
 )
@@ -39,9 +40,9 @@ async def thaw(
     a journal, or whose journal cannot be read. Never raises what this project raises on purpose: it is among the lines.
     """
     try:
-        client = await _connect(kubeconfig, namespace, hypervisor)
+        client = await connect(kubeconfig, namespace, hypervisor)
     except KubeError as error:
-        return [f"cannot learn where hypervisor {hypervisor} is: {error.message}", _BY_HAND], False
+        return [f"cannot learn where hypervisor {hypervisor} is: {error.message}", _BY_HAND, BY_URI], False
     except SnapshotError as error:
         return [f"hypervisor {hypervisor}: {error.message}", _BY_HAND], False
     try:
@@ -54,7 +55,13 @@ async def thaw(
         await client.close()
 
 
-async def _connect(kubeconfig: Path | None, namespace: str, name: str) -> Hypervisor:
+async def connect(kubeconfig: Path | None, namespace: str, name: str) -> Hypervisor:
+    """Connect to the Hypervisor object of this name, or to a libvirt URI without asking the API server at all.
+
+    Raises SnapshotError; KubeError if the object cannot be read.
+    """
+    if "://" in name:
+        return await Hypervisor.at(name)
     async with Cluster(namespace=namespace, kubeconfig=kubeconfig) as cluster:
         body = await cluster.client.get(HYPERVISORS.path(name))
         if body is None:
@@ -69,8 +76,8 @@ async def _all(client: Hypervisor, *, force: bool) -> tuple[list[str], bool]:
     if not held:
         return ["no domain bears a journal: none is held by a snapshot"], True
     lines, ok = [], True
-    for ref, _ in held:
-        said, freed = await _one(client, ref.uuid, force=force)
+    for sighting in held:
+        said, freed = await _one(client, sighting.ref.uuid, force=force)
         lines += said
         ok = ok and freed
     return lines, ok
@@ -82,7 +89,7 @@ async def _one(client: Hypervisor, domain: str, *, force: bool) -> tuple[list[st
         machine = await client.describe(ref, ask_agent=True)
     except SnapshotError as error:
         return [f"{domain}: {error.message}"], False
-    lines = [f"{ref.name}: {_state(machine)}"]
+    lines = [f"{ref.name}: {state(machine)}"]
     try:
         if machine.journal is not None:
             said, freed = await _by_journal(client, ref, machine.journal)
@@ -95,7 +102,8 @@ async def _one(client: Hypervisor, domain: str, *, force: bool) -> tuple[list[st
     return lines + [f"{ref.name}: {line}" for line in said], freed
 
 
-def _state(machine: Machine) -> str:
+def state(machine: Machine) -> str:
+    """Say in one line what is known of a VM that may be held."""
     words = [f"{machine.power} on {machine.endpoint}"]
     if machine.agent is not None:
         words.append(

@@ -32,7 +32,7 @@ from vmsnapshot_operator.hypervisors.events import EventHub, EventWatch
 from vmsnapshot_operator.hypervisors.uri import compose
 from vmsnapshot_operator.hypervisors.window import ACT_TIMEOUT, DomainWindow, Handles, Outstanding
 
-__all__ = ["DomainWindow", "EventWatch", "Hypervisor", "Ref"]
+__all__ = ["DomainWindow", "EventWatch", "Hypervisor", "Ref", "Sighting"]
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +56,15 @@ class Ref:
     uuid: str
     name: str
     endpoint: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sighting:
+    """A domain that bears a journal. `journal` is None if it cannot be read: `problem` then says why."""
+
+    ref: Ref
+    journal: Journal | None
+    problem: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +114,21 @@ class Hypervisor:
         self._outstanding = Outstanding()
         self._silent: set[str] = set()
         self._folder = folder
+
+    @classmethod
+    async def at(cls, uri: str) -> Hypervisor:
+        """Connect to one libvirt daemon by an administrator's own URI: for what must work without the API server.
+
+        Never for a URI out of an object: one can name commands and switch verification off. Raises
+        HypervisorUnreachableError.
+        """
+        found = cls(uri, {uri: uri})
+        try:
+            await found._each("connection", found._prepare)
+        except BaseException:
+            await found.close()
+            raise
+        return found
 
     @classmethod
     async def connect(
@@ -201,8 +225,8 @@ class Hypervisor:
         """Remove the journal if it is the one with this nonce."""
         await self._at(ref, f"journal of {ref.name}", lambda domain: journals.clear(domain, nonce))
 
-    async def sweep(self) -> list[tuple[Ref, Journal]]:
-        """Return all domains that bear a journal, on the endpoints that answer."""
+    async def sweep(self) -> list[Sighting]:
+        """Return all domains that bear a journal, also one that cannot be read, on the endpoints that answer."""
         found = await self._each(
             "sweep", lambda e: self._hosts[e].look(f"sweep of {e}", _sweep, e, timeout=SWEEP_TIMEOUT)
         )
@@ -345,8 +369,10 @@ def _describe(connection: Any, ref: Ref) -> Machine:
         raise HypervisorError(f"domain {ref.name}: {error}") from error
 
 
-def _sweep(connection: Any, endpoint: str) -> list[tuple[Ref, Journal]]:
+def _sweep(connection: Any, endpoint: str) -> list[Sighting]:
     return [
-        (Ref(uuid=domain.UUIDString(), name=domain.name(), endpoint=endpoint), journal)
-        for domain, journal in journals.sweep(connection)
+        Sighting(
+            ref=Ref(uuid=domain.UUIDString(), name=domain.name(), endpoint=endpoint), journal=journal, problem=problem
+        )
+        for domain, journal, problem in journals.sweep(connection)
     ]

@@ -58,19 +58,25 @@ def clear(domain: Any, nonce: str) -> None:
             domain.setMetadata(_ELEMENT, None, None, journals.NAMESPACE, place)
 
 
-def sweep(connection: Any) -> Iterator[tuple[Any, Journal]]:
-    """Yield all domains that bear a journal, running or not. One that cannot be read is told to those who plan, not here."""
+def sweep(connection: Any) -> Iterator[tuple[Any, Journal | None, str]]:
+    """Yield all domains that bear a journal, running or not: the domain, the journal, or why it cannot be read.
+
+    One domain that cannot be asked hides none of the others; a connection that broke raises libvirtError.
+    """
     for domain in connection.listAllDomains():
         try:
             journal = read(domain)
-        except UnreadableJournalError:
-            continue
+        except UnreadableJournalError as error:
+            yield domain, None, str(error)
         except libvirt.libvirtError as error:
             if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
                 continue  # it went away meanwhile
-            raise
-        if journal is not None:
-            yield domain, journal
+            if not connection.isAlive():
+                raise
+            yield domain, None, f"whether the domain bears a journal cannot be seen: {error}"
+        else:
+            if journal is not None:
+                yield domain, journal, ""
 
 
 def _places(domain: Any) -> tuple[int, ...]:

@@ -56,6 +56,12 @@ class Resource:
         """What stands in `apiVersion`."""
         return f"{self.group}/{self.version}" if self.group else self.version
 
+    @property
+    def everywhere(self) -> str:
+        """The path of the collection in all namespaces."""
+        base = ["/apis", self.group, self.version] if self.group else ["/api", self.version]
+        return "/".join([*base, self.plural])
+
     def path(self, name: str | None = None, namespace: str = "", subresource: str = "") -> str:
         """Return the path of the collection, of one object, or of a subresource of it."""
         parts = ["/apis", self.group, self.version] if self.group else ["/api", self.version]

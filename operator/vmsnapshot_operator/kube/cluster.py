@@ -9,7 +9,7 @@ import base64
 import binascii
 import logging
 import secrets
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -34,6 +34,7 @@ SECRETS = Resource("", "v1", "secrets", "Secret", namespaced=True)
 CONFIG_MAPS = Resource("", "v1", "configmaps", "ConfigMap", namespaced=True)
 
 _TRIES = 5
+_PAGE = 100  # contents hold the definition of a VM each
 
 
 class Cluster:
@@ -154,6 +155,15 @@ class Cluster:
         """Delete a VMSnapshotContent (this very one if `uid` is given); one that is gone is success."""
         await self._delete(CONTENTS.path(name), uid)
 
+    async def contents(self) -> AsyncIterator[dict[str, Any]]:
+        """Go through all VMSnapshotContents as they are now. Raises ConflictError if they change too fast for one pass."""
+        async for body in self._all(CONTENTS):
+            yield body
+
+    async def snapshot_uids(self) -> frozenset[str]:
+        """Return the UIDs of all VMSnapshots of all namespaces as they are now."""
+        return frozenset([_uid(body) async for body in self._all(SNAPSHOTS)])
+
     # --- the other kinds ----------------------------------------------------------------------------------------------
 
     async def write_class_status(self, body: Mapping[str, Any], status: Mapping[str, Any]) -> dict[str, Any]:
@@ -190,10 +200,33 @@ class Cluster:
 
         Raises KubeError if the ConfigMap that keeps it was emptied: another id would disown all that storage holds.
         """
-        path = CONFIG_MAPS.path(INSTALLATION, self.namespace)
-        body = await self.client.get(path)
-        if body is None:
-            body = await self._first_start(path)
+        found = await self.known_installation()
+        if found is None:
+            return self._installation_of(await self._first_start())
+        return found
+
+    async def known_installation(self) -> str | None:
+        """Return the id of this installation, or None if it was never started; raises as `installation`."""
+        body = await self.client.get(CONFIG_MAPS.path(INSTALLATION, self.namespace))
+        return self._installation_of(body) if body is not None else None
+
+    async def hypervisor_names(self) -> tuple[str, ...]:
+        """Return the names of all Hypervisor objects."""
+        return tuple([str(body["metadata"]["name"]) async for body in self._all(HYPERVISORS)])
+
+    # --- shared -------------------------------------------------------------------------------------------------------
+
+    async def _all(self, resource: Resource) -> AsyncIterator[dict[str, Any]]:
+        query = {"limit": str(_PAGE)}
+        while True:
+            page = await self.client.request("GET", resource.everywhere, query=query)
+            for body in page.get("items") or ():
+                yield body
+            if not (token := (page.get("metadata") or {}).get("continue")):
+                return
+            query["continue"] = str(token)
+
+    def _installation_of(self, body: Mapping[str, Any]) -> str:
         seed = str((body.get("data") or {}).get("seed") or "")
         if not seed:
             raise KubeError(
@@ -203,9 +236,7 @@ class Cluster:
             )
         return names.installation_id(seed)
 
-    # --- shared -------------------------------------------------------------------------------------------------------
-
-    async def _first_start(self, path: str) -> dict[str, Any]:
+    async def _first_start(self) -> dict[str, Any]:
         body = {
             "apiVersion": CONFIG_MAPS.api_version,
             "kind": CONFIG_MAPS.kind,
@@ -216,7 +247,8 @@ class Cluster:
         try:
             return await self.client.request("POST", CONFIG_MAPS.path(namespace=self.namespace), body)
         except ConflictError:
-            found = await self.client.get(path)  # another instance was faster, and its seed counts
+            # Another instance was faster, and its seed counts.
+            found = await self.client.get(CONFIG_MAPS.path(INSTALLATION, self.namespace))
             if found is None:
                 raise
             return found

@@ -222,6 +222,7 @@ def to_record(spec: VMSnapshotContentSpec, name: str, version: str) -> Record:
         failure=Failure(reason=spec.failure.reason, message=spec.failure.message) if spec.failure is not None else None,
         ready=spec.ready_time is not None,
         ready_time=spec.ready_time,
+        retain=spec.deletion_policy is DeletionPolicy.RETAIN,
         version=version,
     )
 

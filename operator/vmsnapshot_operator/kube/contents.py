@@ -6,7 +6,8 @@ Not which field is kept where (`kube.content_parts`), nor when it is written (`s
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from pydantic import ValidationError
 
@@ -25,7 +26,59 @@ from vmsnapshot_operator.core.planning import Plan, QuiesceChoice, Request
 from vmsnapshot_operator.core.volumes import Seconds, VolumeId, volume_id
 from vmsnapshot_operator.errors import RefusedError
 from vmsnapshot_operator.kube import content_parts
+from vmsnapshot_operator.plan.orphans import Kept
 from vmsnapshot_operator.plan.report import clip
+
+
+class Bound(Protocol):
+    """What a content is bound to: one VMSnapshot, by namespace, name and UID."""
+
+    @property
+    def namespace(self) -> str:
+        """Its namespace."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+        ...
+
+    @property
+    def uid(self) -> str:
+        """Its UID."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Owner:
+    """The VMSnapshot that a content says it belongs to."""
+
+    namespace: str
+    name: str
+    uid: str
+
+    def __str__(self) -> str:
+        return f"{self.namespace}/{self.name} (uid {self.uid})"
+
+
+def owner(body: Mapping[str, Any]) -> Owner:
+    """Return the VMSnapshot that a content names, whether it exists or not; empty words where it names none."""
+    ref = (body.get("spec") or {}).get("vmSnapshotRef")
+    given = ref if isinstance(ref, Mapping) else {}
+    return Owner(**{k: str(given.get(k, "")) for k in ("namespace", "name", "uid")})
+
+
+def kept(body: Mapping[str, Any], installation: str) -> Kept:
+    """Return what a content proves of what the storage holds; `problem` if it proves nothing."""
+    bound = owner(body)
+    record = from_body(body, bound, installation)
+    return Kept(
+        name=record.name,
+        uid=bound.uid,
+        attempt=record.attempt,
+        names=frozenset(g.request.name for g in record.groups.values()),
+        problem=record.problem,
+    )
 
 
 def name_for(uid: str) -> str:
@@ -59,7 +112,7 @@ def to_body(record: Record, request: Request, installation: str) -> dict[str, An
     return {"apiVersion": API_VERSION, "kind": KIND.name, "metadata": meta, "spec": spec.to_body()}
 
 
-def from_body(body: Mapping[str, Any], request: Request, installation: str) -> Record:
+def from_body(body: Mapping[str, Any], request: Bound, installation: str) -> Record:
     """Return what a content says of this VMSnapshot. Never raises: what cannot be trusted gets a `problem`.
 
     `foreign` is one that is bound to another object or was written by another installation. A content whose request names do
@@ -98,7 +151,7 @@ _NO_PLAN = Plan(
 )
 
 
-def _stranger(spec: Mapping[str, Any], name: str, request: Request, installation: str) -> str:
+def _stranger(spec: Mapping[str, Any], name: str, request: Bound, installation: str) -> str:
     """Why it is somebody else's; told apart before the rest is understood, since what is not ours is never deleted."""
     ref = spec.get("vmSnapshotRef")
     bound = (
@@ -113,7 +166,7 @@ def _stranger(spec: Mapping[str, Any], name: str, request: Request, installation
     return ""
 
 
-def _check(spec: VMSnapshotContentSpec, request: Request, installation: str) -> None:
+def _check(spec: VMSnapshotContentSpec, request: Bound, installation: str) -> None:
     """Raise RefusedError unless all that identifies something on storage follows from the object that it is bound to."""
     for volume in spec.volumes:
         if volume_id(content_parts.to_layer(volume.writable)) != volume.id:

@@ -157,6 +157,23 @@ def failed(seen: Observation, record: Record, failure: Failure, under_way: str =
     )
 
 
+def lost(seen: Observation) -> tuple[Condition, ...]:
+    """It was taken, and what was on record of it is gone: nothing can be claimed or restored any more."""
+    reason = "ContentLost"
+    message = (
+        f'VMSnapshotContent "{seen.lost.get("contentName", "")}" is gone (deleted by hand, or not restored from a backup): nothing says any more what'
+        " the storage systems hold of it, so it cannot be restored. Restore that object from a backup; or delete this"
+        " VMSnapshot: what the storage systems still hold under its names is removed then"
+    )
+    return (
+        *(_unknown(kind, reason) for kind in (PLANNED, QUIESCED, VOLUMES_SNAPSHOTTED)),
+        Condition(type=UNQUIESCED, status=True, reason="Free", message="no journal of it is in its VM"),
+        Condition(type=READY, status=False, reason=reason, message=message),
+        Condition(type=RECONCILING, status=False, reason="Stalled"),
+        Condition(type=STALLED, status=True, reason=reason, message=message),
+    )
+
+
 def ready(seen: Observation, record: Record) -> tuple[Condition, ...]:
     """It can be restored."""
     word = verdict.overall(record.verdicts).word

@@ -12,6 +12,7 @@ from vmsnapshot_operator.core import names
 from vmsnapshot_operator.core.driver import SnapshotRequest
 from vmsnapshot_operator.core.effects import (
     Adopt,
+    Amend,
     Decision,
     DropContent,
     Effect,
@@ -109,6 +110,8 @@ def _dry_run(seen: Observation, now: datetime) -> Decision:
 def _begin(seen: Observation, now: datetime, installation: str) -> Decision:
     if seen.refused is not None:
         return Decision(effect=_until_expiry(seen, now), conditions=conditions.refused(seen, seen.refused))
+    if seen.lost:
+        return Decision(effect=Wait(), conditions=conditions.lost(seen))
     if now > deadline(seen):
         why = f"; last: {seen.refusal.message}" if seen.refusal is not None else ""
         failure = Failure(
@@ -251,6 +254,8 @@ def _failed(seen: Observation, record: Record, failure: Failure, now: datetime) 
 
 
 def _taken(seen: Observation, record: Record, now: datetime) -> Decision:
+    if record.retain != seen.request.retain:
+        return _say(seen, Amend(), "Recording")
     if record.ready:
         return Decision(effect=_until_expiry(seen, now), conditions=conditions.ready(seen, record))
     if seen.broken is not None:
@@ -269,6 +274,8 @@ def _delete(seen: Observation) -> Decision:
     if not seen.finalizer:
         return _say(seen, Wait(), "Deleting")
     if record is not None and seen.request.retain and (record.taken or record.problem):
+        if not record.retain and not record.problem:
+            return _say(seen, Amend(), "Deleting")
         return _say(seen, Forget(), "Deleting", "deletionPolicy Retain: the VMSnapshotContent and the storage keep it")
     if (left := _roll_back(seen, "")) is not None:
         return left

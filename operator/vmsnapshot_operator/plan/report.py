@@ -44,8 +44,9 @@ def status(seen: Observation, conditions: tuple[Condition, ...]) -> dict[str, An
     plan = record.plan if record is not None else seen.plan
     stalled = next((c for c in conditions if c.type == STALLED and c.status), None)
     parts: dict[str, Any] = {
+        **seen.lost,
         "phase": phase(seen, conditions),
-        "contentName": record.name if record is not None else None,
+        "contentName": record.name if record is not None else seen.lost.get("contentName"),
         "consistency": verdict.overall(record.verdicts).word if record is not None and record.taken else None,
         "error": {"reason": stalled.reason, "message": clip(stalled.message)} if stalled is not None else None,
         "leftovers": _leftovers(seen) or None,

@@ -21,6 +21,7 @@ from vmsnapshot_operator.core.volumes import Seconds, Volume, VolumeId
 from vmsnapshot_operator.errors import (
     DomainGoneError,
     DriverError,
+    DriverUnavailableError,
     HypervisorError,
     RefusedError,
     SnapshotError,
@@ -58,9 +59,12 @@ async def gather(world: World, body: Mapping[str, Any]) -> Observation:
     if record is None or record.taken or record.failure is not None:
         world.release(request.uid)
     planned = _Planned()
-    if not deleting and refused is None and _undecided(record) and journal is None:
+    lost = _lost(body) if record is None else {}
+    if not deleting and refused is None and not lost and _undecided(record) and journal is None:
         planned = await _planning(world, request, memory, record)
-    held, unlisted = await _held(world, request, record, memory, deleting=deleting and finalizer)
+    held, unlisted = await _held(
+        world, request, record, memory, deleting=deleting and finalizer, told=_told_classes(body)
+    )
     return Observation(
         request=request,
         deleting=deleting,
@@ -77,6 +81,7 @@ async def gather(world: World, body: Mapping[str, Any]) -> Observation:
         prepared=memory.prepared.attempt if memory.prepared is not None else None,
         outcome=memory.outcome,
         broken=memory.broken,
+        lost=lost,
         leader=world.leadership.is_leader(),
         guardian=planned.guardian,
         in_use_by=planned.in_use_by,
@@ -117,6 +122,20 @@ def _refused(body: Mapping[str, Any]) -> Failure | None:
     if stalled is None or stalled.get("status") != "True" or planned is None or planned.get("status") != "False":
         return None
     return Failure(reason=str(planned.get("reason", "")), message=str(planned.get("message", "")))
+
+
+def _lost(body: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What status says of a content that was on record, since its name is told only after it was written; else nothing."""
+    status = body.get("status") or {}
+    if not status.get("contentName"):
+        return {}
+    return {k: status[k] for k in ("contentName", "vm", "groups", "creationTime") if k in status}
+
+
+def _told_classes(body: Mapping[str, Any]) -> frozenset[str]:
+    """The classes that status names: those of the plan, told before anything was written or prepared."""
+    groups = (body.get("status") or {}).get("groups") or ()
+    return frozenset(str(g.get("className", "")) for g in groups)
 
 
 async def _journal(world: World, request: Request, record: Record | None) -> tuple[Journal | None, str]:
@@ -268,9 +287,12 @@ async def _fit(world: World, class_name: str, volume: Volume) -> Fit:
 
 
 async def _held(
-    world: World, request: Request, record: Record | None, memory: Memory, *, deleting: bool
+    world: World, request: Request, record: Record | None, memory: Memory, *, deleting: bool, told: frozenset[str]
 ) -> tuple[Mapping[str, frozenset[str]] | None, Mapping[str, str]]:
-    """Ask the storage what it holds under this object's names, where that may be more than what is on record."""
+    """Ask the storage what it holds under this object's names, where that may be more than what is on record.
+
+    Without a record every class is asked, but only those that were `told` must answer: another one's hang is not waited for.
+    """
     pending = record is not None and record.outcome is None and record.failure is None and not record.problem
     untried = memory.prepared is not None and record is not None and memory.prepared.attempt == record.attempt
     failed = record is not None and record.failure is not None
@@ -287,15 +309,17 @@ async def _held(
             else:
                 found = world.classes.host(class_name)
                 if found is None:
-                    return
+                    raise DriverUnavailableError("its driver is not running")
                 host = found
             held[class_name] = frozenset(
                 n for n in await host.list(prefix, timeout=ASK_TIMEOUT) if n.startswith(prefix)
             )
         except DriverError as error:
-            unlisted[class_name] = error.message
+            if record is not None or class_name in told:
+                unlisted[class_name] = error.message
 
     trusted = record is not None and not record.problem
-    asked = tuple(record.groups) if record is not None and trusted else tuple(c.name for c in world.classes.all())
+    known = {c.name for c in world.classes.all()}
+    asked = tuple(record.groups) if record is not None and trusted else sorted(known | told)
     await asyncio.gather(*(ask(c) for c in asked))
     return held, unlisted

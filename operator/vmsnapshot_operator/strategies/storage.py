@@ -16,6 +16,7 @@ from typing import Any
 from vmsnapshot_operator.core.driver import Fit, SnapshotRequest
 from vmsnapshot_operator.core.effects import (
     Adopt,
+    Amend,
     Decision,
     DropContent,
     Effect,
@@ -92,6 +93,9 @@ class StorageStrategy:
                 await self._window(effect, seen)
             case Keep():
                 await self._keep(effect, seen, body)
+            case Amend():
+                assert seen.record is not None, "only what is on record is amended"  # noqa: S101 - invariant of decide
+                await self._write(seen.record, seen, create=False)
             case Settle(groups):
                 await self._settle(groups, seen)
             case RollBack(held):
@@ -99,7 +103,7 @@ class StorageStrategy:
             case Fail():
                 await self._fail(effect, seen, body)
             case DropContent():
-                await self._drop(seen)
+                await self._drop(seen, body)
             case Forget():
                 await self._world.cluster.remove_finalizer(body)
             case Expire():
@@ -221,9 +225,9 @@ class StorageStrategy:
         drivers = {g.class_name: g.driver for g in seen.plan.groups} if seen.plan is not None else {}
         for group in outcome.groups.values():
             if group.ok and group.bracket is not None:
-                metrics.cut(
-                    seconds=group.bracket.end - group.bracket.start, driver=drivers.get(group.class_name, "unknown")
-                )
+                took = group.bracket.end - group.bracket.start
+                metrics.cut(seconds=took, driver=drivers.get(group.class_name, "unknown"))
+                self._world.classes.note_cut(group.class_name, took)
 
     async def _keep(self, effect: Keep, seen: Observation, body: Mapping[str, Any]) -> None:
         assert seen.record is not None, "an attempt is kept only where its intent is on record"  # noqa: S101 - invariant of decide
@@ -304,9 +308,11 @@ class StorageStrategy:
         self._world.metrics.snapshot(consistency="Unknown", outcome="failed")
         await self._world.events.emit(body, "Warning", effect.failure.reason, effect.failure.message)
 
-    async def _drop(self, seen: Observation) -> None:
+    async def _drop(self, seen: Observation, body: Mapping[str, Any]) -> None:
+        """The content, and with it at once the finalizer: without a content nobody could say any more that nothing is held."""
         if seen.record is not None:
             await self._world.cluster.delete_content(seen.record.name, None)
+            await self._world.cluster.remove_finalizer(body)
 
     async def _write(self, record: Record, seen: Observation, *, create: bool) -> None:
         body = contents.to_body(record, seen.request, self._world.installation)

@@ -51,6 +51,10 @@ class LiveClasses(Protocol):
         """A host for what was cut with these parameters, even if the class was changed or deleted since."""
         ...
 
+    def note_cut(self, class_name: str, seconds: float) -> None:
+        """A group was cut in so long: kept for the class's status."""
+        ...
+
 
 class LiveHypervisors(Protocol):
     """The Hypervisor objects with their connections."""

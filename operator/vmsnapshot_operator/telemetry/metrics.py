@@ -41,6 +41,36 @@ class Metrics:
             ("hypervisor",),
             registry=self.registry,
         )
+        self._swept = Counter(
+            "vmsnapshot_swept_vms_total",
+            "VMs that a sweep found held by us without a living owner, and freed",
+            ("hypervisor",),
+            registry=self.registry,
+        )
+        self._strange_journals = Gauge(
+            "vmsnapshot_strange_journals",
+            "VMs with a journal that cannot be read or is another installation's; nobody here touches them",
+            ("hypervisor",),
+            registry=self.registry,
+        )
+        self._orphans = Gauge(
+            "vmsnapshot_orphans",
+            "Names that storage holds under our prefix and that no VMSnapshot or VMSnapshotContent knows",
+            ("class_name",),
+            registry=self.registry,
+        )
+        self._orphans_removed = Counter(
+            "vmsnapshot_orphans_removed_total",
+            "Leftovers on storage that a journal or a VMSnapshotContent proved to be ours, and that were removed",
+            ("class_name",),
+            registry=self.registry,
+        )
+        self._scan_failures = Counter(
+            "vmsnapshot_orphan_scan_failures_total",
+            "Scans for orphans that a storage system did not answer",
+            ("class_name",),
+            registry=self.registry,
+        )
         self._thaw_failures = Counter(
             "vmsnapshot_thaw_failures_total",
             "Windows that ended without a confirmation that the VM goes on",
@@ -80,6 +110,31 @@ class Metrics:
         """So many VMs of a hypervisor are held now."""
         self._frozen_vms.labels(hypervisor).set(count)
 
+    def swept(self, *, hypervisor: str) -> None:
+        """A VM that nobody alive held any more was freed."""
+        self._swept.labels(hypervisor).inc()
+
+    def strange_journals(self, count: int, *, hypervisor: str) -> None:
+        """So many VMs bear a journal that is not ours to act on."""
+        self._strange_journals.labels(hypervisor).set(count)
+
+    def orphans(self, count: int, *, class_name: str) -> None:
+        """So many orphans were found at the last scan of a class."""
+        self._orphans.labels(class_name).set(count)
+
+    def orphan_removed(self, *, class_name: str) -> None:
+        """A leftover was removed."""
+        self._orphans_removed.labels(class_name).inc()
+
+    def orphan_scan_failed(self, *, class_name: str) -> None:
+        """The storage of a class did not answer a scan."""
+        self._scan_failures.labels(class_name).inc()
+
+    def forget_class(self, class_name: str) -> None:
+        """A StorageDriverClass is gone, and its series with it."""
+        for metric in (self._orphans, self._orphans_removed, self._scan_failures):
+            metric.remove_by_labels({"class_name": class_name})
+
     def thaw_failed(self, *, hypervisor: str) -> None:
         """Nobody confirmed that a VM goes on."""
         self._thaw_failures.labels(hypervisor).inc()
@@ -100,6 +155,8 @@ class Metrics:
         """A Hypervisor object is gone, and its series with it."""
         self._frozen.remove_by_labels({"hypervisor": hypervisor})
         self._frozen_vms.remove_by_labels({"hypervisor": hypervisor})
+        self._swept.remove_by_labels({"hypervisor": hypervisor})
+        self._strange_journals.remove_by_labels({"hypervisor": hypervisor})
         self._thaw_failures.remove_by_labels({"hypervisor": hypervisor})
 
     def watch_queue(self, depth: Callable[[], int]) -> None:

@@ -11,7 +11,7 @@ from vmsnapshot_operator.core.journal import Journal
 from vmsnapshot_operator.core.machine import Agent, AgentState, Machine, PowerState
 from vmsnapshot_operator.errors import AgentError, HypervisorError, HypervisorUnreachableError, QuiesceError
 from vmsnapshot_operator.handlers import thaw
-from vmsnapshot_operator.hypervisors.domains import Ref
+from vmsnapshot_operator.hypervisors.domains import Ref, Sighting
 from vmsnapshot_operator.quiesce import base
 
 pytestmark = pytest.mark.looptime
@@ -65,8 +65,10 @@ class FakeHypervisor:
     async def window(self, ref: Ref) -> FakeDomain:
         return self.domain
 
-    async def sweep(self) -> list[tuple[Ref, Journal]]:
-        return [(REF, self.journal)] if self.journal is not None else []
+    async def sweep(self) -> list[Sighting]:
+        if self.journal is None and not self.journal_error:
+            return []
+        return [Sighting(ref=REF, journal=self.journal, problem=self.journal_error)]
 
 
 @pytest.fixture(autouse=True)
@@ -127,6 +129,12 @@ async def test_a_journal_that_cannot_be_read_is_never_called_free() -> None:
     assert ok
     assert "version 9" in said
     assert "was left" in said
+
+
+async def test_all_tells_of_journals_that_cannot_be_read() -> None:
+    lines, ok = await thaw._all(FakeHypervisor(journal_error="the journal has version 9"), force=False)  # type: ignore[arg-type]  # a stand-in
+    assert not ok
+    assert "--force thaws it" in lines[-1]
 
 
 async def test_a_journal_is_tried_again_until_patience_ends(monkeypatch: pytest.MonkeyPatch) -> None:

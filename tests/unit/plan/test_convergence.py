@@ -16,7 +16,7 @@ from vmsnapshot_operator.core.journal import Journal
 from vmsnapshot_operator.core.machine import Machine
 from vmsnapshot_operator.core.planning import Patience, Policy, Refusal
 from vmsnapshot_operator.core.volumes import Consistency
-from vmsnapshot_operator.plan import next_effect, verdict
+from vmsnapshot_operator.plan import next_effect, report, verdict
 
 POLICIES = st.sampled_from(list(Policy))
 STEPS = st.lists(st.integers(0, 14), max_size=3)
@@ -172,6 +172,53 @@ def test_retain_keeps_what_was_taken() -> None:
     assert done.gone
     assert done.names_held == held
     assert done.record is not None
+
+
+def test_a_changed_deletion_policy_is_written_down_before_it_is_needed() -> None:
+    done = World()
+    done.settle_down()
+    assert done.record is not None
+    assert not done.record.retain
+    done.request = b.request(retain=True)
+    done.settle_down()
+    assert done.record.retain, "else the content would say Delete when the VMSnapshot is gone"
+    done.request = b.request(retain=False)
+    done.settle_down()
+    assert not done.record.retain
+
+
+@given(st.lists(st.integers(0, 2), max_size=2))
+def test_retain_that_comes_with_the_deletion_is_written_down_first(crashes: list[int]) -> None:
+    done = World()
+    done.settle_down()
+    done.request, done.deleting = b.request(retain=True), True
+    for after in crashes:
+        done.budget_of_steps = after
+        done.settle_down()
+        done.crash()
+    done.settle_down()
+    assert done.gone
+    assert done.record is not None
+    assert done.record.retain
+
+
+def test_a_content_that_is_lost_is_said_and_nothing_is_taken_again() -> None:
+    done = World()
+    done.settle_down()
+    lost = replace(done.gather(), record=None, held=None, lost={"contentName": "vmsnapcontent-u"})
+    for late in (0.0, 1e6):
+        decision = next_effect.decide(lost, b.at(late), installation=b.INSTALLATION)
+        assert decision.effect == e.Wait()
+        assert kstatus(decision.conditions) == "Failed"
+        told = {c.type: c for c in decision.conditions}
+        assert told["Ready"].reason == "ContentLost"
+        assert "vmsnapcontent-u" in told["Ready"].message
+        assert "nothing was touched" not in {c.message for c in decision.conditions}
+        said = report.status(lost, decision.conditions)
+        assert (said["contentName"], said["phase"], "consistency" in said) == ("vmsnapcontent-u", "Failed", False)
+    held = {"files": frozenset({"n"})}
+    deleted = replace(lost, deleting=True, held=held)
+    assert next_effect.decide(deleted, b.CREATED, installation=b.INSTALLATION).effect == e.RollBack(held)
 
 
 def test_nothing_begins_without_the_lease_a_guardian_or_a_free_vm() -> None:

@@ -129,6 +129,7 @@ class World:
             e.Prepare: self._prepare,
             e.TakeWindow: self._window,
             e.Keep: self._keep,
+            e.Amend: self._amend,
             e.Settle: self._settle,
             e.RollBack: self._roll_back,
             e.Fail: self._fail,
@@ -254,6 +255,11 @@ class World:
         groups = {c: replace(g, result=effect.outcome.groups[c].result) for c, g in self.record.groups.items()}
         self.record = replace(self.record, groups=groups, outcome=effect.outcome, verdicts=effect.verdicts)
         self.outcome = None
+
+    def _amend(self, _effect: e.Amend, seen: e.Observation) -> None:
+        self.step()
+        assert self.record is not None
+        self.record = replace(self.record, retain=seen.request.retain)
 
     def _settle(self, _effect: e.Settle, _seen: e.Observation) -> None:
         self.step()

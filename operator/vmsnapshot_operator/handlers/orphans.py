@@ -1,0 +1,180 @@
+"""Scan what each class's storage holds under our names: report what nobody knows, remove what is proved to be ours.
+
+What is an orphan is decided by `plan.orphans`. Each class is scanned in a task of its own, so that a storage system that
+hangs delays no other. Not what a VMSnapshot or its content still knows (`handlers.reconcile`, `handlers.contents`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from vmsnapshot_operator.core import names
+from vmsnapshot_operator.core.volumes import Seconds
+from vmsnapshot_operator.drivers.host import DriverHost
+from vmsnapshot_operator.errors import DriverError, SnapshotError
+from vmsnapshot_operator.handlers.classes import Classes
+from vmsnapshot_operator.kube import contents
+from vmsnapshot_operator.plan import orphans
+from vmsnapshot_operator.plan.orphans import Findings, Kept, Listing, Orphan
+from vmsnapshot_operator.strategies.world import World
+
+log = logging.getLogger(__name__)
+
+SCAN_EVERY = Seconds(600.0)
+"""At least so long between two listings of one storage system; up to a tenth more, so that classes do not go in step."""
+
+LIST_TIMEOUT, DELETE_TIMEOUT = Seconds(30.0), Seconds(60.0)
+_TICK = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Known:
+    """What the watches know: contents, and VMSnapshots by UID."""
+
+    contents: tuple[Kept, ...] = ()
+    snapshots: frozenset[str] = frozenset()
+
+    @property
+    def uids(self) -> frozenset[str]:
+        """All VMSnapshots that exist or of which a content exists."""
+        return self.snapshots | {k.uid for k in self.contents}
+
+
+class OrphanScan:
+    """Scans all classes for as long as `run` runs.
+
+    `known` asks the watches; `proven` says what journals have proved; `told` is called with a class when there is news of it.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        classes: Classes,
+        *,
+        known: Callable[[], Known],
+        proven: Callable[[], Mapping[str, int]],
+        told: Callable[[str], None],
+        jitter: Callable[[], float] = random.random,
+    ) -> None:
+        self._world = world
+        self._classes = classes
+        self._known = known
+        self._proven = proven
+        self._told = told
+        self._jitter = jitter
+        self._due: dict[str, float] = {}
+        self._running: dict[str, asyncio.Task[None]] = {}
+        self._reported: dict[str, frozenset[str]] = {}
+        self._vanished: dict[str, frozenset[str]] = {}
+
+    async def run(self) -> None:
+        """Scan each class at once, then again and again, until cancelled; only while this instance holds the lease."""
+        try:
+            while True:
+                hosts = self._classes.hosts()
+                for gone in self._due.keys() - hosts.keys() - self._running.keys():
+                    self._forget(gone)
+                if self._world.leadership.is_leader():
+                    for name, host in hosts.items():
+                        self._start_if_due(name, host)
+                await asyncio.sleep(_TICK)
+        finally:
+            tasks = list(self._running.values())
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _forget(self, name: str) -> None:
+        for kept in (self._due, self._reported, self._vanished):
+            kept.pop(name, None)
+        self._world.metrics.forget_class(name)
+
+    def _start_if_due(self, name: str, host: DriverHost) -> None:
+        moment = asyncio.get_running_loop().time()
+        if name in self._running or moment < self._due.get(name, 0.0):
+            return
+        self._due[name] = moment + SCAN_EVERY * (1 + self._jitter() / 10)
+        task = asyncio.create_task(self._scan(name, host), name=f"scan {name}")
+        self._running[name] = task
+
+        def done(ended: asyncio.Task[None]) -> None:
+            self._running.pop(name, None)
+            if not ended.cancelled() and (error := ended.exception()) is not None:
+                log.error("class %s: the scan for orphans failed: %s", name, error, exc_info=error)
+
+        task.add_done_callback(done)
+
+    async def _scan(self, name: str, host: DriverHost) -> None:
+        try:
+            found = await self._find(name, host)
+            found = await self._remove(name, host, found)
+        except SnapshotError as error:
+            self._world.metrics.orphan_scan_failed(class_name=name)
+            log.warning("class %s: what its storage holds could not be compared: %s", name, error.message)
+            return
+        self._world.metrics.orphans(len(found.reported), class_name=name)
+        self._classes.note_findings(name, found)
+        await self._report(name, found)
+        self._told(name)
+
+    async def _find(self, name: str, host: DriverHost) -> Findings:
+        """List, and compare with what was known before and is known after: what comes or goes meanwhile is no orphan."""
+        world, before = self._world, self._known()
+        listed = await host.list(names.installation_prefix(world.installation), timeout=LIST_TIMEOUT)
+        seen = Listing(
+            installation=world.installation,
+            listed=listed,
+            contents=before.contents,
+            snapshots=before.snapshots,
+            busy=frozenset(world.claims.values()),
+            journals=dict(self._proven()),
+        )
+        if not orphans.unexplained(seen):
+            self._vanished.pop(name, None)
+            return orphans.judge(seen)
+        fresh = Known(
+            contents=tuple([contents.kept(body, world.installation) async for body in world.cluster.contents()]),
+            snapshots=await world.cluster.snapshot_uids(),
+        )
+        gone = before.uids - fresh.uids
+        # A watch that fell silent must not hide for ever what is gone: one scan's grace is enough for a deletion.
+        going, self._vanished[name] = gone - self._vanished.get(name, frozenset()), gone
+        busy = frozenset(world.claims.values()) | going
+        return orphans.judge(replace(seen, contents=fresh.contents, snapshots=fresh.snapshots, busy=busy))
+
+    async def _remove(self, name: str, host: DriverHost, found: Findings) -> Findings:
+        """Remove what is proved to be ours; return what is left, with what could not be removed among the reported."""
+        left: list[Orphan] = list(found.reported)
+        removed = 0
+        for orphan in found.removable:
+            if not self._world.leadership.is_leader():
+                left.append(replace(orphan, removable=False))
+                continue
+            try:
+                await host.delete(orphan.name, timeout=DELETE_TIMEOUT)
+            except DriverError as error:
+                why = f"{orphan.why}; it could not be removed yet: {error.message}"
+                left.append(replace(orphan, why=why, removable=False))
+                continue
+            removed += 1
+            log.warning("class %s: %s removed: %s", name, orphan.name, orphan.why)
+            self._world.metrics.orphan_removed(class_name=name)
+            await self._emit(name, "Normal", "OrphanRemoved", f"{orphan.name} removed: {orphan.why}")
+        return Findings(held=found.held - removed, orphans=tuple(sorted(left, key=lambda o: o.name)))
+
+    async def _report(self, name: str, found: Findings) -> None:
+        """Tell of orphans when they are other ones than last time."""
+        there = frozenset(o.name for o in found.reported)
+        if there and there != self._reported.get(name):
+            said = "; ".join(f"{o.name}: {o.why}" for o in found.reported)
+            log.warning("class %s: %d orphans on its storage: %s", name, len(there), said)
+            await self._emit(name, "Warning", "OrphansFound", f"{len(there)} on its storage, not touched: {said}")
+        self._reported[name] = there
+
+    async def _emit(self, name: str, kind: str, reason: str, message: str) -> None:
+        if (body := self._classes.body(name)) is not None:
+            await self._world.events.emit(body, kind, reason, message)

@@ -1,0 +1,126 @@
+"""What a storage system holds under our names, and who it belongs to: what is an orphan, and what may be removed. Pure.
+
+A name alone proves nothing: somebody else may have made it, or the object that knew of it may come back from a backup. Only
+a VMSnapshotContent or a journal proves that something is ours to remove. Not what becomes of a content without its
+VMSnapshot (`plan.unbound`), nor how anything is listed or removed (`handlers.orphans`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from vmsnapshot_operator.core import names
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kept:
+    """One VMSnapshotContent, as far as it proves what storage holds.
+
+    `uid` is that of its VMSnapshot; `names` are all request names on record, of whatever class: two classes may show the
+    same storage. `problem`: why nothing of it is believed; `attempt` and `names` then say nothing.
+    """
+
+    name: str
+    uid: str
+    attempt: int = 1
+    names: frozenset[str] = frozenset()
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listing:
+    """What one class's storage named, and all who may know of it.
+
+    `contents` and `snapshots` (UIDs) are those that existed right before or right after the storage was asked. `busy`: UIDs
+    of VMSnapshots whose attempt is under way in this process. `journals`: by UID, the latest attempt that a journal of ours
+    named in a VM that was freed.
+    """
+
+    installation: str
+    listed: tuple[str, ...]
+    contents: tuple[Kept, ...] = ()
+    snapshots: frozenset[str] = frozenset()
+    busy: frozenset[str] = frozenset()
+    journals: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Orphan:
+    """One name that nobody knows. `removable`: it is proved to be ours, and left over; `why` says what is known of it."""
+
+    name: str
+    why: str
+    removable: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Findings:
+    """`held`: how many names of this installation were listed; `orphans`: those that nobody knows, by name."""
+
+    held: int = 0
+    orphans: tuple[Orphan, ...] = ()
+
+    @property
+    def removable(self) -> tuple[Orphan, ...]:
+        """Those that are ours to remove."""
+        return tuple(o for o in self.orphans if o.removable)
+
+    @property
+    def reported(self) -> tuple[Orphan, ...]:
+        """Those that are left, and told."""
+        return tuple(o for o in self.orphans if not o.removable)
+
+
+def unexplained(seen: Listing) -> bool:
+    """Tell whether anything was listed that nobody knows: what is known may then be out of date."""
+    return any(_judge(n, seen) is not None for n in _ours(seen))
+
+
+def judge(seen: Listing) -> Findings:
+    """Return what was found. Names of other installations are nobody's business here, whoever listed them."""
+    ours = _ours(seen)
+    found = (_judge(name, seen) for name in ours)
+    return Findings(held=len(ours), orphans=tuple(o for o in found if o is not None))
+
+
+def _ours(seen: Listing) -> list[str]:
+    prefix = names.installation_prefix(seen.installation)
+    return sorted({n for n in seen.listed if n.startswith(prefix)})
+
+
+def _judge(name: str, seen: Listing) -> Orphan | None:
+    attempt = names.attempt_of(name)
+    if attempt is None or not names.is_ours(name, seen.installation):
+        return Orphan(
+            name=name, why="it begins as our names do and is none that this operator gives: somebody else made it"
+        )
+
+    def is_of(uid: str) -> bool:
+        return name.startswith(names.object_prefix(seen.installation, uid))
+
+    if any(is_of(uid) for uid in seen.busy):
+        return None  # its own workflow is at it
+    kept = next((k for k in seen.contents if is_of(k.uid)), None)
+    if kept is not None:
+        return _by_content(name, attempt, kept)
+    if any(is_of(uid) for uid in seen.snapshots):
+        why = "its VMSnapshot exists and the VMSnapshotContent is gone: deleting that VMSnapshot removes this too"
+        return Orphan(name=name, why=why)
+    proof = max((a for uid, a in seen.journals.items() if is_of(uid)), default=None)
+    if proof is not None and attempt <= proof:
+        why = f"no VMSnapshot or VMSnapshotContent knows it, and a VM bore our journal of its attempt {proof}"
+        return Orphan(name=name, why=why, removable=True)
+    return Orphan(name=name, why="no VMSnapshot or VMSnapshotContent knows it")
+
+
+def _by_content(name: str, attempt: int, kept: Kept) -> Orphan | None:
+    content = f'VMSnapshotContent "{kept.name}"'
+    if kept.problem:
+        return Orphan(name=name, why=f"{content} would know it and cannot be trusted")
+    if name in kept.names:
+        return None
+    if attempt < kept.attempt:
+        why = f"it is of attempt {attempt}, and {content} is of attempt {kept.attempt}"
+        return Orphan(name=name, why=why, removable=True)
+    return Orphan(name=name, why=f"it is of attempt {attempt}, which {content} does not record")

@@ -1,0 +1,75 @@
+"""What a sweep does about a VM whose metadata bears a journal: free it, or leave it, and why. Pure.
+
+Not how a VM is freed (`quiesce`), nor what becomes of what its attempt cut (`plan.orphans`): freed first, judged later.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from vmsnapshot_operator.core.journal import Journal
+from vmsnapshot_operator.core.volumes import Seconds
+
+OVERDUE = Seconds(5.0)
+"""So long after its budget a journal has no living owner any more, whoever seems to be one."""
+
+_NEVER = Seconds(0.0)
+
+
+class Action(StrEnum):
+    """What is done about one journal."""
+
+    FREE = "Free"
+    WAIT = "Wait"
+    LEAVE = "Leave"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """One domain that bears a journal, as this process sees it.
+
+    `journal` is None if it cannot be read, for the reason in `problem`. `owner`: the VMSnapshot that this process works on
+    this VM for, or empty. `leader`: whether this instance holds the lease. `seen_for`: how long this process has seen this
+    very journal (its nonce), by a clock that is never set.
+    """
+
+    journal: Journal | None
+    problem: str = ""
+    installation: str
+    owner: str = ""
+    leader: bool = False
+    seen_for: Seconds = _NEVER
+
+
+@dataclass(frozen=True, slots=True)
+class Ruling:
+    """`action`, and why in one sentence without a subject, for people."""
+
+    action: Action
+    why: str
+
+
+def judge(found: Found) -> Ruling:
+    """Return what to do. An early thaw harms a snapshot and no VM: in doubt about the owner's life, our own are freed."""
+    journal = found.journal
+    if journal is None:
+        return Ruling(
+            Action.LEAVE,
+            f"{found.problem}; whoever wrote it may hold the VM, so it is not touched and no snapshot of it begins",
+        )
+    if journal.installation != found.installation:
+        return Ruling(
+            Action.LEAVE, f"held by another installation ({journal.installation}), which frees it itself; not touched"
+        )
+    if found.seen_for > journal.budget + OVERDUE:
+        return Ruling(
+            Action.FREE, f"held for longer than the {journal.budget:g} s that its attempt {journal.attempt} had"
+        )
+    if found.owner == journal.owner_uid:
+        return Ruling(Action.WAIT, "its snapshot is being taken")
+    if found.leader:
+        return Ruling(
+            Action.FREE, f"held by attempt {journal.attempt} of VMSnapshot {journal.owner_uid}, which is over"
+        )
+    return Ruling(Action.WAIT, "its snapshot may be being taken by the instance that holds the lease")
