@@ -28,7 +28,8 @@ class Host:
         self.uri = uri
         self.answers = False
         self._seen = seen
-        self._connection: libvirt.virConnect | None = None
+        self._connection: tuple[libvirt.virConnect, int] | None = None
+        self._lock = threading.Lock()
         self._wake = threading.Event()
         self._unreadable: dict[str, str] = {}
 
@@ -55,14 +56,22 @@ class Host:
         if self.answers or self._connection is None:
             say("libvirt does not answer", uri=self.uri, why=why)
         self.answers = False
-        self._connection = None
+        self._replace(None)
+
+    def _replace(self, connection: tuple[libvirt.virConnect, int] | None) -> None:
+        """Use this connection (with its callback) from now on, and close the one before: in a thread, since it may hang."""
+        with self._lock:
+            before, self._connection = self._connection, connection
+        if before is not None:
+            threading.Thread(target=_close, args=before, name="close", daemon=True).start()
 
     def _look(self) -> dict[str, Journal]:
-        connection = self._connection
+        held = self._connection
+        connection = held[0] if held is not None else None
         if connection is None or not connection.isAlive():
             connection = connect(self.uri)
-            connection.domainEventRegisterAny(None, libvirt.VIR_DOMAIN_EVENT_ID_METADATA_CHANGE, self._changed, None)
-            self._connection = connection
+            kind = libvirt.VIR_DOMAIN_EVENT_ID_METADATA_CHANGE
+            self._replace((connection, connection.domainEventRegisterAny(None, kind, self._changed, None)))
         found: dict[str, Journal] = {}
         for domain in connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE):
             uuid = domain.UUIDString()
@@ -85,3 +94,11 @@ class Host:
         """Called by libvirt's event thread, which must not call back into libvirt."""
         if namespace == journals.NAMESPACE:
             self._wake.set()
+
+
+def _close(connection: libvirt.virConnect, callback: int) -> None:
+    try:
+        connection.domainEventDeregisterAny(callback)  # a callback keeps its connection open
+        connection.close()
+    except libvirt.libvirtError as error:
+        say("connection not closed", why=str(error))

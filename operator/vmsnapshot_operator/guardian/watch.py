@@ -30,6 +30,12 @@ SETTLE_SECONDS = 35.0
 """How long a VM that was freed is looked at again: libvirtd keeps a freeze of a holder that died in line for up to 30 s, and
 carries it out then."""
 
+WATCHFUL_SECONDS = 10.0
+"""How often it is looked at after that, as long as its journal is there: whoever wrote it may have been stopped, not dead."""
+
+LOST_SECONDS = 600.0
+"""How long a held VM that was found nowhere is remembered: one that migrated to a host not yet followed comes to be seen there."""
+
 HOPELESS_TRIES, HOPELESS_AT_ONCE = 5, 6
 """VMs that could not be freed in so many tries take turns, so many at a time: each dead agent holds one of libvirtd's 20
 workers, and the others must find one."""
@@ -46,13 +52,18 @@ def clock() -> float:
 
 @dataclass(slots=True)
 class Held:
-    """One journal that was seen. `over`: it was freed, or its holder says so, or the journal is gone."""
+    """One journal that was seen.
+
+    `over`: it was freed, or its holder says so, or the journal is gone. `lost`: since when it was due and found on no host; it
+    is freed as soon as it is seen on one.
+    """
 
     uri: str
     domain: str
     journal: Journal
     until: float
     releasing: bool = False
+    lost: float | None = None
     over: threading.Event = field(default_factory=threading.Event)
 
 
@@ -149,8 +160,11 @@ class Watch:
         present = {j.nonce for j in journals.values()}
         with self._lock:
             for nonce, held in list(self._held.items()):
-                if held.uri == uri and held.over.is_set() and nonce not in present:
+                if held.uri == uri and held.over.is_set() and nonce not in present and not self._may_return(held):
                     del self._held[nonce]
+
+    def _may_return(self, held: Held) -> bool:
+        return held.lost is not None and self._clock() - held.lost < LOST_SECONDS
 
     def due(self) -> list[str]:
         """The nonces of all journals whose budget is over and that nobody frees yet."""
@@ -164,6 +178,11 @@ class Watch:
             known = self._held.get(journal.nonce)
             if known is not None:
                 known.uri = uri  # it may have migrated
+                if known.lost is None:
+                    return
+                known.lost, known.until = None, self._clock()
+                known.over.clear()
+                self._wake.set()
                 return
             self._held[journal.nonce] = Held(uri, domain, journal, self._clock() + journal.budget)
         say("armed", domain=domain, nonce=journal.nonce, method=journal.method, budget=journal.budget)
@@ -190,14 +209,20 @@ class Watch:
             else:
                 with self._hopeless:
                     outcome = self._try(held, attempts, again=False)
+            if outcome is Outcome.ELSEWHERE:
+                say("not found", tries=tries, outcome=outcome.value, **facts)
+                with self._lock:
+                    held.lost, held.releasing = self._clock(), False
+                    held.over.set()
+                return
             if outcome is not Outcome.HELD:
                 say("released", tries=tries, outcome=outcome.value, **facts)
                 held.over.set()
                 break
             held.over.wait(min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** min(tries, 8)))
         end = time.monotonic() + SETTLE_SECONDS
-        while time.monotonic() < end:
-            time.sleep(LONGEST_PAUSE)
+        while True:
+            time.sleep(LONGEST_PAUSE if time.monotonic() < end else WATCHFUL_SECONDS)
             if self._try(held, attempts, again=True) is not Outcome.FREE:
                 break
 

@@ -33,6 +33,8 @@ RETRY_EVERY = Seconds(2.0)
 PATIENCE = Seconds(3.0)
 """So long one sweep waits for VMs to be freed before it tells which are still held; the freeing goes on."""
 
+CONNECTING = "it is being connected to"
+
 MOST_PROVEN, MOST_NAMED = 1024, 256
 
 
@@ -65,6 +67,12 @@ class Hypervisors:
         """The hypervisor of this name, or None."""
         return self._live.get(name)
 
+    def expect(self, body: Mapping[str, Any]) -> None:
+        """Note a hypervisor at once: until it was looked at, nobody takes it for one that does not exist."""
+        name = body["metadata"]["name"]
+        if name not in self._live:
+            self._live[name] = LiveHypervisor(name=name, problem=CONNECTING)
+
     def clients(self) -> Mapping[str, Hypervisor]:
         """All connections by name."""
         return {n: live.client for n, live in self._live.items() if live.client is not None}
@@ -79,17 +87,22 @@ class Hypervisors:
             key = (spec.endpoints, tuple(sorted(credentials.items())))
             if live is None or live.client is None or self._spec.get(name) != key:
                 await self.remove(name)
-                client = await Hypervisor.connect(name, spec.endpoints, credentials)
-                live = LiveHypervisor(name=name, access=spec.access, client=client)
+                self._live[name] = LiveHypervisor(name=name, access=spec.access, problem=CONNECTING)
+                folder = world.guardian.folder / "credentials" if world.guardian is not None else None
+                client = Hypervisor.to(name, spec.endpoints, credentials, folder)
+                live = LiveHypervisor(name=name, access=spec.access, client=client, problem=CONNECTING)
+                self._live[name] = live
                 self._spec[name], self._secret[name] = key, credentials
-            self._live[name] = live = replace(live, access=spec.access, problem="")
             assert live.client is not None, "made above"  # noqa: S101 - for the type checker
+            await live.client.reach()
+            self._live[name] = live = replace(live, access=spec.access, problem="")
+            assert live.client is not None, "it was before"  # noqa: S101 - for the type checker
             swept = await self.sweep(body, live.client, world)
             about = await live.client.about()
             await _report(body, world, about, swept, None)
         except (HypervisorError, RefusedError) as error:
             before = self._live.get(name)
-            # A connection that broke mends itself; only a hypervisor that was never reached has no client.
+            # Connections mend themselves, with their own back-off: another one for each try would leave a thread in each.
             client_before = before.client if before is not None else None
             rules = before.access if before is not None else ()
             self._live[name] = LiveHypervisor(name=name, access=rules, client=client_before, problem=error.message)

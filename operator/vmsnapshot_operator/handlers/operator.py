@@ -39,7 +39,9 @@ log = logging.getLogger(__name__)
 
 SNAPSHOTS, CONTENTS = "vmsnapshots", "vmsnapshotcontents"
 CLASSES, HYPERVISORS = "storagedriverclasses", "hypervisors"
-WORKERS = 8
+WORKERS = 64
+"""Looks at objects at once. They wait far more than they work, some for an agent or a storage that hangs: those must not be all
+of them. What they ask is bounded per host and per class."""
 BEAT_SECONDS = 5.0
 
 
@@ -163,6 +165,8 @@ class Operator:
             self._bodies[(kind, key.name)] = _plain(body)
             if kind == CLASSES and self._classes is not None:
                 self._classes.expect(body)
+            elif kind == HYPERVISORS:
+                self._hypervisors.expect(body)
         self._add(key)
 
     def _all(self) -> list[Key]:
@@ -224,7 +228,7 @@ class Operator:
             if self._world is not None:
                 self.heartbeats.note("api server", self._world.cluster.last_answer)
             for name, client in self._hypervisors.clients().items():
-                self.heartbeats.note(f"hypervisor {name}", client.last_answer)
+                self.heartbeats.note(f"hypervisor {name}", client.last_answer or None)
             if self._classes is not None:
                 metrics.driver_workers({n: len(h.pids) for n, h in self._classes.hosts().items()})
             await asyncio.sleep(BEAT_SECONDS)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -30,6 +31,10 @@ _FILES = {
 """Keys of the Secret (those of kubernetes.io/tls and kubernetes.io/ssh-auth, or libvirt's own names) and the file of each."""
 
 
+KEEP_SECONDS = 3600.0
+"""Longer than any VM is held: the guardian of one was given the URI with the files of then."""
+
+
 def has(folder: Path | None, *names: str) -> bool:
     """Whether all these files are there."""
     return folder is not None and all((folder / n).exists() for n in names)
@@ -38,7 +43,8 @@ def has(folder: Path | None, *names: str) -> bool:
 def write(base: Path, hypervisor: str, secret: Mapping[str, str]) -> Path | None:
     """Write the files of a Secret under `base`, readable by this user alone, and return their folder; None for an empty one.
 
-    Folders of earlier versions of this Hypervisor's Secret are removed. Raises RefusedError if it cannot be written.
+    Folders of earlier versions of this Hypervisor's Secret are removed when no guardian can still free a VM by them. Raises
+    RefusedError if it cannot be written.
     """
     contents = {_FILES[k]: v for k, v in secret.items() if k in _FILES and v}
     if secret.get("password"):
@@ -50,7 +56,7 @@ def write(base: Path, hypervisor: str, secret: Mapping[str, str]) -> Path | None
     folder = base / f"{stem}{digest}"
     try:
         for earlier in base.glob(f"{stem}*"):
-            if earlier != folder:
+            if earlier != folder and time.time() - earlier.stat().st_mtime > KEEP_SECONDS:
                 shutil.rmtree(earlier)
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         for name, content in contents.items():

@@ -23,7 +23,7 @@ from vmsnapshot_operator.core.endpoint import Endpoint
 from vmsnapshot_operator.core.journal import Journal, UnreadableJournalError
 from vmsnapshot_operator.core.machine import Agent, AgentState, Machine, PowerState
 from vmsnapshot_operator.core.volumes import Seconds
-from vmsnapshot_operator.errors import DomainGoneError, HypervisorError, HypervisorUnreachableError
+from vmsnapshot_operator.errors import CallTimeoutError, DomainGoneError, HypervisorError, HypervisorUnreachableError
 from vmsnapshot_operator.hypervisors import agent as agents
 from vmsnapshot_operator.hypervisors import credentials, description, journals
 from vmsnapshot_operator.hypervisors.calls import Calls
@@ -134,27 +134,38 @@ class Hypervisor:
     async def connect(
         cls, name: str, endpoints: Sequence[Endpoint], secret: Mapping[str, str], folder: Path | None = None
     ) -> Hypervisor:
-        """Connect to all endpoints.
+        """Connect to all endpoints. Raises what `to` raises, and HypervisorUnreachableError unless one at least answers."""
+        found = cls.to(name, endpoints, secret, folder)
+        try:
+            await found.reach()
+        except BaseException:
+            await found.close()
+            raise
+        return found
+
+    @classmethod
+    def to(
+        cls, name: str, endpoints: Sequence[Endpoint], secret: Mapping[str, str], folder: Path | None = None
+    ) -> Hypervisor:
+        """Make the connections without asking anybody yet.
 
         `secret` is what the Hypervisor's Secret holds; its files are written into `folder`, which the guardian must see as
-        well, or (None) into one that nobody else knows and that ends with `close`. Raises HypervisorUnreachableError unless
-        at least one endpoint answers, RefusedError for an endpoint or credentials that cannot be used.
+        well, or (None) into one that nobody else knows and that ends with `close`. Raises RefusedError for an endpoint or
+        credentials that cannot be used.
         """
         own = Path(tempfile.mkdtemp(prefix="vmsnapshot-")) if folder is None else None
         try:
             files = credentials.write(own or folder or Path(), name, secret)
             user = secret.get("username", "")
-            found = cls(name, {e.name: compose(e, user=user, credentials=files) for e in endpoints}, own)
+            return cls(name, {e.name: compose(e, user=user, credentials=files) for e in endpoints}, own)
         except BaseException:
             if own is not None:
                 shutil.rmtree(own, ignore_errors=True)
             raise
-        try:
-            await found._each("connection", found._prepare)
-        except BaseException:
-            await found.close()
-            raise
-        return found
+
+    async def reach(self) -> None:
+        """Ask all endpoints; raises HypervisorUnreachableError unless one at least answers. Can be repeated."""
+        await self._each("connection", self._prepare)
 
     async def close(self) -> None:
         """Close all connections."""
@@ -245,7 +256,11 @@ class Hypervisor:
     async def _ask(self, host: _Host, ref: Ref) -> Agent:
         turn = host.suspects if ref.uuid in self._silent else host.queries
         async with turn:
-            found = await host.look(f"agent of {ref.name}", _ask, ref.uuid)
+            try:
+                found = await host.look(f"agent of {ref.name}", _ask, ref.uuid)
+            except CallTimeoutError:
+                self._silent.add(ref.uuid)  # somebody else's question hangs in the agent, and ours behind it
+                raise
         (self._silent.add if found.state is AgentState.SILENT else self._silent.discard)(ref.uuid)
         return found
 

@@ -63,6 +63,11 @@ class GuardianLink:
         finally:
             talk.writer.close()
 
+    @property
+    def folder(self) -> Path:
+        """Where both find what they share."""
+        return self._path.parent
+
     async def arm(self, uri: str, domain: str, nonce: str, pool: Sequence[str] = ()) -> None:
         """Return once the guardian has read the journal with this nonce in the domain itself and started its timer.
 

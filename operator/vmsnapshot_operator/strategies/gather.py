@@ -32,6 +32,8 @@ from vmsnapshot_operator.plan import access, disks, grouping, planner
 from vmsnapshot_operator.strategies.world import LiveHypervisor, Memory, World, clock
 
 ASK_TIMEOUT = Seconds(10.0)
+EARLY_SECONDS = Seconds(10.0)
+"""So soon after the start the objects that were there before may not have been read yet, in whatever order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,7 +147,9 @@ async def _journal(world: World, request: Request, record: Record | None) -> tup
     try:
         client, ref = await locate(world, request, record)
         journal = await client.read_journal(ref)
-    except DomainGoneError:
+    except DomainGoneError as error:
+        if error.reason == "HypervisorNotFound" and clock() - world.memory(request.uid).since < EARLY_SECONDS:
+            return None, f"{error.message}, or it was not read yet"
         return None, ""
     except HypervisorError as error:
         return None, error.message
