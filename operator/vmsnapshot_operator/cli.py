@@ -182,7 +182,7 @@ def doctor(*, kubeconfig: Path | None, namespace: str, guardian_socket: Path | N
 def sweep(
     *, kubeconfig: Path | None, namespace: str, hypervisors: tuple[str, ...], installation: str, dry_run: bool
 ) -> None:
-    r"""Find every VM that a snapshot left frozen or paused, and free it.
+    """Find every VM that a snapshot left frozen or paused, and free it.
 
     While a VM is held for a snapshot, a journal in its metadata says by whom, how and for how long. The operator and its
     guardians free what they find themselves; this command does the same when none of them runs, and works with the API server
@@ -197,11 +197,11 @@ def sweep(
 
     A journal is given five seconds to go by itself, since its snapshot may be being taken; one that is cut short all the same
     fails and is tried again, and its VM is none the worse. Journals of other installations, and those that cannot be read, are
-    said and left; so is a VM that is frozen without a journal: `thaw` frees a single VM, whoever holds it.
+    said and left; a VM that is frozen without a journal is not looked for. `thaw` frees a single VM, whoever holds it.
 
     Exit status 0: nothing of ours is held. 1: something is (in a dry run: would have to be freed), a journal cannot be read,
     or a hypervisor does not answer.
-    """
+    """  # noqa: D301 - the mark by which click leaves the lines of a paragraph as they are
     from vmsnapshot_operator.handlers import sweep as sweep_module
 
     lines, ok = asyncio.run(sweep_module.sweep(kubeconfig, namespace, hypervisors, installation, dry_run=dry_run))

@@ -43,7 +43,7 @@ class _Known:
     finished: bool
     told: bool
     finished_at: float = 0.0
-    verified_at: float = 0.0
+    verified_at: float | None = None
     missing_at: float | None = None
 
 
@@ -106,11 +106,11 @@ class Contents:
         if not self._world.leadership.is_leader():
             return STANDBY_SECONDS
         moment = _clock()
-        if self._exists(known.owner):
-            known.missing_at = None
+        if known.missing_at is None and self._exists(known.owner):
             if known.finished and not known.told and moment < known.finished_at + TELL_AFTER:
                 return known.finished_at + TELL_AFTER - moment
-            if (known.told or not known.finished) and moment < known.verified_at + VERIFY_EVERY and known.verified_at:
+            verified = known.verified_at is not None and moment < known.verified_at + VERIFY_EVERY
+            if verified and (known.told or not known.finished):
                 return None
         elif known.missing_at is None:
             known.missing_at = moment

@@ -65,7 +65,7 @@ def sweep(connection: Any) -> Iterator[tuple[Any, Journal | None, str]]:
     """
     for domain in connection.listAllDomains():
         try:
-            journal = read(domain)
+            journal = _read_again(domain)
         except UnreadableJournalError as error:
             yield domain, None, str(error)
         except libvirt.libvirtError as error:
@@ -77,6 +77,16 @@ def sweep(connection: Any) -> Iterator[tuple[Any, Journal | None, str]]:
         else:
             if journal is not None:
                 yield domain, journal, ""
+
+
+def _read_again(domain: Any) -> Journal | None:
+    """Read a journal, once more if the domain started or stopped while it was read."""
+    try:
+        return read(domain)
+    except libvirt.libvirtError as error:
+        if error.get_error_code() != libvirt.VIR_ERR_OPERATION_INVALID:
+            raise
+    return read(domain)
 
 
 def _places(domain: Any) -> tuple[int, ...]:

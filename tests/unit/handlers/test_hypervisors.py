@@ -1,0 +1,205 @@
+"""The sweep of hypervisors, on a clock that the event loop fakes: who is freed, who is left, and what is said."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from tests.unit.handlers import fakes
+from vmsnapshot_operator.core.journal import Journal
+from vmsnapshot_operator.errors import HypervisorUnreachableError, QuiesceError
+from vmsnapshot_operator.handlers import hypervisors
+from vmsnapshot_operator.handlers.hypervisors import LOOK_EVERY, RETRY_EVERY, Hypervisors
+from vmsnapshot_operator.hypervisors.domains import Hypervisor, Ref, Sighting
+from vmsnapshot_operator.strategies.world import World
+
+pytestmark = pytest.mark.looptime
+
+OURS = "abcdef"
+BODY = {
+    "metadata": {"name": "lab", "uid": "h", "generation": 1},
+    "spec": {"libvirt": {"endpoints": [{"driver": "test"}]}},
+}
+
+
+def sighting(number: int = 1, *, installation: str = OURS, owner: str = "u", **changes: Any) -> Sighting:
+    journal = Journal(
+        installation=installation,
+        owner_uid=owner,
+        nonce=f"{number:032x}",
+        attempt=number,
+        method="GuestAgent",
+        budget=30.0,
+    )
+    ref = Ref(uuid=f"00000000-0000-0000-0000-{number:012}", name=f"vm{number}", endpoint="host")
+    return Sighting(ref=ref, journal=replace(journal, **changes))
+
+
+class Lab:
+    """Hypervisors over a fake connection, and a `free` that does as it is told by the VM's name."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, leader: bool = True) -> None:
+        self.client = fakes.FakeClient()
+        self.world: World = fakes.world(installation=OURS, leader=leader)
+        self.hypervisors = Hypervisors()
+        self.tries: list[str] = []
+        self.never: dict[str, QuiesceError] = {}
+        self.hangs: dict[str, float] = {}
+
+        async def connect(*_: object) -> fakes.FakeClient:
+            return self.client
+
+        async def free(_client: Hypervisor, ref: Ref, _journal: Journal) -> None:
+            self.tries.append(ref.name)
+            await asyncio.sleep(self.hangs.get(ref.name, 0.0))
+            if ref.name in self.never:
+                raise self.never[ref.name]
+            self.client.sightings = [s for s in self.client.sightings if s.ref != ref]
+
+        monkeypatch.setattr(Hypervisor, "connect", connect)
+        monkeypatch.setattr(hypervisors, "free", free)
+        monkeypatch.setattr(hypervisors, "clock", lambda: asyncio.get_running_loop().time())
+
+    async def look(self, body: dict[str, Any] | None = None) -> float:
+        return await self.hypervisors.reconcile(body or dict(BODY), self.world)
+
+    @property
+    def status(self) -> dict[str, Any]:
+        return self.cluster.statuses[-1][1]
+
+    @property
+    def cluster(self) -> fakes.FakeCluster:
+        return self.world.cluster  # type: ignore[return-value]  # a stand-in
+
+    @property
+    def events(self) -> list[str]:
+        return self.world.events.posted  # type: ignore[attr-defined,no-any-return]  # a stand-in
+
+    def metric(self, name: str) -> float | None:
+        return self.world.metrics.registry.get_sample_value(name, {"hypervisor": "lab"})
+
+
+@pytest.fixture
+def lab(monkeypatch: pytest.MonkeyPatch) -> Lab:
+    return Lab(monkeypatch)
+
+
+GONE = QuiesceError("its agent does not answer", reason="ThawFailed", retryable=True)
+
+
+async def test_what_is_left_is_freed_at_the_first_look(lab: Lab) -> None:
+    lab.client.sightings = [sighting(1), sighting(2)]
+    assert await lab.look() == LOOK_EVERY
+    assert sorted(lab.tries) == ["vm1", "vm2"]
+    assert lab.metric("vmsnapshot_swept_vms_total") == 2
+    assert lab.metric("vmsnapshot_frozen_vms") == 0
+    assert any("VMFreed" in e and "vm1" in e for e in lab.events)
+    assert lab.hypervisors.proven() == {"u": 2}
+
+
+async def test_windows_of_this_process_are_left_to_it_until_they_are_overdue(lab: Lab) -> None:
+    open_window = sighting(1)
+    lab.world.claims[open_window.ref.uuid] = "u"
+    lab.client.sightings = [open_window]
+    assert await lab.look() == LOOK_EVERY
+    assert not lab.tries
+    await asyncio.sleep(40)
+    await lab.look()
+    assert lab.tries == ["vm1"]
+
+
+async def test_one_that_hangs_delays_none_of_the_others(lab: Lab) -> None:
+    lab.hangs = {f"vm{n}": 3600.0 for n in range(2, 8)}
+    lab.client.sightings = [sighting(n) for n in range(1, 8)]
+    start = asyncio.get_running_loop().time()
+    assert await lab.look() == RETRY_EVERY
+    assert asyncio.get_running_loop().time() - start == pytest.approx(hypervisors.PATIENCE)
+    assert lab.status["heldDomains"] == [f"vm{n}" for n in range(2, 8)]
+    assert lab.metric("vmsnapshot_frozen_vms") == 6
+    # A VM that comes to be held meanwhile is freed by the next look; those that hang are not tried twice at once.
+    lab.client.sightings.append(sighting(9))
+    await lab.look()
+    assert lab.tries.count("vm9") == 1
+    assert lab.tries.count("vm2") == 1
+    await lab.hypervisors.close()
+
+
+async def test_one_that_fails_is_tried_again_and_said(lab: Lab) -> None:
+    lab.never = {"vm1": GONE}
+    lab.client.sightings = [sighting(1)]
+    for _ in range(3):
+        assert await lab.look() == RETRY_EVERY
+    assert lab.tries == ["vm1"] * 3
+    assert lab.status["heldDomains"] == ["vm1"]
+    assert "still held by us: vm1" in lab.status["conditions"][0]["message"]
+    assert any("VMStillHeld" in e and "its agent does not answer" in e for e in lab.events)
+    assert lab.hypervisors.proven() == {}
+    lab.never = {}
+    assert await lab.look() == LOOK_EVERY
+    assert "heldDomains" not in lab.status
+
+
+async def test_what_is_not_ours_or_not_readable_is_left_and_said_once(lab: Lab) -> None:
+    unreadable = replace(sighting(2), journal=None, problem="version 9, this program knows 1")
+    lab.client.sightings = [sighting(1, installation="zzzzzz"), unreadable]
+    for _ in range(3):
+        assert await lab.look() == LOOK_EVERY
+        await asyncio.sleep(1000)
+    assert not lab.tries
+    message = lab.status["conditions"][0]["message"]
+    assert "zzzzzz" in message
+    assert "version 9" in message
+    assert len([e for e in lab.events if e.startswith("JournalLeft")]) == 2
+    assert lab.metric("vmsnapshot_strange_journals") == 2
+
+
+async def test_a_standby_leaves_the_leaders_windows_and_writes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    lab = Lab(monkeypatch, leader=False)
+    lab.client.sightings = [sighting(1)]
+    for _ in range(16):
+        assert await lab.look() == RETRY_EVERY
+        await asyncio.sleep(2)
+    assert not lab.tries
+    await asyncio.sleep(5)
+    await lab.look()
+    assert lab.tries == ["vm1"], "no window is as long"
+    assert not lab.cluster.statuses
+
+
+async def test_vms_are_freed_while_the_api_server_is_gone(lab: Lab) -> None:
+    body = {**BODY, "spec": {"libvirt": {**BODY["spec"]["libvirt"], "credentialsSecretName": "key"}}}  # type: ignore[dict-item]
+    await lab.look(body)
+    lab.cluster.down = True
+    lab.client.sightings = [sighting(1)]
+    await lab.look(body)
+    assert lab.tries == ["vm1"]
+    assert not lab.client.closed
+
+
+async def test_what_was_seen_last_stands_while_nobody_answers(lab: Lab) -> None:
+    lab.never = {"vm1": GONE}
+    lab.client.sightings = [sighting(1)]
+    await lab.look()
+    seen = {**BODY, "status": lab.status}
+    lab.client.error = HypervisorUnreachableError("host: not connected")
+    assert await lab.look(seen) == RETRY_EVERY
+    assert (lab.status["heldDomains"], lab.status["domains"]) == (["vm1"], 1)
+    assert lab.status["conditions"][0]["status"] == "False"
+
+
+async def test_overlays_of_ours_are_named(lab: Lab) -> None:
+    held = sighting(1, overlays={"vda": "/overlay"})
+    lab.world.claims[held.ref.uuid] = "u"
+    lab.client.sightings = [held, sighting(2, installation="zzzzzz", overlays={"vda": "/theirs"})]
+    await lab.look()
+    assert lab.status["overlayDomains"] == ["vm1"]
+
+
+async def test_proofs_are_few(lab: Lab) -> None:
+    for number in range(hypervisors.MOST_PROVEN + 10):
+        lab.hypervisors._prove(sighting(1, owner=f"u{number}").journal)  # type: ignore[arg-type]
+    assert len(lab.hypervisors.proven()) == hypervisors.MOST_PROVEN
+    assert "u0" not in lab.hypervisors.proven()

@@ -1,0 +1,209 @@
+"""The scan for orphans, on a clock that the event loop fakes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from tests.unit.handlers import fakes
+from tests.unit.kube import records
+from vmsnapshot_operator.core import names
+from vmsnapshot_operator.core.volumes import VolumeId
+from vmsnapshot_operator.handlers.orphans import LIST_TIMEOUT, SCAN_EVERY, Known, OrphanScan
+from vmsnapshot_operator.kube import contents
+from vmsnapshot_operator.plan.orphans import Kept
+
+pytestmark = pytest.mark.looptime
+
+UID = records.REQUEST.uid
+
+
+def name(attempt: int = 1, uid: str = UID) -> str:
+    return names.request_name(records.INSTALLATION, uid, attempt, "strange", [VolumeId("v")])
+
+
+class Lab:
+    """A scan of the classes `files` and `ceph` over stand-ins."""
+
+    def __init__(self) -> None:
+        self.files, self.ceph = fakes.FakeHost(), fakes.FakeHost()
+        self.classes = fakes.FakeClasses(by_name={"files": self.files, "ceph": self.ceph})
+        self.world = fakes.world(installation=records.INSTALLATION, classes=self.classes)
+        self.cluster: fakes.FakeCluster = self.world.cluster  # type: ignore[assignment]  # a stand-in
+        self.known = Known()
+        self.journals: dict[str, int] = {}
+        self.told: list[str] = []
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        scan = OrphanScan(
+            self.world,
+            self.classes,  # type: ignore[arg-type]  # a stand-in
+            known=lambda: self.known,
+            proven=lambda: self.journals,
+            told=self.told.append,
+            jitter=lambda: 0.5,
+        )
+        task = asyncio.create_task(scan.run())
+        await asyncio.sleep(2)
+        yield
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    def record(self, attempt: int = 1) -> str:
+        """Let the cluster have a content of this attempt; return a request name of it."""
+        record = replace(records.intent(records.example().plan, attempt))
+        body = contents.to_body(record, records.REQUEST, records.INSTALLATION)
+        self.cluster.contents_by_name[record.name] = body
+        return record.groups["fast"].request.name
+
+    def orphans(self, class_name: str = "files") -> list[str]:
+        return [o.name for o in self.classes.found[class_name].orphans]
+
+    def metric(self, metric: str, class_name: str = "files") -> float | None:
+        return self.world.metrics.registry.get_sample_value(metric, {"class_name": class_name})
+
+    @property
+    def events(self) -> list[str]:
+        return self.world.events.posted  # type: ignore[attr-defined,no-any-return]  # a stand-in
+
+
+async def test_at_once_and_then_seldom() -> None:
+    lab = Lab()
+    async with lab.running():
+        assert len(lab.files.lists) == len(lab.ceph.lists) == 1
+        await asyncio.sleep(SCAN_EVERY)
+        assert len(lab.files.lists) == 1
+        await asyncio.sleep(SCAN_EVERY / 10)
+        assert len(lab.files.lists) == 2
+    assert lab.cluster.lists == 0, "nothing was unexplained"
+    assert lab.told.count("files") == 2
+
+
+async def test_a_storage_that_hangs_delays_no_other_and_is_counted() -> None:
+    lab = Lab()
+    lab.ceph.hangs = 1e6
+    lab.files.held = {name()}
+    async with lab.running():
+        assert lab.orphans() == [name()]
+        await asyncio.sleep(LIST_TIMEOUT + 1)
+        assert "ceph" not in lab.classes.found
+        assert lab.metric("vmsnapshot_orphan_scan_failures_total", "ceph") == 1
+        await asyncio.sleep(SCAN_EVERY * 0.9)
+        assert len(lab.ceph.lists) == 1, "one that fails is not asked more often"
+
+
+async def test_an_orphan_is_told_once_and_left() -> None:
+    lab = Lab()
+    lab.files.held = {name()}
+    async with lab.running():
+        await asyncio.sleep(SCAN_EVERY * 3)
+    assert lab.files.held == {name()}
+    assert lab.metric("vmsnapshot_orphans") == 1
+    assert len([e for e in lab.events if e.startswith("OrphansFound") and name() in e]) == 1
+
+
+async def test_what_the_watch_does_not_know_yet_is_looked_up() -> None:
+    lab = Lab()
+    lab.files.held = {lab.record()}
+    async with lab.running():
+        assert lab.orphans() == []
+    assert lab.cluster.lists == 1
+
+
+async def test_what_goes_meanwhile_is_no_orphan_and_what_stays_is_one() -> None:
+    lab = Lab()
+    held = lab.record()
+    lab.known = Known(contents=(Kept(name="c", uid=UID, names=frozenset({"another group's"})),))
+    lab.cluster.contents_by_name.clear()
+    lab.files.held = {held}
+    async with lab.running():
+        assert lab.orphans() == [], "its content was there before the storage was asked"
+        await asyncio.sleep(SCAN_EVERY * 1.1)
+        assert lab.orphans() == [held], "a watch that fell silent hides it no longer"
+
+
+async def test_what_a_content_proves_to_be_older_is_removed() -> None:
+    lab = Lab()
+    current = lab.record(attempt=3)
+    lab.files.held = {name(1), name(2), name(4), current}
+    lab.files.undeletable = {name(2)}
+    async with lab.running():
+        assert lab.files.deleted == [name(1)]
+        assert sorted(lab.orphans()) == sorted([name(2), name(4)])
+    found = {o.name: o.why for o in lab.classes.found["files"].orphans}
+    assert "the pool is read-only" in found[name(2)]
+    assert lab.classes.found["files"].held == 3
+    assert lab.metric("vmsnapshot_orphans_removed_total") == 1
+    assert any("OrphanRemoved" in e and name(1) in e for e in lab.events)
+
+
+async def test_a_forged_content_proves_nothing() -> None:
+    lab = Lab()
+    lab.record(attempt=3)
+    body: dict[str, Any] = next(iter(lab.cluster.contents_by_name.values()))
+    body["spec"]["groups"][0]["requestName"] = name(3)
+    lab.files.held = {name(1)}
+    async with lab.running():
+        assert lab.files.held == {name(1)}
+        assert lab.orphans() == [name(1)]
+
+
+async def test_what_a_journal_proves_is_removed_unless_its_object_is_there_after_all() -> None:
+    lab = Lab()
+    lab.journals = {UID: 1}
+    lab.files.held = {name(1), name(2)}
+    lab.ceph.held = {name(1, uid="other")}
+    async with lab.running():
+        assert lab.files.held == {name(2)}
+        assert lab.ceph.held == {name(1, uid="other")}
+    again = Lab()
+    again.journals, again.files.held = {UID: 1}, {name(1)}
+    again.cluster.snapshots[("team-a", "backup")] = {"metadata": {"uid": UID}}
+    async with again.running():
+        assert again.files.held == {name(1)}
+
+
+async def test_an_attempt_under_way_and_a_silent_api_server_remove_nothing() -> None:
+    busy = Lab()
+    busy.record(attempt=3)
+    busy.files.held = {name(1)}
+    busy.world.claims["vm"] = UID
+    async with busy.running():
+        assert busy.files.held == {name(1)}
+        assert busy.orphans() == []
+    silent = Lab()
+    silent.files.held = {name(1)}
+    silent.journals = {UID: 1}
+    silent.cluster.down = True
+    async with silent.running():
+        assert silent.files.held == {name(1)}
+        assert silent.metric("vmsnapshot_orphan_scan_failures_total") == 1
+
+
+async def test_a_standby_asks_nobody() -> None:
+    lab = Lab()
+    lab.world.leadership.leader = False  # type: ignore[attr-defined]  # a stand-in
+    async with lab.running():
+        await asyncio.sleep(SCAN_EVERY)
+        assert not lab.files.lists
+        lab.world.leadership.leader = True  # type: ignore[attr-defined]  # a stand-in
+        await asyncio.sleep(2)
+        assert len(lab.files.lists) == 1
+
+
+async def test_a_class_that_is_gone_is_forgotten() -> None:
+    lab = Lab()
+    lab.files.held = {name()}
+    async with lab.running():
+        del lab.classes.by_name["files"]
+        await asyncio.sleep(2)
+        assert lab.metric("vmsnapshot_orphans") is None
+        lab.classes.by_name["files"] = lab.files
+        await asyncio.sleep(2)
+        assert len(lab.files.lists) == 2
