@@ -70,10 +70,11 @@ def leftovers(lab: Lab) -> list[str]:
 
     A driver's probe of its storage (`vms-probe-…`) is none: it may be under way, and stale ones are removed by a later probe.
     """
-    return [x for x in (*_files(lab), *_ceph(lab), *_domains(lab), *_objects(lab)) if "vms-probe-" not in x]
+    return [x for x in (*files(lab), *ceph(lab), *_domains(lab), *_objects(lab)) if "vms-probe-" not in x]
 
 
-def _files(lab: Lab) -> list[str]:
+def files(lab: Lab) -> list[str]:
+    """Files of ours in the pools."""
     return [
         f"file {p}"
         for pool in ("reflink", "plain")
@@ -82,7 +83,8 @@ def _files(lab: Lab) -> list[str]:
     ]
 
 
-def _ceph(lab: Lab) -> list[str]:
+def ceph(lab: Lab) -> list[str]:
+    """Groups, images, snapshots and what is in the trash of the Ceph pool; the laboratory itself has none but images."""
     import rbd  # Debian's bindings; only where the laboratory is
 
     found = []
