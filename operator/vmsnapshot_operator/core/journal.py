@@ -62,10 +62,7 @@ def from_xml(text: str) -> Journal:
     """Read a metadata element written by `to_xml`, with or without namespace; raises UnreadableJournalError."""
     try:
         element = ET.fromstring(text)  # noqa: S314 - expat as libvirt hands it out: no entities are resolved from outside
-        version = int(element.attrib["version"])
-        if version != VERSION:  # before the rest, which another version may say in other words
-            msg = f"the journal in the domain's metadata has version {version}, this program knows {VERSION}"
-            raise UnreadableJournalError(msg)
+        version = _known_version(element)
         body = json.loads(element.text or "{}")
         journal = Journal(
             version=version,
@@ -87,3 +84,12 @@ def from_xml(text: str) -> Journal:
         msg = "the journal in the domain's metadata has an impossible budget or nonce"
         raise UnreadableJournalError(msg)
     return journal
+
+
+def _known_version(element: ET.Element) -> int:
+    """Return the version if it is ours; asked before the rest, which another version may say in other words."""
+    version = int(element.attrib["version"])
+    if version != VERSION:
+        msg = f"the journal in the domain's metadata has version {version}, this program knows {VERSION}"
+        raise UnreadableJournalError(msg)
+    return version
