@@ -62,9 +62,10 @@ def from_xml(text: str) -> Journal:
     """Read a metadata element written by `to_xml`, with or without namespace; raises UnreadableJournalError."""
     try:
         element = ET.fromstring(text)  # noqa: S314 - expat as libvirt hands it out: no entities are resolved from outside
+        version = _known_version(element)
         body = json.loads(element.text or "{}")
         journal = Journal(
-            version=int(element.attrib["version"]),
+            version=version,
             installation=element.attrib["installation"],
             owner_uid=element.attrib["owner"],
             nonce=element.attrib["nonce"],
@@ -74,13 +75,21 @@ def from_xml(text: str) -> Journal:
             members=tuple(str(m) for m in body.get("members", ())),
             overlays={str(k): str(v) for k, v in body.get("overlays", {}).items()},
         )
+    except UnreadableJournalError:
+        raise
     except (ET.ParseError, KeyError, ValueError, TypeError, AttributeError) as error:
         msg = f"the journal in the domain's metadata cannot be read: {error}"
         raise UnreadableJournalError(msg) from error
-    if journal.version != VERSION:
-        msg = f"the journal in the domain's metadata has version {journal.version}, this program knows {VERSION}"
-        raise UnreadableJournalError(msg)
     if not 0 < journal.budget <= _MAX_BUDGET or not _NONCE.match(journal.nonce):
         msg = "the journal in the domain's metadata has an impossible budget or nonce"
         raise UnreadableJournalError(msg)
     return journal
+
+
+def _known_version(element: ET.Element) -> int:
+    """Return the version if it is ours; asked before the rest, which another version may say in other words."""
+    version = int(element.attrib["version"])
+    if version != VERSION:
+        msg = f"the journal in the domain's metadata has version {version}, this program knows {VERSION}"
+        raise UnreadableJournalError(msg)
+    return version
