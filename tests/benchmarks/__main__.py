@@ -5,16 +5,18 @@ from __future__ import annotations
 import click
 from rich.console import Console
 
-from tests.benchmarks import measurements
+from tests.benchmarks import measurements, protection
 from tests.benchmarks.result import Result, table
 from tests.lab import Lab
 from tests.stack import stack
+
+ALL = measurements.ALL | protection.ALL
 
 console = Console(highlight=False)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--only", type=click.Choice(sorted(measurements.ALL)), help="Run this one only.")
+@click.option("--only", type=click.Choice(sorted(ALL)), help="Run this one only.")
 @click.option("--pairs", default=15, show_default=True, help="Pairs for each alternating measurement.")
 def main(only: str | None, pairs: int) -> None:
     """Measure on the laboratory; write build/bench/NAME.json and print a table."""
@@ -22,7 +24,7 @@ def main(only: str | None, pairs: int) -> None:
     lab.guest("demo")
     results: list[Result] = []
     with stack(lab, "bench") as running:
-        for name, measure in measurements.ALL.items():
+        for name, measure in ALL.items():
             if only in (None, name):
                 console.print(f"measuring {name} …")
                 results.append(measure(running, pairs))
