@@ -19,6 +19,7 @@ class Way(StrEnum):
 
     TAKE = "take"
     DELETE = "delete"
+    DELETE_EARLY = "delete early"
     RECOVER = "recover"
     FAIL = "fail"
     EXPIRE = "expire"
@@ -48,7 +49,7 @@ WAYS: dict[Step, Way] = {
     Step.ROLL_BACK_DRIVER: Way.DELETE,
     Step.FAIL: Way.FAIL,
     Step.DROP_CONTENT: Way.DELETE,
-    Step.FORGET: Way.DELETE,
+    Step.FORGET: Way.DELETE_EARLY,
     Step.EXPIRE: Way.EXPIRE,
 }
 if set(WAYS) != set(Step):

@@ -27,7 +27,7 @@ from vmsnapshot_operator.core.steps import Step
 
 @dataclass(slots=True)
 class Scene:
-    """Where an injection takes place. `mended` is run after the fault's own `heal`, last first."""
+    """Where an injection takes place. `go` lets the operator go on that was met on the way."""
 
     lab: Lab
     stack: Stack
@@ -40,7 +40,7 @@ class Scene:
     uid: str = ""
     deleted: bool = False
     others: list[str] = field(default_factory=list)
-    mended: list[Callable[[], None]] = field(default_factory=list)
+    go: Callable[[], None] | None = None
 
 
 def _nothing(_: Scene) -> None:

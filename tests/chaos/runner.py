@@ -218,6 +218,16 @@ def _taken(suite: Suite, scene: Scene) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _adopted(suite: Suite, scene: Scene) -> Iterator[None]:
+    with suite.injector.trap(Step.ADOPT, Moment.AFTER) as trap:
+        suite.create(scene)
+        if not trap.wait(REACH_SECONDS):
+            raise LabError("it was not adopted")
+        scene.go = trap.go
+        yield
+
+
+@contextlib.contextmanager
 def _taken_and_given_back(suite: Suite, scene: Scene) -> Iterator[None]:
     with _taken(suite, scene):
         yield
@@ -254,6 +264,12 @@ def _delete(suite: Suite, scene: Scene) -> None:
     suite.stack.delete(scene.name, namespace=TENANT, wait=False)
 
 
+def _delete_early(suite: Suite, scene: Scene) -> None:
+    _delete(suite, scene)
+    if scene.go is not None:
+        scene.go()
+
+
 def _recover(suite: Suite, _scene: Scene) -> None:
     suite.stack.start_operator()
 
@@ -274,6 +290,7 @@ def _amend(suite: Suite, scene: Scene) -> None:
 _WAYS: dict[Way, Callable[[Suite, Scene], contextlib.AbstractContextManager[None]]] = {
     Way.TAKE: _plain,
     Way.DELETE: _taken,
+    Way.DELETE_EARLY: _adopted,
     Way.RECOVER: _killed_in_the_window,
     Way.FAIL: _hook_fails,
     Way.EXPIRE: _plain,
@@ -282,6 +299,7 @@ _WAYS: dict[Way, Callable[[Suite, Scene], contextlib.AbstractContextManager[None
 _DRIVE: dict[Way, Callable[[Suite, Scene], None]] = {
     Way.TAKE: _take,
     Way.DELETE: _delete,
+    Way.DELETE_EARLY: _delete_early,
     Way.RECOVER: _recover,
     Way.FAIL: _fail,
     Way.EXPIRE: _expire,
