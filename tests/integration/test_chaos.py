@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from tests.chaos import cases, judge
 from tests.chaos.faults import FAULTS
 from tests.lab import Lab
 from tests.lab.guests import Guest
-from tests.stack import Stack, until
+from tests.stack import ROOT, Stack, until
 from vmsnapshot_operator.core.steps import Step
 
 JOURNAL = "https://vmsnapshot.io/journal/1"
@@ -205,3 +206,17 @@ def test_summary(tmp_path: Path) -> None:
     assert found["recoverySeconds"]["max"] == 2.0
     assert found["longestFreezeMilliseconds"] == 200
     assert len((tmp_path / "chaos.jsonl").read_text().splitlines()) == 3
+
+
+@pytest.mark.timeout(3600)
+def test_the_fixed_part(stack: Stack) -> None:
+    """Every kind of fault once, at steps that a seed chose; with an operator and a guardian of its own."""
+    stack.stop()
+    try:
+        words = [sys.executable, "-m", "tests.chaos", "-n", str(len(FAULTS)), "--seed", "1"]
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
+        found = json.loads((ROOT / "build" / "chaos.json").read_text())
+        assert found["injections"] >= 40
+    finally:
+        stack.start()
