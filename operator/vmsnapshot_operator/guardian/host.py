@@ -12,7 +12,7 @@ from vmsnapshot_operator.core import journal as journals
 from vmsnapshot_operator.core.journal import Journal, UnreadableJournalError
 from vmsnapshot_operator.guardian.attempts import Attempts
 from vmsnapshot_operator.guardian.log import say
-from vmsnapshot_operator.guardian.release import connect, read
+from vmsnapshot_operator.guardian.release import connect, reach, read
 
 POLL_SECONDS = 1.0
 LOOK_SECONDS = 15.0
@@ -69,6 +69,7 @@ class Host:
         held = self._connection
         connection = held[0] if held is not None else None
         if connection is None or not connection.isAlive():
+            reach(self.uri)
             connection = connect(self.uri)
             kind = libvirt.VIR_DOMAIN_EVENT_ID_METADATA_CHANGE
             self._replace((connection, connection.domainEventRegisterAny(None, kind, self._changed, None)))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import enum
 import json
+import socket
+from urllib.parse import urlsplit
 
 import libvirt
 import libvirt_qemu
@@ -14,6 +16,8 @@ from vmsnapshot_operator.guardian.log import say
 
 AGENT_SECONDS = 3
 _KEEPALIVE = (3, 3)
+_REACH_SECONDS = 2.0
+_PORTS = {"tcp": 16509, "tls": 16514, "ssh": 22, "libssh": 22, "libssh2": 22}
 _NOTHING_THERE = frozenset(
     {libvirt.VIR_ERR_NO_DOMAIN_METADATA, libvirt.VIR_ERR_OPERATION_INVALID, libvirt.VIR_ERR_NO_SUPPORT}
 )
@@ -26,16 +30,27 @@ class Outcome(enum.Enum):
 
     FREE = "the VM goes on"
     HELD = "it does not yet"
-    OVER = "its journal is gone: its holder has confirmed that it is free"
+    OVER = "its journal is gone or no longer ours: its holder has confirmed that it is free"
     ELSEWHERE = "it does not run on this host"
 
 
 def connect(uri: str) -> libvirt.virConnect:
-    """Open a connection that notices when the other end is gone."""
+    """Open a connection that notices when the other end is gone. Raises libvirtError."""
     connection = libvirt.open(uri)
     if not uri.startswith("test:"):
         connection.setKeepAlive(*_KEEPALIVE)
     return connection
+
+
+def reach(uri: str) -> None:
+    """Raise OSError soon if a remote host takes no connection.
+
+    libvirt itself would wait for minutes, and through a network that is whole again by then.
+    """
+    parts = urlsplit(uri)
+    port = parts.port or _PORTS.get(parts.scheme.partition("+")[2])
+    if parts.hostname and port:
+        socket.create_connection((parts.hostname, port), _REACH_SECONDS).close()
 
 
 def read(domain: libvirt.virDomain) -> Journal | None:
@@ -49,8 +64,13 @@ def read(domain: libvirt.virDomain) -> Journal | None:
     return journals.from_xml(text)
 
 
-def attempt(uri: str, domain: str, method: str, nonce: str, *, again: bool) -> Outcome:
-    """Free the VM once, on a connection of its own. Raises libvirtError. `again`: it was free already, look whether it still is."""
+def attempt(uri: str, domain: str, method: str, nonce: str, *, again: bool, armed: bool) -> Outcome:
+    """Free the VM once, on a connection of its own. Raises libvirtError, OSError.
+
+    `again`: it was free already, look whether it still is. `armed`: its holder asked for it, so it is freed also if its journal
+    cannot be read any more; a VM whose journal was only seen is not touched then.
+    """
+    reach(uri)
     connection = connect(uri)
     try:
         try:
@@ -61,7 +81,7 @@ def attempt(uri: str, domain: str, method: str, nonce: str, *, again: bool) -> O
             raise
         if not found.isActive():
             return Outcome.ELSEWHERE
-        if not _ours(found, nonce):
+        if not _ours(found, nonce, armed=armed):
             return Outcome.OVER
         if method == "Pause":
             return _resume(found)
@@ -71,11 +91,11 @@ def attempt(uri: str, domain: str, method: str, nonce: str, *, again: bool) -> O
         connection.close()
 
 
-def _ours(domain: libvirt.virDomain, nonce: str) -> bool:
+def _ours(domain: libvirt.virDomain, nonce: str, *, armed: bool) -> bool:
     try:
         journal = read(domain)
     except UnreadableJournalError:
-        return True  # it cannot be told apart from ours, and freeing is always safe
+        return armed
     return journal is not None and journal.nonce == nonce
 
 

@@ -13,27 +13,31 @@ import os
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
 from vmsnapshot_operator.guardian.log import say
 from vmsnapshot_operator.guardian.watch import RefusedError, Watch
 
+REST_SECONDS = 0.5
 _LINE_LIMIT = 64 * 1024
 _POOL_LIMIT = 256
 
 
 class Server:
-    """Serves until `stop`. Each connection has a thread; what it armed is freed at once when it closes.
+    """Serves for ever. Each connection has a thread; what it armed is freed at once when it closes.
 
-    `learned` is called with each URI that was not followed before.
+    `learned` is called with each URI that was not followed before. `arms`: off, it only tells its status.
     """
 
-    def __init__(self, path: str, watch: Watch, learned: Callable[[str], None] = lambda _: None) -> None:
+    def __init__(
+        self, path: str, watch: Watch, learned: Callable[[str], None] = lambda _: None, *, arms: bool = True
+    ) -> None:
         self._path = path
         self._watch = watch
         self._learned = learned
-        self._ended = threading.Event()
+        self._arms = arms
         if os.path.exists(path):  # noqa: PTH110 - pathlib costs memory that this program does not need
             os.unlink(path)  # noqa: PTH108 - as above
         self._listener = socket.socket(socket.AF_UNIX)
@@ -43,26 +47,18 @@ class Server:
         finally:
             os.umask(before)
         self._listener.listen(64)
-        self._listener.settimeout(0.5)
 
     def serve(self) -> None:
-        """Accept connections until `stop`."""
+        """Accept connections."""
         say("listening", socket=self._path)
-        while not self._ended.is_set():
+        while True:
             try:
                 link, _ = self._listener.accept()
-            except TimeoutError:
-                continue
             except OSError as error:
                 say("cannot accept", why=str(error))  # out of file descriptors, say: what is held is freed all the same
-                self._ended.wait(0.5)
+                time.sleep(REST_SECONDS)
                 continue
             threading.Thread(target=self._talk, args=(link,), name="talk", daemon=True).start()
-        self._listener.close()
-
-    def stop(self) -> None:
-        """End `serve` within a second."""
-        self._ended.set()
 
     def _talk(self, link: socket.socket) -> None:
         armed: set[str] = set()
@@ -85,6 +81,8 @@ class Server:
         try:
             question = json.loads(line)
             match question["op"]:
+                case "arm" | "disarm" if not self._arms:
+                    return {"ok": False, "error": "this guardian only watches"}
                 case "arm":
                     uri, nonce = str(question["uri"]), str(question["nonce"])
                     for each in (uri, *map(str, question.get("pool", ())))[:_POOL_LIMIT]:

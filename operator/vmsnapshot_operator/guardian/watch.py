@@ -52,7 +52,7 @@ def clock() -> float:
 
 @dataclass(slots=True)
 class Held:
-    """One journal that was seen.
+    """One journal that was seen. `armed`: its holder asked for it, and will say when it is over.
 
     `over`: it was freed, or its holder says so, or the journal is gone. `lost`: since when it was due and found on no host; it
     is freed as soon as it is seen on one.
@@ -62,16 +62,21 @@ class Held:
     domain: str
     journal: Journal
     until: float
+    armed: bool = False
     releasing: bool = False
     lost: float | None = None
     over: threading.Event = field(default_factory=threading.Event)
 
 
 class Watch:
-    """All journals on all libvirts that are followed. Every public method may be called from any thread."""
+    """All journals on all libvirts that are followed. Every public method may be called from any thread.
 
-    def __init__(self, clock: Callable[[], float] = clock) -> None:
+    `grace`: seconds that are added to each budget, for a guardian that comes after another one.
+    """
+
+    def __init__(self, clock: Callable[[], float] = clock, grace: float = 0.0) -> None:
         self._clock = clock
+        self._grace = grace
         self._lock = threading.Lock()
         self._held: dict[str, Held] = {}
         self._hosts: dict[str, Host] = {}
@@ -112,7 +117,7 @@ class Watch:
             raise RefusedError(f"domain {domain}: {error}") from error
         if found is None or found.nonce != nonce:
             raise RefusedError(f"domain {domain} does not bear the journal {nonce}")
-        self._see(uri, domain, found)
+        self._see(uri, domain, found, armed=True)
 
     def disarm(self, nonce: str) -> None:
         """The VM is free, says its holder."""
@@ -131,36 +136,48 @@ class Watch:
         threading.Thread(target=self._release, args=(held, why), name=f"free {held.domain}", daemon=True).start()
 
     def release_all(self, why: str, seconds: float) -> None:
-        """Acknowledge nothing more, free everything that is armed, and wait for that, but not longer than so many seconds."""
+        """Acknowledge nothing more, free everything that is held, and wait for that, but not longer than so many seconds."""
         self._ending = True
-        with self._lock:
-            open_ = [h for h in self._held.values() if not h.over.is_set()]
-        for held in open_:
-            self.release(held.journal.nonce, why)
+        for nonce in self._open():
+            self.release(nonce, why)
+        self.finish(seconds)
+
+    def finish(self, seconds: float) -> None:
+        """Acknowledge nothing more, and wait for those that are being freed, but not longer than so many seconds."""
+        self._ending = True
         end = time.monotonic() + seconds
-        for held in open_:
-            if not held.over.wait(max(0.0, end - time.monotonic())):
+        for held in self._open().values():
+            if held.releasing and not held.over.wait(max(0.0, end - time.monotonic())):
                 say("left held", domain=held.domain, nonce=held.journal.nonce)
+
+    def _open(self) -> dict[str, Held]:
+        with self._lock:
+            return {nonce: held for nonce, held in self._held.items() if not held.over.is_set()}
 
     def status(self) -> dict[str, Any]:
         """What is followed and what is held; `turned`: seconds since it was last looked whether something is due."""
+        open_ = self._open()
         with self._lock:
-            armed = [h for h in self._held.values() if not h.over.is_set()]
             return {
-                "armed": len(armed),
-                "releasing": sum(h.releasing for h in armed),
+                "armed": len(open_),
+                "releasing": sum(h.releasing for h in open_.values()),
                 "followed": {uri: host.answers for uri, host in self._hosts.items()},
                 "turned": round(self._clock() - self._turned, 1),
             }
 
     def seen(self, uri: str, journals: dict[str, Journal]) -> None:
-        """Take in all journals of one libvirt; forget those that are over and gone."""
+        """Take in all journals of one libvirt; forget those that are gone, unless somebody armed or frees them.
+
+        One that was armed may have been written after this libvirt was looked at. One that migrated is seen again elsewhere.
+        """
         for domain, journal in journals.items():
-            self._see(uri, domain, journal)
+            self._see(uri, domain, journal, armed=False)
         present = {j.nonce for j in journals.values()}
         with self._lock:
             for nonce, held in list(self._held.items()):
-                if held.uri == uri and held.over.is_set() and nonce not in present and not self._may_return(held):
+                kept = not held.over.is_set() and (held.armed or held.releasing)
+                if held.uri == uri and nonce not in present and not kept and not self._may_return(held):
+                    held.over.set()
                     del self._held[nonce]
 
     def _may_return(self, held: Held) -> bool:
@@ -173,18 +190,19 @@ class Watch:
             self._turned = now
             return [n for n, h in self._held.items() if h.until <= now and not h.over.is_set() and not h.releasing]
 
-    def _see(self, uri: str, domain: str, journal: Journal) -> None:
+    def _see(self, uri: str, domain: str, journal: Journal, *, armed: bool) -> None:
         with self._lock:
             known = self._held.get(journal.nonce)
             if known is not None:
                 known.uri = uri  # it may have migrated
-                if known.lost is None:
-                    return
-                known.lost, known.until = None, self._clock()
-                known.over.clear()
-                self._wake.set()
+                known.armed = known.armed or armed
+                if known.lost is not None:
+                    known.lost, known.until = None, self._clock()
+                    known.over.clear()
+                    self._wake.set()
                 return
-            self._held[journal.nonce] = Held(uri, domain, journal, self._clock() + journal.budget)
+            until = self._clock() + journal.budget + self._grace
+            self._held[journal.nonce] = Held(uri, domain, journal, until, armed)
         say("armed", domain=domain, nonce=journal.nonce, method=journal.method, budget=journal.budget)
         self._wake.set()
 
@@ -232,7 +250,7 @@ class Watch:
         domain, method, nonce = held.domain, held.journal.method, held.journal.nonce
         for uri in dict.fromkeys((held.uri, *self.followed())):
             try:
-                free = partial(release.attempt, uri, domain, method, nonce, again=again)
+                free = partial(release.attempt, uri, domain, method, nonce, again=again, armed=held.armed)
                 outcome = attempts.run(free, ATTEMPT_SECONDS)
             except Exception as error:  # noqa: BLE001 - whatever it is, it is said, and tried again
                 say("not free yet", domain=domain, uri=uri, why=str(error))

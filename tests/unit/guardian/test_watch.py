@@ -1,94 +1,237 @@
-"""What the guardian remembers: a VM that was found nowhere is freed as soon as it is seen again, wherever that is."""
+"""When the guardian frees whom: timers by a fake clock, journals as libvirt would show them; nothing is asked."""
 
 from __future__ import annotations
 
-import threading
-import time
-from collections.abc import Callable
+import secrets
 
 import pytest
 
+from vmsnapshot_operator.core import journal as journals
 from vmsnapshot_operator.core.journal import Journal
-from vmsnapshot_operator.guardian import release, watch
+from vmsnapshot_operator.guardian import release
 from vmsnapshot_operator.guardian.release import Outcome
-from vmsnapshot_operator.guardian.watch import Watch
+from vmsnapshot_operator.guardian.server import Server
+from vmsnapshot_operator.guardian.watch import RefusedError, Watch
 
-JOURNAL = Journal(installation="i", owner_uid="u", nonce="n", attempt=1, method="GuestAgent", budget=30.0)
-GUARD_SECONDS = 30.0
+HERE, THERE = "qemu+tls://one/system", "qemu+tls://two/system"
+VM = "6ee5d4b8-9d0f-4d0c-9e5c-0b4f0b1c0000"
 
 
-class World:
-    """Which host the VM runs on, and who was asked to free it where."""
+class Clock:
+    """Goes on only when it is told to."""
 
     def __init__(self) -> None:
-        self.where = ""
         self.now = 1000.0
-        self.freed: list[str] = []
 
-    def attempt(self, uri: str, _domain: str, _method: str, _nonce: str, *, again: bool) -> Outcome:
-        if uri != self.where:
-            return Outcome.ELSEWHERE
-        if again:
-            return Outcome.OVER
-        self.freed.append(uri)
-        return Outcome.FREE
+    def __call__(self) -> float:
+        return self.now
+
+
+def journal(budget: float = 30.0) -> Journal:
+    return Journal(
+        installation="abc123",
+        owner_uid="3b7f1f0e-0000-4000-8000-000000000000",
+        nonce=secrets.token_hex(16),
+        attempt=1,
+        method="GuestAgent",
+        budget=budget,
+    )
+
+
+def shown(monkeypatch: pytest.MonkeyPatch, found: Journal | Exception | None) -> None:
+    """Have every libvirt hold one domain, whose journal reads so."""
+
+    def read(_domain: object) -> Journal | None:
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    class Domain:
+        def isActive(self) -> bool:  # noqa: N802 - libvirt's name
+            return True
+
+    class Connection:
+        def lookupByUUIDString(self, _uuid: str) -> Domain:  # noqa: N802 - libvirt's name
+            return Domain()
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(release, "reach", lambda _uri: None)
+    monkeypatch.setattr(release, "connect", lambda _uri: Connection())
+    monkeypatch.setattr(release, "read", read)
 
 
 @pytest.fixture
-def world(monkeypatch: pytest.MonkeyPatch) -> World:
-    made = World()
-    monkeypatch.setattr(release, "attempt", made.attempt)
-    monkeypatch.setattr(watch, "LONGEST_PAUSE", 0.01)
-    return made
+def clock() -> Clock:
+    return Clock()
 
 
-def eventually(holds: Callable[[], bool]) -> None:
-    end = time.monotonic() + GUARD_SECONDS
-    while not holds():
-        assert time.monotonic() < end
-        threading.Event().wait(0.005)
+def test_nobody_is_freed_before_the_budget_and_the_grace_are_over(clock: Clock) -> None:
+    watch, held = Watch(clock, grace=2.0), journal(30.0)
+    watch.seen(HERE, {VM: held})
+    clock.now += 31.999
+    assert watch.due() == []
+    clock.now += 0.001
+    assert watch.due() == [held.nonce]
 
 
-def test_one_that_migrated_to_a_host_not_yet_followed_is_freed_when_it_is_seen_there(world: World) -> None:
-    made = Watch(clock=lambda: world.now)
-    made.seen("a", {"vm": JOURNAL})
-    made.release("n", "the process that armed it is gone")
-    eventually(lambda: made.status()["armed"] == 0)
-    made.seen("a", {})  # its journal went with it
-    assert world.freed == []
-    world.where = "b"
-    made.seen("b", {"vm": JOURNAL})
-    assert made.due() == ["n"]
-    made.release("n", "its budget is over")
-    eventually(lambda: world.freed == ["b"])
+def test_without_grace_the_budget_alone_counts(clock: Clock) -> None:
+    watch, held = Watch(clock), journal(30.0)
+    watch.seen(HERE, {VM: held})
+    clock.now += 29.999
+    assert watch.due() == []
+    clock.now += 0.001
+    assert watch.due() == [held.nonce]
 
 
-def test_one_that_is_off_for_long_is_forgotten(world: World) -> None:
-    made = Watch(clock=lambda: world.now)
-    made.seen("a", {"vm": JOURNAL})
-    made.release("n", "the process that armed it is gone")
-    eventually(lambda: made.status()["armed"] == 0)
-    world.now += watch.LOST_SECONDS + 1
-    made.seen("a", {})
-    made.seen("a", {"vm": JOURNAL})
-    assert made.due() == [], "a journal seen for the first time has its whole budget"
+def test_seeing_it_again_neither_shortens_nor_prolongs(clock: Clock) -> None:
+    watch, held = Watch(clock, grace=2.0), journal(10.0)
+    watch.seen(HERE, {VM: held})
+    for _ in range(11):
+        clock.now += 1.0
+        watch.seen(HERE, {VM: held})
+        assert watch.due() == []
+    clock.now += 1.0
+    assert watch.due() == [held.nonce]
 
 
-def test_a_timer_starts_at_first_sight_and_the_journal_seen_again_does_not_start_it_anew(world: World) -> None:
-    made = Watch(clock=lambda: world.now)
-    made.seen("a", {"vm": JOURNAL})
-    world.now += 29.0
-    made.seen("a", {"vm": JOURNAL})
-    assert made.due() == []
-    world.now += 1.0
-    assert made.due() == ["n"]
+def test_a_journal_that_went_in_time_is_forgotten(clock: Clock) -> None:
+    watch = Watch(clock, grace=2.0)
+    watch.seen(HERE, {VM: journal(10.0)})
+    watch.seen(HERE, {})
+    clock.now += 1000
+    assert watch.due() == []
+    assert watch.status()["armed"] == 0
 
 
-def test_what_was_disarmed_is_never_due(world: World) -> None:
-    made = Watch(clock=lambda: world.now)
-    made.seen("a", {"vm": JOURNAL})
-    made.disarm("n")
-    world.now += 60.0
-    assert made.due() == []
-    made.release("n", "the process that armed it is gone")
-    assert world.freed == []
+def test_the_next_journal_of_the_same_vm_has_a_timer_of_its_own(clock: Clock) -> None:
+    watch, second = Watch(clock), journal(10.0)
+    watch.seen(HERE, {VM: journal(10.0)})
+    clock.now += 9.0
+    watch.seen(HERE, {VM: second})
+    clock.now += 9.0
+    assert watch.due() == []
+    clock.now += 1.0
+    assert watch.due() == [second.nonce]
+
+
+def test_a_host_that_does_not_show_it_any_more_counts_only_if_it_was_there(clock: Clock) -> None:
+    watch, held = Watch(clock), journal(10.0)
+    watch.seen(HERE, {VM: held})
+    watch.seen(THERE, {})
+    clock.now += 10.0
+    assert watch.due() == [held.nonce]
+
+
+def test_one_that_migrates_is_still_freed(clock: Clock) -> None:
+    watch, held = Watch(clock), journal(10.0)
+    watch.seen(HERE, {VM: held})
+    clock.now += 5.0
+    watch.seen(THERE, {VM: held})
+    watch.seen(HERE, {})
+    clock.now += 5.0
+    assert watch.due() == [held.nonce]
+
+
+def test_one_that_is_between_two_hosts_gets_a_new_timer_where_it_arrives(clock: Clock) -> None:
+    watch, held = Watch(clock), journal(10.0)
+    watch.seen(HERE, {VM: held})
+    watch.seen(HERE, {})
+    watch.seen(THERE, {VM: held})
+    clock.now += 10.0
+    assert watch.due() == [held.nonce]
+
+
+def test_what_was_armed_is_kept_though_an_older_look_does_not_show_it(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch, held = Watch(clock), journal(10.0)
+    shown(monkeypatch, held)
+    watch.arm(HERE, VM, held.nonce)
+    watch.seen(HERE, {})
+    clock.now += 10.0
+    assert watch.due() == [held.nonce]
+
+
+def test_what_was_seen_and_then_armed_is_kept(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    watch, held = Watch(clock), journal(10.0)
+    shown(monkeypatch, held)
+    watch.seen(HERE, {VM: held})
+    watch.arm(HERE, VM, held.nonce)
+    watch.seen(HERE, {})
+    clock.now += 10.0
+    assert watch.due() == [held.nonce]
+    watch.disarm(held.nonce)
+    watch.seen(HERE, {})
+    assert watch.due() == []
+
+
+@pytest.mark.parametrize("found", [None, journal()], ids=["gone", "another"])
+@pytest.mark.parametrize("armed", [True, False])
+def test_a_vm_without_this_journal_is_not_touched(
+    monkeypatch: pytest.MonkeyPatch, found: Journal | None, armed: bool
+) -> None:
+    shown(monkeypatch, found)
+    assert release.attempt(HERE, VM, "GuestAgent", journal().nonce, again=False, armed=armed) is Outcome.OVER
+
+
+def test_a_journal_that_cannot_be_read_is_obeyed_only_if_its_holder_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown(monkeypatch, journals.UnreadableJournalError("of version 9"))
+    monkeypatch.setattr(release, "_thaw", lambda _domain, *, again: Outcome.FREE)
+    assert release.attempt(HERE, VM, "GuestAgent", journal().nonce, again=False, armed=False) is Outcome.OVER
+    assert release.attempt(HERE, VM, "GuestAgent", journal().nonce, again=False, armed=True) is Outcome.FREE
+
+
+def test_ending_frees_nothing_that_is_not_due(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object, **__: object) -> Outcome:
+        raise AssertionError("a VM was touched")
+
+    monkeypatch.setattr(release, "attempt", never)
+    watch, held = Watch(clock, grace=2.0), journal()
+    watch.seen(HERE, {VM: held})
+    watch.finish(0.0)
+    assert watch.status() == {"armed": 1, "releasing": 0, "followed": {}, "turned": 0.0}
+    with pytest.raises(RefusedError, match="ending"):
+        watch.arm(HERE, VM, held.nonce)
+
+
+def test_one_that_only_watches_is_armed_by_nobody(clock: Clock, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = str(tmp_path_factory.mktemp("g") / "s")
+    server = Server(path, Watch(clock), arms=False)
+    armed: set[str] = set()
+    for op in ("arm", "disarm"):
+        line = f'{{"op": "{op}", "uri": "{HERE}", "domain": "{VM}", "nonce": "x"}}'.encode()
+        assert server.answer(line, armed) == {"ok": False, "error": "this guardian only watches"}
+    assert armed == set()
+    assert server.answer(b'{"op": "status"}', armed)["ok"]
+    server._listener.close()
+
+
+@pytest.mark.parametrize(
+    ("uri", "asked"),
+    [
+        ("qemu+tls://one.example.org/system?pkipath=/a", ("one.example.org", 16514)),
+        ("qemu+tcp://[::1]:16510/system", ("::1", 16510)),
+        ("qemu+libssh2://root@one/system", ("one", 22)),
+        ("qemu+unix:///system?socket=/run/x", None),
+        ("qemu:///system", None),
+        ("test:///default", None),
+    ],
+)
+def test_a_remote_host_is_asked_for_a_connection_first(
+    monkeypatch: pytest.MonkeyPatch, uri: str, asked: tuple[str, int] | None
+) -> None:
+    calls: list[tuple[str, int]] = []
+
+    class Link:
+        def close(self) -> None:
+            pass
+
+    def create(address: tuple[str, int], _timeout: float) -> Link:
+        calls.append(address)
+        return Link()
+
+    monkeypatch.setattr(release.socket, "create_connection", create)
+    release.reach(uri)
+    assert calls == ([asked] if asked else [])

@@ -1,0 +1,94 @@
+"""What the guardian remembers: a VM that was found nowhere is freed as soon as it is seen again, wherever that is."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+
+from vmsnapshot_operator.core.journal import Journal
+from vmsnapshot_operator.guardian import release, watch
+from vmsnapshot_operator.guardian.release import Outcome
+from vmsnapshot_operator.guardian.watch import Watch
+
+JOURNAL = Journal(installation="i", owner_uid="u", nonce="n", attempt=1, method="GuestAgent", budget=30.0)
+GUARD_SECONDS = 30.0
+
+
+class World:
+    """Which host the VM runs on, and who was asked to free it where."""
+
+    def __init__(self) -> None:
+        self.where = ""
+        self.now = 1000.0
+        self.freed: list[str] = []
+
+    def attempt(self, uri: str, _domain: str, _method: str, _nonce: str, *, again: bool, armed: bool) -> Outcome:
+        if uri != self.where:
+            return Outcome.ELSEWHERE
+        if again:
+            return Outcome.OVER
+        self.freed.append(uri)
+        return Outcome.FREE
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> World:
+    made = World()
+    monkeypatch.setattr(release, "attempt", made.attempt)
+    monkeypatch.setattr(watch, "LONGEST_PAUSE", 0.01)
+    return made
+
+
+def eventually(holds: Callable[[], bool]) -> None:
+    end = time.monotonic() + GUARD_SECONDS
+    while not holds():
+        assert time.monotonic() < end
+        threading.Event().wait(0.005)
+
+
+def test_one_that_migrated_to_a_host_not_yet_followed_is_freed_when_it_is_seen_there(world: World) -> None:
+    made = Watch(clock=lambda: world.now)
+    made.seen("a", {"vm": JOURNAL})
+    made.release("n", "the process that armed it is gone")
+    eventually(lambda: made.status()["armed"] == 0)
+    made.seen("a", {})  # its journal went with it
+    assert world.freed == []
+    world.where = "b"
+    made.seen("b", {"vm": JOURNAL})
+    assert made.due() == ["n"]
+    made.release("n", "its budget is over")
+    eventually(lambda: world.freed == ["b"])
+
+
+def test_one_that_is_off_for_long_is_forgotten(world: World) -> None:
+    made = Watch(clock=lambda: world.now)
+    made.seen("a", {"vm": JOURNAL})
+    made.release("n", "the process that armed it is gone")
+    eventually(lambda: made.status()["armed"] == 0)
+    world.now += watch.LOST_SECONDS + 1
+    made.seen("a", {})
+    made.seen("a", {"vm": JOURNAL})
+    assert made.due() == [], "a journal seen for the first time has its whole budget"
+
+
+def test_a_timer_starts_at_first_sight_and_the_journal_seen_again_does_not_start_it_anew(world: World) -> None:
+    made = Watch(clock=lambda: world.now)
+    made.seen("a", {"vm": JOURNAL})
+    world.now += 29.0
+    made.seen("a", {"vm": JOURNAL})
+    assert made.due() == []
+    world.now += 1.0
+    assert made.due() == ["n"]
+
+
+def test_what_was_disarmed_is_never_due(world: World) -> None:
+    made = Watch(clock=lambda: world.now)
+    made.seen("a", {"vm": JOURNAL})
+    made.disarm("n")
+    world.now += 60.0
+    assert made.due() == []
+    made.release("n", "the process that armed it is gone")
+    assert world.freed == []
