@@ -39,6 +39,7 @@ SETTLE_SECONDS = Seconds(5.0)
 """Objects applied together arrive in any order: so long a refusal may still be overcome."""
 
 MAX_ATTEMPTS = 5
+"""So often a VM is made to stand still in vain. What comes to nothing before that is tried until the deadline."""
 PREPARE_TIMEOUT = Seconds(60.0)
 _SOON = Seconds(1.0)
 _LATER = Seconds(5.0)
@@ -201,12 +202,17 @@ def _again(
     why = outcome.message if outcome is not None else f"attempt {record.attempt} was interrupted"
     if (left := _roll_back(seen, why, upto=record.attempt)) is not None:
         return left
-    if record.attempt >= MAX_ATTEMPTS:
+    if record.attempt >= (names.MAX_ATTEMPT if _untouched(outcome) else MAX_ATTEMPTS):
         reason = outcome.reason if outcome is not None and outcome.reason else "Interrupted"
-        return _fail(seen, reason, f"given up after {MAX_ATTEMPTS} attempts; last: {why}")
+        return _fail(seen, reason, f"given up after {record.attempt} attempts; last: {why}")
     if seen.refusal is not None:
         return _refuse_later(seen, seen.refusal, now)
     return _not_now(seen) or _prepare(seen, record.attempt + 1, installation)
+
+
+def _untouched(outcome: WindowOutcome | None) -> bool:
+    """Whether the attempt is known to have ended before the VM was asked to stand still."""
+    return outcome is not None and outcome.interrupted and outcome.evidence.frozen_time is None
 
 
 def _refuse_later(seen: Observation, refusal: Refusal, now: datetime) -> Decision:

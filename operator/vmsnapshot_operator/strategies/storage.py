@@ -169,6 +169,9 @@ class StorageStrategy:
                 reason=error.reason,
                 message=error.message,
             )
+            if error.retryable:
+                memory.failures = max(memory.failures, effect.attempt)  # each try waits longer than the one before
+                raise
 
     async def _reserve(self, effect: Prepare, record: Record, uid: str) -> Prepared:
         """Take a driver process for each group and let it do what is slow.

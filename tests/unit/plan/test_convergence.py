@@ -12,6 +12,7 @@ from tests.unit.plan import builders as b
 from tests.unit.plan.world import World
 from vmsnapshot_operator.core import effects as e
 from vmsnapshot_operator.core.driver import Fit
+from vmsnapshot_operator.core.evidence import Evidence, WindowOutcome
 from vmsnapshot_operator.core.journal import Journal
 from vmsnapshot_operator.core.machine import Machine
 from vmsnapshot_operator.core.planning import Patience, Policy, Refusal
@@ -325,3 +326,24 @@ def test_attempts_are_not_endless() -> None:
     assert done.record.failure is not None
     assert done.record.failure.reason == "Interrupted"
     assert done.record.attempt == next_effect.MAX_ATTEMPTS
+
+
+@pytest.mark.parametrize("touched", [False, True])
+def test_what_fails_before_the_vm_is_touched_is_tried_until_the_deadline(touched: bool) -> None:
+    done = World(finalizer=True)
+    done.turn()
+    assert done.record is not None
+    done.record = replace(done.record, attempt=next_effect.MAX_ATTEMPTS)
+    outcome = WindowOutcome(
+        attempt=next_effect.MAX_ATTEMPTS,
+        evidence=Evidence(method="GuestAgent", frozen_time=b.CREATED if touched else None),
+        interrupted=True,
+        free=True,
+        reason="StorageUnavailable",
+        message="it does not answer",
+    )
+    seen = replace(done.gather(), outcome=outcome, held={}, prepared=None)
+    effect = next_effect.decide(seen, b.CREATED, installation=b.INSTALLATION).effect
+    assert isinstance(effect, e.Fail if touched else e.Prepare)
+    late = next_effect.decide(seen, b.at(10_000), installation=b.INSTALLATION).effect
+    assert isinstance(late, e.Fail)
