@@ -142,7 +142,7 @@ class Hypervisors:
             await self.remove(name)
 
     def proven(self) -> Mapping[str, int]:
-        """By UID of a VMSnapshot: the latest attempt that a journal of ours named in a VM that was freed here."""
+        """By UID of a VMSnapshot: the latest attempt that a left journal of ours named in a VM."""
         return self._proven
 
     async def sweep(self, body: Mapping[str, Any], client: Hypervisor, world: World) -> Swept:
@@ -211,6 +211,8 @@ class Hypervisors:
         if key in self._freeing:
             return
         self._freed.discard(key)
+        # Whoever frees it first, with the journal goes the last proof of what its attempt may have cut.
+        self._prove(journal)
 
         async def let_go() -> None:
             try:
@@ -227,7 +229,6 @@ class Hypervisors:
             if world.guardian is not None:
                 await world.guardian.disarm(journal.nonce)
             self._freed.add(key)
-            self._prove(journal)
             world.metrics.swept(hypervisor=name)
             log.warning("hypervisor %s: domain %s was %s; freed", name, ref.name, why)
             await world.events.emit(body, "Warning", "VMFreed", f"domain {ref.name} was {why}; freed")
@@ -237,7 +238,7 @@ class Hypervisors:
         task.add_done_callback(lambda _: self._freeing.pop(key, None))
 
     def _prove(self, journal: Journal) -> None:
-        """Remember whose journal it was: with the journal goes the last proof of what that attempt may have cut."""
+        """Remember whose journal it was, and the attempt."""
         before = self._proven.pop(journal.owner_uid, 0)
         self._proven[journal.owner_uid] = max(before, journal.attempt)
         while len(self._proven) > MOST_PROVEN:

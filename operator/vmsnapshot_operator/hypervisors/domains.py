@@ -124,7 +124,7 @@ class Hypervisor:
         """
         found = cls(uri, {uri: uri})
         try:
-            await found._each("connection", found._prepare)
+            await found.reach()
         except BaseException:
             await found.close()
             raise

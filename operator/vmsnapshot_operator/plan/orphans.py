@@ -34,7 +34,7 @@ class Listing:
 
     `contents` and `snapshots` (UIDs) are those that existed right before or right after the storage was asked. `busy`: UIDs
     of VMSnapshots whose attempt is under way in this process. `journals`: by UID, the latest attempt that a journal of ours
-    named in a VM that was freed.
+    named that was left in a VM.
     """
 
     installation: str

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vmsnapshot_operator.core.effects import RecordedGroup
+from vmsnapshot_operator.core.journal import Journal
 from vmsnapshot_operator.errors import ConflictError, DriverError, KubeUnavailableError, SnapshotError
-from vmsnapshot_operator.hypervisors.domains import Sighting
+from vmsnapshot_operator.hypervisors.domains import Ref, Sighting
 from vmsnapshot_operator.strategies.world import World
 from vmsnapshot_operator.telemetry.metrics import Metrics
 
@@ -153,6 +154,12 @@ class FakeClient:
         if self.error is not None:
             raise self.error
         return list(self.sightings)
+
+    async def reach(self) -> None:
+        return
+
+    async def read_journal(self, ref: Ref) -> Journal | None:
+        return next((s.journal for s in self.sightings if s.ref == ref), None)
 
     async def about(self) -> dict[str, Any]:
         return {"domains": 1}
