@@ -220,8 +220,9 @@ paxos min wait = 0.01
 paxos propose interval = 0.01
 [osd]
 osd data = {folder}/osd
-# A dead owner of an image's lock delays the next one for this long; the default is 30.
-osd client watch timeout = 5
+# A dead owner of an image's lock delays the next one for this long; the default is 30. A live one that gets no processor for
+# so long has its lock broken, and is shut out.
+osd client watch timeout = 15
 osd objectstore = memstore
 # An OSD that is ended, and not killed, writes its memory down and has it again after a start.
 osd fast shutdown = false

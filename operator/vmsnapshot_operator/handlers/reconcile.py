@@ -32,7 +32,7 @@ from vmsnapshot_operator.kube import conditions
 from vmsnapshot_operator.plan import report
 from vmsnapshot_operator.strategies.gather import gather
 from vmsnapshot_operator.strategies.registry import choose
-from vmsnapshot_operator.strategies.world import World, clock, now
+from vmsnapshot_operator.strategies.world import World, clock
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ class Reconciler:
                 return None
             if not seen.leader:
                 return STANDBY_SECONDS
-            decision = choose(self._world.strategies, seen.request, seen.record).decide(seen, now())
+            decision = choose(self._world.strategies, seen.request, seen.record).decide(seen, self._world.now())
             if not isinstance(decision.effect, QUIET):
                 body = await self._tell(seen, decision, body)
             if isinstance(decision.effect, Wait):
@@ -138,7 +138,9 @@ class Reconciler:
         generation = seen.request.generation
         status = report.status(seen, decision.conditions)
         status["observedGeneration"] = generation
-        status["conditions"] = conditions.merge(old.get("conditions") or (), decision.conditions, generation, now())
+        status["conditions"] = conditions.merge(
+            old.get("conditions") or (), decision.conditions, generation, self._world.now()
+        )
         if not conditions.changed(old, status):
             return body
         return await self._world.cluster.write_snapshot_status(body, status)

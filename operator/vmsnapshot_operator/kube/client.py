@@ -24,6 +24,7 @@ from kubernetes.aio.client.configuration import Configuration
 from vmsnapshot_operator.api.meta import FIELD_MANAGER
 from vmsnapshot_operator.core.volumes import Seconds
 from vmsnapshot_operator.errors import ConflictError, KubeError, KubeUnavailableError
+from vmsnapshot_operator.kube.clock import ServerClock
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +87,7 @@ class Client:
         self._kubeconfig = kubeconfig
         self._api: Any = None
         self._last_answer: Seconds | None = None
+        self.clock = ServerClock()
 
     @property
     def last_answer(self) -> Seconds | None:
@@ -173,6 +175,7 @@ class Client:
         answer = await api.call_api(
             method, url, headers, body, _request_timeout=aiohttp.ClientTimeout(total=None, sock_connect=REQUEST_TIMEOUT)
         )
+        self.clock.note(answer.getheader("Date"))
         return int(answer.status), await answer.read()
 
     async def _renew(self) -> None:

@@ -254,7 +254,7 @@ class StorageStrategy:
     async def _settle(self, groups: Mapping[str, RecordedGroup], seen: Observation) -> None:
         assert seen.record is not None, "only what is on record settles"  # noqa: S101 - invariant of decide
         request = seen.request
-        left = (request.created - now()).total_seconds() + request.ready_deadline_seconds
+        left = (request.created - self._world.now()).total_seconds() + request.ready_deadline_seconds
 
         async def wait(group: RecordedGroup) -> None:
             if group.result is None:
@@ -264,7 +264,7 @@ class StorageStrategy:
                 await host.wait_ready(group.request, group.result, timeout=Seconds(min(SETTLE_TIMEOUT, max(1.0, left))))
 
         await asyncio.gather(*(wait(g) for g in groups.values()))
-        await self._write(replace(seen.record, ready=True, ready_time=now()), seen, create=False)
+        await self._write(replace(seen.record, ready=True, ready_time=self._world.now()), seen, create=False)
 
     async def _roll_back(self, held: Mapping[str, frozenset[str]], seen: Observation) -> None:
         """Delete every name, go on after errors, and report what is left.

@@ -100,7 +100,7 @@ def clock() -> Seconds:
 
 
 def now() -> datetime:
-    """Read the wall clock, in which deadlines are given."""
+    """Read this machine's wall clock, for people; nothing is decided by it."""
     return datetime.now(UTC)
 
 
@@ -119,6 +119,10 @@ class World:
     strategies: Mapping[str, SnapshotStrategy] = field(default_factory=dict)
     claims: dict[str, str] = field(default_factory=dict)
     memories: dict[str, Memory] = field(default_factory=dict)
+
+    def now(self) -> datetime:
+        """The time at the API server, in which deadlines are given."""
+        return self.cluster.client.clock.now()
 
     def memory(self, uid: str) -> Memory:
         """What is remembered of this object; made at first sight."""
