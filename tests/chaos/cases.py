@@ -28,6 +28,7 @@ class Way(StrEnum):
 
 WAYS: dict[Step, Way] = {
     Step.RECOVER: Way.RECOVER,
+    Step.RECOVER_SWEEP: Way.RECOVER,
     Step.ADOPT: Way.TAKE,
     Step.PREPARE: Way.TAKE,
     Step.PREPARE_INTENT: Way.TAKE,

@@ -16,6 +16,7 @@ class Step(StrEnum):
     """All steps. Those without a slash are the effects, by the names of their classes."""
 
     RECOVER = "Recover"
+    RECOVER_SWEEP = "Recover/Sweep"
     ADOPT = "Adopt"
     PREPARE = "Prepare"
     PREPARE_INTENT = "Prepare/Intent"

@@ -10,6 +10,7 @@ from typing import Any
 
 from vmsnapshot_operator.core.effects import Condition
 from vmsnapshot_operator.core.journal import Journal
+from vmsnapshot_operator.core.steps import Step, step
 from vmsnapshot_operator.core.volumes import Seconds
 from vmsnapshot_operator.errors import (
     HypervisorError,
@@ -221,7 +222,8 @@ class Hypervisors:
                 if there is None or there.nonce != journal.nonce:
                     self._freed.add(key)
                     return
-                await free(client, ref, journal)
+                async with step(Step.RECOVER_SWEEP, journal.owner_uid, ref.name):
+                    await free(client, ref, journal)
             except SnapshotError as error:
                 log.error("hypervisor %s: domain %s is still held: %s", name, ref.name, error.message)  # noqa: TRY400 - the message says it all
                 await world.events.emit(body, "Warning", "VMStillHeld", f"domain {ref.name}: {why}; {error.message}")
