@@ -187,11 +187,11 @@ def test_a_guest_that_is_frozen_by_its_agent(world: World) -> None:
 
 def test_a_guest_that_is_frozen_behind_its_agent(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hosts, "WRITES_SECONDS", 1.0)
-    world.guest.control(["fsfreeze", "-f", "/mnt/vdb"])
+    world.guest.control(["fsfreeze", "--freeze", "/mnt/vdb"])
     try:
         world.one("frozen", "guest demo", "its agent says thawed", "no write to vda, vdb, vdc")
     finally:
-        world.guest.control(["fsfreeze", "-u", "/mnt/vdb"])
+        world.guest.control(["fsfreeze", "--unfreeze", "/mnt/vdb"])
 
 
 def test_a_guest_whose_agent_does_not_say(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
