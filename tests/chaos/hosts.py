@@ -176,9 +176,9 @@ def _guest(guest: Guest, allowed: Allowed) -> GuestSeen:
     sources = {t: d.path if d.kind == "file" else f"{d.pool}/{d.image}" for t, d in guest.disks.items()}
     if guest.spec.image is None:
         return GuestSeen(name=guest.name, sources=sources, stub=True)
-    if guest.name in allowed.paused | allowed.off:
-        return GuestSeen(name=guest.name, sources=sources)
     try:
+        if guest.name in allowed.paused | allowed.off and guest.domain().state()[0] != libvirt.VIR_DOMAIN_RUNNING:
+            return GuestSeen(name=guest.name, sources=sources)
         agent = str(guest.agent("guest-fsfreeze-status", timeout=AGENT_SECONDS))
     except (LabError, libvirt.libvirtError) as error:
         return GuestSeen(name=guest.name, sources=sources, trouble=str(error))

@@ -57,9 +57,6 @@ def is_true(body: Mapping[str, Any], kind: str) -> bool:
 
 def not_ended(body: Mapping[str, Any]) -> str:
     """Why a VMSnapshot has not come to its end; empty if it has: Ready, Stalled, or planned if it is a dry run."""
-    status = body.get("status") or {}
-    if status.get("observedGeneration", -1) != body["metadata"].get("generation"):
-        return f"its status is of generation {status.get('observedGeneration', -1)}, the object of {body['metadata'].get('generation')}"
     if is_true(body, "Ready") and is_true(body, "Stalled"):
         return "it is Ready and Stalled at once"
     if is_true(body, "Reconciling"):
@@ -71,13 +68,19 @@ def not_ended(body: Mapping[str, Any]) -> str:
     return f"neither Ready nor Stalled: {said or 'it has no conditions'}"
 
 
+def _behind(body: Mapping[str, Any]) -> str:
+    """Why a status is not of this object as it is; it may become so at any time, and is followed a moment later."""
+    seen, wanted = (body.get("status") or {}).get("observedGeneration", -1), body["metadata"].get("generation")
+    return "" if seen == wanted else f"its status is of generation {seen}, the object of {wanted}"
+
+
 def _snapshots(world: World, allowed: Allowed) -> Iterator[Finding]:
     held = {c["spec"]["vmSnapshotRef"]["uid"] for c in world.of_kind("VMSnapshotContent")}
     for body in world.of_kind("VMSnapshot"):
         name = name_of(body)
         if name in allowed.under_way or body["metadata"].get("deletionTimestamp"):
             continue
-        if why := not_ended(body):
+        if why := not_ended(body) or _behind(body):
             yield Finding("stuck", f"VMSnapshot {name}", why)
         if is_true(body, "Ready") and body["metadata"]["uid"] not in held:
             yield Finding("lied", f"VMSnapshot {name}", "it is Ready, and no VMSnapshotContent holds anything of it")
