@@ -347,22 +347,24 @@ def _unplug(scene: Scene) -> None:
 # --- the storage and its drivers ----------------------------------------------------------------------------------------------------
 
 
-def workers(class_name: str = "") -> list[int]:
-    """Numbers of the driver processes (of one class)."""
+def workers(scene: Scene, class_name: str = "") -> list[int]:
+    """Numbers of the driver processes (of one class) of this suite's operators: a process names the operator that started it."""
+    operators = {str(p.pid).encode() for p in scene.stack.programs.values()}
     found = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
         with contextlib.suppress(OSError):
             words = (entry / "cmdline").read_bytes().split(b"\0")
-            if b"vmsnapshot_operator.drivers.worker" in words and (not class_name or class_name.encode() in words):
+            ours = b"vmsnapshot_operator.drivers.worker" in words and operators & set(words)
+            if ours and (not class_name or class_name.encode() in words):
                 found.append(int(entry.name))
     return found
 
 
 def _signal_workers(number: int, class_name: str = "") -> Callable[[Scene], None]:
-    def act(_: Scene) -> None:
-        for pid in workers(class_name):
+    def act(scene: Scene) -> None:
+        for pid in workers(scene, class_name):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
