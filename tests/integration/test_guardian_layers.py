@@ -185,9 +185,7 @@ async def ref(hypervisor: Hypervisor, guest: Guest) -> AsyncIterator[Ref]:
 def set_metadata(guest: Guest, text: str | None) -> None:
     """Have the domain bear this journal, whatever it says."""
     key = journals.PREFIX if text is not None else None
-    guest.domain().setMetadata(
-        libvirt.VIR_DOMAIN_METADATA_ELEMENT, text, key, journals.NAMESPACE, LIVE_AND_CONFIG
-    )
+    guest.domain().setMetadata(libvirt.VIR_DOMAIN_METADATA_ELEMENT, text, key, journals.NAMESPACE, LIVE_AND_CONFIG)
 
 
 @pytest.fixture
@@ -441,7 +439,9 @@ class Watched:
 
     def __init__(self, guest: Guest) -> None:
         self.guest = guest
-        self.sh("mkdir -p /etc/qemu/fsfreeze-hook.d; grep -q ' /sys/fs/cgroup ' /proc/mounts || mount -t cgroup2 none /sys/fs/cgroup")
+        self.sh(
+            "mkdir -p /etc/qemu/fsfreeze-hook.d; grep -q ' /sys/fs/cgroup ' /proc/mounts || mount -t cgroup2 none /sys/fs/cgroup"
+        )
         self.put("/etc/qemu/fsfreeze-hook", DISPATCHER.encode())
         self.put("/etc/qemu/fsfreeze-hook.d/vmsnapshot-watchdog", HOOK.read_bytes())
         self.configure(f"seconds={SECONDS}\n")
