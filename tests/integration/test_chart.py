@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ import yaml
 from tests.lab import Lab, LabError
 from tests.stack import CHART, EXAMPLES, NAMESPACE, ROOT, Stack, until
 from vmsnapshot_operator import cli
+from vmsnapshot_operator.guardian import __main__ as guardian_program
 from vmsnapshot_operator.handlers import permissions
 from vmsnapshot_operator.handlers.permissions import Permission
 
@@ -40,6 +42,17 @@ affinity:
 extraVolumes: [{name: libvirt, hostPath: {path: /run/libvirt, type: Directory}}]
 extraVolumeMounts: [{name: libvirt, mountPath: /run/libvirt}]
 metrics: {service: {enabled: true, annotations: {example.com/scrape: "true"}}}
+guardian:
+  remote:
+    enabled: true
+    uris: ["qemu+tls://kvm1.example.org/system?pkipath=/etc/vmsnapshot/libvirt", "qemu+tls://kvm2.example.org/system"]
+    credentials: {secretName: libvirt-client, items: [{key: ca.crt, path: cacert.pem}]}
+    replicas: 2
+    nodeSelector: {kubernetes.io/os: linux}
+    tolerations: [{key: a, operator: Exists}]
+    extraVolumes: [{name: more, emptyDir: {}}]
+    extraVolumeMounts: [{name: more, mountPath: /more}]
+    egress: [{ports: [{port: 16514}]}]
 networkPolicy:
   enabled: true
   metricsFrom: [{namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: monitoring}}}]
@@ -98,9 +111,9 @@ def only(documents: list[Json], kind: str, name: str = "vmsnapshot-operator") ->
     return found
 
 
-def pod(documents: list[Json], namespace: str = NAMESPACE) -> Json:
+def pod(documents: list[Json], namespace: str = NAMESPACE, name: str = "vmsnapshot-operator") -> Json:
     """The pod that the Deployment would make."""
-    template = only(documents, "Deployment")["spec"]["template"]
+    template = only(documents, "Deployment", name)["spec"]["template"]
     metadata = {**template["metadata"], "name": "operator", "namespace": namespace}
     return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": template["spec"]}
 
@@ -261,6 +274,101 @@ def test_the_guardian_runs_and_is_probed_as_the_chart_says(render: Render, tmp_p
     finally:
         process.kill()
         process.wait()
+
+
+REMOTE = "vmsnapshot-operator-guardian"
+
+
+def test_there_is_no_remote_guardian_unless_it_is_asked_for(render: Render) -> None:
+    assert [d["metadata"]["name"] for d in render() if d["kind"] == "Deployment"] == ["vmsnapshot-operator"]
+
+
+def test_the_remote_guardian_may_do_nothing_but_reach_libvirt(lab: Lab, namespace: str, render: Render) -> None:
+    documents = render(values=EVERYTHING)
+    made = pod(documents, namespace, REMOTE)
+    lab.kubectl("create", "--dry-run=server", "-f", "-", stdin=json.dumps(made))
+    spec = made["spec"]
+    assert spec["automountServiceAccountToken"] is False
+    assert "serviceAccountName" not in spec
+    assert {v["name"] for v in spec["volumes"]} == {"run", "credentials", "more"}
+    (container,) = spec["containers"]
+    assert container["securityContext"] == pod(documents)["spec"]["containers"][0]["securityContext"]
+    assert only(documents, "NetworkPolicy", REMOTE)["spec"]["ingress"] == []
+
+
+def test_the_remote_guardian_is_elsewhere_than_the_operator_and_not_taken_for_it(render: Render) -> None:
+    documents = render(values=EVERYTHING)
+    remote = pod(documents, name=REMOTE)
+    (term,) = remote["spec"]["affinity"]["podAntiAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+    wanted = term["labelSelector"]["matchLabels"]
+    operator = pod(documents)["metadata"]["labels"]
+    assert wanted.items() <= operator.items()
+    selectors = [
+        only(documents, "Deployment")["spec"]["selector"]["matchLabels"],
+        only(documents, "Service", "vmsnapshot-operator-metrics")["spec"]["selector"],
+        only(documents, "NetworkPolicy")["spec"]["podSelector"]["matchLabels"],
+    ]
+    for selector in (wanted, *selectors):
+        assert not selector.items() <= remote["metadata"]["labels"].items()
+    assert only(documents, "Deployment", REMOTE)["spec"]["selector"]["matchLabels"].items() <= (
+        remote["metadata"]["labels"].items()
+    )
+    preferred = pod(render("--set", "guardian.remote.antiAffinityRequired=false", values=EVERYTHING), name=REMOTE)
+    assert set(preferred["spec"]["affinity"]["podAntiAffinity"]) == {"preferredDuringSchedulingIgnoredDuringExecution"}
+
+
+def test_the_remote_guardian_takes_the_arguments_of_the_chart(render: Render) -> None:
+    (container,) = pod(render(values=EVERYTHING), name=REMOTE)["spec"]["containers"]
+    command, *words = container["args"]
+    assert command == "guardian"
+    options = guardian_program.arguments(words)
+    assert options.watch_only
+    assert options.uri == [
+        "qemu+tls://kvm1.example.org/system?pkipath=/etc/vmsnapshot/libvirt",
+        "qemu+tls://kvm2.example.org/system",
+    ]
+    (mount,) = [m["mountPath"] for m in container["volumeMounts"] if m["name"] == "credentials"]
+    assert options.uri[0].endswith(f"pkipath={mount}")
+    for probe, reach in (("startupProbe", False), ("livenessProbe", False), ("readinessProbe", True)):
+        _, _, module, *words = container[probe]["exec"]["command"]
+        assert module == "vmsnapshot_operator.guardian"
+        asked = guardian_program.arguments(words)
+        assert (asked.probe, asked.reach, asked.socket) == (True, reach, options.socket)
+
+
+def test_a_remote_guardian_that_knows_no_libvirt_is_refused(render: Render) -> None:
+    with pytest.raises(AssertionError, match=r"guardian\.remote\.uris is empty"):
+        render("--set", "guardian.remote.enabled=true")
+
+
+def test_alerts_are_told_with_what_they_are_about(render: Render) -> None:
+    assert not [d for d in render(values=EVERYTHING) if d["kind"] == "PrometheusRule"]
+    arguments = ("--set", "metrics.alerts.enabled=true", "--set", "metrics.alerts.labels.release=p")
+    (rule,) = [d for d in render(*arguments, values=EVERYTHING) if d["kind"] == "PrometheusRule"]
+    assert rule["metadata"]["labels"]["release"] == "p"
+    alerts = [a for group in rule["spec"]["groups"] for a in group["rules"]]
+    for alert in alerts:
+        assert alert["labels"]["severity"] in {"critical", "warning"}
+        assert alert["annotations"]["summary"].strip()
+        assert "runbook_url" not in alert["annotations"]
+        assert len(re.findall(r"\{namespace=", alert["expr"])) == len(
+            re.findall(r"\b(?:vmsnapshot|kube)_\w+\{", alert["expr"])
+        )
+        for label in re.findall(r"\$labels\.(\w+)", alert["annotations"]["summary"]):
+            assert f"by ({label})" in alert["expr"], "else the alert has no such label"
+    assert {"VMSnapshotGuardianDown", "VMSnapshotRemoteGuardianDown"} <= {a["alert"] for a in alerts}
+    more = (
+        "--set",
+        "metrics.alerts.kubeStateMetrics=false",
+        "--set",
+        "metrics.alerts.runbookUrl=https://example.org/o",
+    )
+    (rule,) = [d for d in render(*arguments, *more) if d["kind"] == "PrometheusRule"]
+    alerts = [a for group in rule["spec"]["groups"] for a in group["rules"]]
+    assert not [a for a in alerts if "kube_" in a["expr"]]
+    assert {a["annotations"]["runbook_url"] for a in alerts} == {
+        f"https://example.org/o#{a['alert'].lower()}" for a in alerts
+    }
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda p: p.name)

@@ -439,7 +439,9 @@ class Watched:
 
     def __init__(self, guest: Guest) -> None:
         self.guest = guest
-        self.sh("mkdir -p /etc/qemu/fsfreeze-hook.d; mount -t cgroup2 none /sys/fs/cgroup || true")
+        self.sh(
+            "mkdir -p /etc/qemu/fsfreeze-hook.d; grep -q ' /sys/fs/cgroup ' /proc/mounts || mount -t cgroup2 none /sys/fs/cgroup"
+        )
         self.put("/etc/qemu/fsfreeze-hook", DISPATCHER.encode())
         self.put("/etc/qemu/fsfreeze-hook.d/vmsnapshot-watchdog", HOOK.read_bytes())
         self.configure(f"seconds={SECONDS}\n")
@@ -481,11 +483,23 @@ class Watched:
         return [line for line in self.sh("dmesg").splitlines() if "vmsnapshot-watchdog" in line]
 
 
-@pytest.fixture
-def watched(lab: Lab) -> Iterator[Watched]:
+@pytest.fixture(scope="module")
+def with_watchdog(lab: Lab) -> Iterator[Guest]:
     made = small_guest(lab, "watched", TWO_DISKS)
-    yield Watched(made)
+    yield made
     made.remove()
+
+
+@pytest.fixture
+def watched(with_watchdog: Guest) -> Iterator[Watched]:
+    made = Watched(with_watchdog)
+    yield made
+    with_watchdog.domain().setBlockIoTune("vda", {"read_bytes_sec": 0}, libvirt.VIR_DOMAIN_AFFECT_LIVE)
+    made.sh("killall -CONT qemu-ga-main; rm -f /run/agent-off /run/read; dmesg -c > /dev/null")
+    with_watchdog.wait()
+    with_watchdog.agent("guest-fsfreeze-thaw")
+    until("nobody waits for a disk", lambda: "D" not in made.sh("cat /proc/[0-9]*/stat | sed 's/.*) //; s/ .*//'"))
+    made.sh("umount -l /run/vmsnapshot-watchdog || true; [ ! -d /sys/fs/cgroup/agent ] || rmdir /sys/fs/cgroup/agent")
 
 
 def test_in_guest_survives_the_death_of_the_agent_and_of_all_that_it_started(watched: Watched) -> None:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vmsnapshot_operator.api.hypervisor import GuardianLayer
 from vmsnapshot_operator.core.volumes import Seconds
 from vmsnapshot_operator.errors import GuardianError
 
@@ -55,13 +56,15 @@ class GuardianLink:
         self._path = path
         self._armed: dict[str, _Armed] = {}
 
-    async def ping(self) -> None:
-        """Return if the guardian answers."""
+    async def ping(self) -> Mapping[str, bool]:
+        """Return, if the guardian answers, which libvirts it follows, and whether each answers it."""
         talk = await self._connect()
         try:
-            await self._ask(talk, {"op": "status"})
+            answer = await self._ask(talk, {"op": "status"})
         finally:
             talk.writer.close()
+        followed = answer.get("followed")
+        return {str(k): bool(v) for k, v in followed.items()} if isinstance(followed, dict) else {}
 
     @property
     def folder(self) -> Path:
@@ -154,3 +157,15 @@ async def _end(armed: _Armed) -> None:
     if armed.keeper is not None:
         armed.keeper.cancel()
         await asyncio.gather(armed.keeper, return_exceptions=True)
+
+
+def layers(followed: Mapping[str, bool] | None, uris: Iterable[str]) -> tuple[GuardianLayer, ...]:
+    """Which guardians of a hypervisor with these URIs have answered: the one beside us, or none.
+
+    `followed`: what `GuardianLink.ping` returned, None if it raised. A libvirt that the guardian does not follow yet is taken for
+    one that it will reach: it is told of it with the first VM there. Guardians elsewhere speak to nobody but libvirt, so that they
+    are there when nobody else is: whether they run is not known here, and nothing is said of them.
+    """
+    if followed is None or not all(followed.get(uri, True) for uri in uris):
+        return ()
+    return (GuardianLayer.SIDECAR,)

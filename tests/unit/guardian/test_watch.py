@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from types import SimpleNamespace
 
 import pytest
 
@@ -46,19 +47,10 @@ def shown(monkeypatch: pytest.MonkeyPatch, found: Journal | Exception | None) ->
             raise found
         return found
 
-    class Domain:
-        def isActive(self) -> bool:  # noqa: N802 - libvirt's name
-            return True
-
-    class Connection:
-        def lookupByUUIDString(self, _uuid: str) -> Domain:  # noqa: N802 - libvirt's name
-            return Domain()
-
-        def close(self) -> None:
-            pass
-
+    domain = SimpleNamespace(isActive=lambda: True)
+    connection = SimpleNamespace(lookupByUUIDString=lambda _uuid: domain, close=lambda: None)
     monkeypatch.setattr(release, "reach", lambda _uri: None)
-    monkeypatch.setattr(release, "connect", lambda _uri: Connection())
+    monkeypatch.setattr(release, "connect", lambda _uri: connection)
     monkeypatch.setattr(release, "read", read)
 
 
