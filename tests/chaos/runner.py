@@ -76,6 +76,7 @@ class Suite:
         )
         self.guest.control(["sh", "-c", ": > /run/fsfreeze-hook.log"])
         reached, recovery, findings = False, 0.0, []
+        written = self.guest.records()
         try:
             reached = self._strike(case, scene)
             mended = time.monotonic()
@@ -84,7 +85,7 @@ class Suite:
         except LabError as error:
             findings.append(Finding("stuck", scene.name, str(error)))
         outcome = self.outcome(scene)
-        findings += self._look(scene)
+        findings += self._look(scene, written)
         result = Result(
             case=case.name,
             number=number,
@@ -154,14 +155,18 @@ class Suite:
             return str((body.get("status") or {}).get("consistency", ""))
         return str(found.get("Stalled", {}).get("reason", "unknown"))
 
-    def _look(self, scene: Scene) -> list[Finding]:
+    def _look(self, scene: Scene, written: int) -> list[Finding]:
         """The judge's view before the deletion of what is there, and after it."""
         findings: list[Finding] = []
         try:
             self.guest.up()
             names = [n for n in (scene.name, *scene.others) if self.stack.get(n, TENANT) is not None]
             for name in names:
-                findings += judge.judge_snapshot(self.lab, self.stack, name, TENANT)
+                now = self.guest.records()
+                counted = (
+                    (written, now) if 0 < written <= now else None
+                )  # one that was booted anew counts from the start
+                findings += judge.judge_snapshot(self.lab, self.stack, name, TENANT, records=counted)
             findings += self.settled([self.guest])
             for name in names:
                 self.stack.delete(name, namespace=TENANT, wait=False)
