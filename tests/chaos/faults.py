@@ -39,6 +39,7 @@ class Scene:
     name: str = ""
     uid: str = ""
     deleted: bool = False
+    forged: bool = False
     others: list[str] = field(default_factory=list)
     go: Callable[[], None] | None = None
 
@@ -239,6 +240,7 @@ def _another_snapshot(scene: Scene) -> None:
 
 
 def _forge_status(scene: Scene) -> None:
+    scene.forged = True
     forged = '{"status":{"consistency":"Filesystem","phase":"Ready"}}'
     with contextlib.suppress(LabError):  # it may be gone
         scene.lab.kubectl(
@@ -285,7 +287,7 @@ def _mend_hook(scene: Scene) -> None:
 def _thaw_inside(scene: Scene) -> None:
     """Somebody in the guest thaws one file system by hand."""
     with contextlib.suppress(LabError):  # one that is not frozen refuses
-        scene.guest.control(["fsfreeze", "-u", "/mnt/vda"])
+        scene.guest.control(["fsfreeze", "--unfreeze", "/mnt/vda"])
 
 
 def _reset(scene: Scene) -> None:

@@ -13,6 +13,7 @@ from vmsnapshot_operator.core.journal import Journal
 from vmsnapshot_operator.core.steps import Step, step
 from vmsnapshot_operator.core.volumes import Seconds
 from vmsnapshot_operator.errors import (
+    GuardianError,
     HypervisorError,
     KubeError,
     KubeUnavailableError,
@@ -20,6 +21,7 @@ from vmsnapshot_operator.errors import (
     SnapshotError,
 )
 from vmsnapshot_operator.hypervisors.domains import Hypervisor, Ref, Sighting
+from vmsnapshot_operator.hypervisors.guardian_link import layers
 from vmsnapshot_operator.kube import conditions, distill
 from vmsnapshot_operator.plan.report import clip
 from vmsnapshot_operator.plan.sweep import Action, Found, Ruling, judge
@@ -90,16 +92,16 @@ class Hypervisors:
                 await self.remove(name)
                 self._live[name] = LiveHypervisor(name=name, access=spec.access, problem=CONNECTING)
                 folder = world.guardian.folder / "credentials" if world.guardian is not None else None
-                client = Hypervisor.to(name, spec.endpoints, credentials, folder)
-                live = LiveHypervisor(name=name, access=spec.access, client=client, problem=CONNECTING)
+                made = Hypervisor.to(name, spec.endpoints, credentials, folder)
+                live = LiveHypervisor(name=name, access=spec.access, client=made, problem=CONNECTING)
                 self._live[name] = live
                 self._spec[name], self._secret[name] = key, credentials
-            assert live.client is not None, "made above"  # noqa: S101 - for the type checker
-            await live.client.reach()
-            self._live[name] = live = replace(live, access=spec.access, problem="")
-            assert live.client is not None, "it was before"  # noqa: S101 - for the type checker
-            swept = await self.sweep(body, live.client, world)
-            about = await live.client.about()
+            client = live.client
+            assert client is not None, "made above"  # noqa: S101 - for the type checker
+            await client.reach()
+            self._live[name] = replace(live, access=spec.access, problem="")
+            swept = await self.sweep(body, client, world)
+            about = {**await client.about(), "guardianLayers": await _layers(client, world)}
             await _report(body, world, about, swept, None)
         except (HypervisorError, RefusedError) as error:
             before = self._live.get(name)
@@ -251,6 +253,17 @@ async def free(client: Hypervisor, ref: Ref, journal: Journal) -> None:
     """Free the VM as its journal says, then remove the journal. Raises SnapshotError when that is not confirmed."""
     await find(journal.method)(Context(hypervisor=client, ref=ref)).let_go(journal)
     await client.clear_journal(ref, journal.nonce)
+
+
+async def _layers(client: Hypervisor, world: World) -> list[str] | None:
+    """The guardians that answer, by their layers; None for none."""
+    if world.guardian is None:
+        return None
+    try:
+        followed = await world.guardian.ping()
+    except GuardianError:
+        return None
+    return [layer.value for layer in layers(followed, client.uris)] or None
 
 
 def _seen(old: Mapping[str, Any], about: Mapping[str, Any] | None, swept: Swept) -> Mapping[str, Any]:
