@@ -155,15 +155,16 @@ class Classes:
         return LOOK_EVERY
 
     async def _probe(self, live: _Live, cls: StorageClass) -> None:
-        """Find out whether the driver works, unless that was done lately for the same class."""
+        """Find out whether the driver works, unless that was done lately for the same class with the same Secret."""
         clock = asyncio.get_running_loop().time
-        if live.error is None and live.given == cls and live.host is not None and clock() < live.probe_at:
-            return
-        live.given = cls
         try:
-            live.cls = replace(cls, ready=live.cls.ready, problem=live.cls.problem, capabilities=live.cls.capabilities)
             credentials = await self._credentials(cls.secret_name)
             key = _key(cls.driver, cls.parameters, credentials) + f"/{cls.max_concurrent_cuts}"
+            same = live.given == cls and live.key == key and live.host is not None
+            if same and live.error is None and clock() < live.probe_at:
+                return
+            live.given = cls
+            live.cls = replace(cls, ready=live.cls.ready, problem=live.cls.problem, capabilities=live.cls.capabilities)
             if live.host is None or live.key != key:
                 await _close(live.host)
                 live.host = None
