@@ -62,7 +62,12 @@ def _median(values: Sequence[float]) -> float | None:
 def _spread(values: Sequence[float]) -> str:
     if not values:
         return "—"
-    return f"{statistics.median(values):.0f}  ({min(values):.0f}-{max(values):.0f}, n={len(values)})"
+    middle, least, most = (_short(x) for x in (statistics.median(values), min(values), max(values)))
+    return f"{middle}  ({least}-{most}, n={len(values)})"
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if abs(value) >= 10 else f"{value:.2g}"
 
 
 def table(results: Sequence[Result]) -> Table:
