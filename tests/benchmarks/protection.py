@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from tests.benchmarks.result import Result
 from tests.integration.hypervisor_support import Guardian, Holder, connect, is_state, journal
-from tests.lab import Lab
+from tests.lab import Lab, LabError
 from tests.lab.definition import GuestDisk
 from tests.lab.guests import Guest
 from tests.stack import NAMESPACE, Stack, conditions, until
@@ -168,7 +168,7 @@ def costs(stack: Stack, pairs: int) -> Result:
 
 @contextmanager
 def _fleet(lab: Lab) -> Iterator[list[Guest]]:
-    made = [lab.guest(f"bench-{n}", _DISKS, writer=False, memory_mib=96) for n in range(FLEET)]
+    made = [lab.guest(f"demo-bench-{n}", _DISKS, writer=False, memory_mib=96) for n in range(FLEET)]
     try:
         yield made
     finally:
@@ -223,8 +223,10 @@ def _round(stack: Stack, guests: list[Guest], number: int, *, hang: bool) -> tup
         while wanted - set(took):
             assert time.monotonic() - start < GUARD_SECONDS, wanted - set(took)
             for body in stack.all("vmsnapshots.vmsnapshot.io"):
-                name = body["metadata"]["name"]
-                if name in wanted and name not in took and conditions(body).get("Ready", {}).get("status") == "True":
+                name, found = body["metadata"]["name"], conditions(body)
+                if name in wanted and found.get("Stalled", {}).get("status") == "True":
+                    raise LabError(f"{name}: {found['Stalled'].get('message')}")
+                if name in wanted and name not in took and found.get("Ready", {}).get("status") == "True":
                     took[name] = time.monotonic() - start
                     held[name] = float(body["status"]["quiesce"]["frozenMilliseconds"])
     finally:

@@ -66,7 +66,7 @@ def run(suite: Suite, number: int, tell: Callable[[Result], None]) -> None:
 
 @contextlib.contextmanager
 def _guests(lab: Lab) -> Iterator[list[Guest]]:
-    made = [lab.guest(f"fleet-{n}", DISKS, writer_us=WRITER_MICROSECONDS, memory_mib=96) for n in range(GUESTS)]
+    made = [lab.guest(f"demo-fleet-{n}", DISKS, writer_us=WRITER_MICROSECONDS, memory_mib=96) for n in range(GUESTS)]
     try:
         yield made
     finally:
