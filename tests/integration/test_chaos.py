@@ -22,6 +22,7 @@ def test_every_fault_is_in_the_walk_and_every_step_has_a_way() -> None:
     assert cases.walk(60, 7) == cases.walk(60, 7), "a seed repeats a run"
     assert cases.walk(60, 7) != cases.walk(60, 8)
     assert all(cases.parse(c.name) == c for c in walk)
+    assert {cases.instead(c) for c in cases.every()} <= set(cases.every()), "every fault can be met there"
 
 
 def test_summary(tmp_path: Path) -> None:
@@ -59,5 +60,6 @@ def test_the_fixed_part(stack: Stack) -> None:
         assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
         found = json.loads((ROOT / "build" / "chaos.json").read_text())
         assert found["injections"] >= 40
+        assert set(found["byFault"]) == {f.name for f in FAULTS}
     finally:
         stack.start()
