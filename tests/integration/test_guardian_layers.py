@@ -42,6 +42,7 @@ from tests.lab import Lab
 from tests.lab.errors import LabError
 from tests.lab.guests import Guest
 from tests.lab.wait import until
+from tests.stack import Stack
 from vmsnapshot_operator.core import journal as journals
 from vmsnapshot_operator.core.journal import Journal
 from vmsnapshot_operator.core.machine import AgentState, PowerState
@@ -154,6 +155,14 @@ class Network:
                 target.sendall(data)
         with contextlib.suppress(OSError):
             target.shutdown(socket.SHUT_WR)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def alone(stack: Stack) -> Iterator[None]:
+    """No guardian but those of the tests: the operator's own follows the same libvirt and would free at the budget's end."""
+    stack.stop()
+    yield
+    stack.start()
 
 
 @pytest.fixture(scope="module")
