@@ -134,9 +134,9 @@ class ApiProxy:
                 _cut_off(request)
             passed = {k: v for k, v in answer.headers.items() if k.lower() not in _HOP}
             response = web.StreamResponse(status=answer.status, headers=passed)
-            await response.prepare(request)
             watch = request.query.get("watch") in ("true", "1")
             try:
+                await response.prepare(request)
                 async for chunk in answer.content.iter_any():
                     if watch and self.trouble.silent:
                         await self._calm.wait()
