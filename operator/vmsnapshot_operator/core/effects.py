@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Protocol
 
-from vmsnapshot_operator.core.driver import CutResult, Fit, SnapshotRequest
+from vmsnapshot_operator.core.chains import Ruling
+from vmsnapshot_operator.core.driver import CutResult, Fit, Hold, SnapshotRequest
 from vmsnapshot_operator.core.evidence import WindowOutcome
 from vmsnapshot_operator.core.journal import Journal
-from vmsnapshot_operator.core.planning import Plan, Refusal, Request
+from vmsnapshot_operator.core.planning import Method, Plan, Refusal, Request
 from vmsnapshot_operator.core.volumes import Consistency, Seconds, VolumeId
 
 _NO_TIME = Seconds(0.0)
@@ -52,7 +53,8 @@ class Record:
     It is written before the first cut of an attempt (`groups` without results), completed after the window, marked
     `ready` when it can be restored, or given a `failure`. `retain`: what it says is done with the data when the VMSnapshot is
     deleted, of which the request may say otherwise since. `problem` says why its handles must not be used; `foreign` that
-    it belongs to somebody else altogether. `version` is what was read: who writes over a newer one is told so.
+    it belongs to somebody else altogether. `collapsed`: nothing is left to do about overlays. `version` is what was read: who
+    writes over a newer one is told so.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Record:
     ready: bool = False
     ready_time: datetime | None = None
     retain: bool = False
+    collapsed: bool = False
     problem: str = ""
     foreign: bool = False
     version: str = ""
@@ -74,6 +77,16 @@ class Record:
         """Whether the point in time exists and was recorded."""
         return self.outcome is not None and self.failure is None
 
+    @property
+    def overlaid(self) -> bool:
+        """Whether the VM may still be on overlays of this snapshot, as far as the record says."""
+        return self.plan.quiesce.method == Method.HYPERVISOR_SNAPSHOT and not self.collapsed
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether what was cut is whole only if the bases have stood still until it is ready."""
+        return any(g.result is not None and g.result.hold is Hold.BASE for g in self.groups.values())
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Observation:
@@ -82,7 +95,7 @@ class Observation:
     `plan` and `refusal`: what planning says now (None, None when it was not needed). `held`: names of ours that drivers
     listed, by class, or None when nobody was asked; `unlisted`: classes that could not be asked, with the reason.
     `prepared`: the attempt that this very process has prepared and not yet tried. `outcome`: a window that this process
-    ran and has not recorded. `broken`: what this process found that no retry can mend. `lost`: what status says of a content
+    ran and has not recorded. `overlays`: what is to be done about each overlay of the journal. `broken`: what this process found that no retry can mend. `lost`: what status says of a content
     that was on record and is no more. `trouble`, `retry_in`: the last effect failed, and in how many seconds to try again.
     `known_for`: how long this process has known the object, in seconds. `in_use_by`: who else works on this VM.
     """
@@ -97,6 +110,7 @@ class Observation:
     record: Record | None = None
     journal: Journal | None = None
     journal_problem: str = ""
+    overlays: tuple[Ruling, ...] = ()
     held: Mapping[str, frozenset[str]] | None = None
     unlisted: Mapping[str, str] = field(default_factory=dict)
     prepared: int | None = None
@@ -123,6 +137,13 @@ class Condition:
 @dataclass(frozen=True, slots=True)
 class Recover:
     """Free the VM first, judge later: wins over every other effect."""
+
+    journal: Journal
+
+
+@dataclass(frozen=True, slots=True)
+class Collapse:
+    """Commit the overlays into their bases, let the VM go on there, remove them: resumable after any of its steps."""
 
     journal: Journal
 
@@ -160,7 +181,12 @@ class Keep:
 
 @dataclass(frozen=True, slots=True)
 class Amend:
-    """Write a changed deletion policy into the VMSnapshotContent, which must say it when the VMSnapshot is gone."""
+    """Write what changed since into the VMSnapshotContent.
+
+    That is the deletion policy, which it must say when the VMSnapshot is gone, or that the VM is on its own disks again.
+    """
+
+    collapsed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +234,7 @@ class Wait:
 
 Effect = (
     Recover
+    | Collapse
     | Adopt
     | Prepare
     | TakeWindow

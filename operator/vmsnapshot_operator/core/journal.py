@@ -11,6 +11,7 @@ import re
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 NAMESPACE = "https://vmsnapshot.io/journal/1"
 """XML namespace (and key) of the metadata element."""
@@ -21,13 +22,26 @@ _MAX_BUDGET = 600
 _NONCE = re.compile(r"^[0-9a-f]{32}$")
 
 
+class Phase(StrEnum):
+    """How far an operation has come that goes on after the VM was freed."""
+
+    HOLDING = "Holding"  # the VM may be held still: a guardian frees it
+    OVERLAID = "Overlaid"  # it goes on, and writes to overlays; the bases stand still
+    COLLAPSING = "Collapsing"  # the overlays are being committed: the bases change
+
+
 class UnreadableJournalError(ValueError):
     """A journal is there and cannot be understood: whoever wrote it may hold the VM, so nothing may start."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Journal:
-    """Who holds a VM still, how, and for how long at most (`budget`, seconds from the moment a guardian first sees it)."""
+    """Who holds a VM still, how, and for how long at most (`budget`, seconds from the moment a guardian first sees it).
+
+    `overlays`: the path of the overlay of each volume (by its id) that has one or is about to get one; `bases`: what betrays a
+    change of the base since the switch; `pivoted`: volumes whose overlay was seen to be committed and left; `run_id`: libvirt's
+    id of the run of the VM that was switched.
+    """
 
     installation: str
     owner_uid: str
@@ -37,7 +51,16 @@ class Journal:
     budget: float
     members: tuple[str, ...] = ()
     overlays: Mapping[str, str] = field(default_factory=dict)
+    bases: Mapping[str, str] = field(default_factory=dict)
+    pivoted: tuple[str, ...] = ()
+    run_id: int = -1
+    phase: Phase = Phase.HOLDING
     version: int = VERSION
+
+    @property
+    def holds(self) -> bool:
+        """Whether the VM itself may be held, which is what a guardian is for."""
+        return self.phase is Phase.HOLDING
 
 
 def to_xml(journal: Journal) -> str:
@@ -54,7 +77,12 @@ def to_xml(journal: Journal) -> str:
             "budget": f"{journal.budget:.3f}",
         },
     )
-    element.text = json.dumps({"members": list(journal.members), "overlays": dict(journal.overlays)}, sort_keys=True)
+    body: dict[str, object] = {"members": list(journal.members), "overlays": dict(journal.overlays)}
+    if journal.overlays:
+        # A program that does not know the phases takes the VM for held, and thaws what is not frozen: that does no harm.
+        element.set("phase", journal.phase)
+        body |= {"bases": dict(journal.bases), "pivoted": list(journal.pivoted), "run": journal.run_id}
+    element.text = json.dumps(body, sort_keys=True)
     return ET.tostring(element, encoding="unicode")
 
 
@@ -74,6 +102,10 @@ def from_xml(text: str) -> Journal:
             budget=float(element.attrib["budget"]),
             members=tuple(str(m) for m in body.get("members", ())),
             overlays={str(k): str(v) for k, v in body.get("overlays", {}).items()},
+            bases={str(k): str(v) for k, v in body.get("bases", {}).items()},
+            pivoted=tuple(str(v) for v in body.get("pivoted", ())),
+            run_id=int(body.get("run", -1)),
+            phase=Phase(element.attrib.get("phase", Phase.HOLDING)),
         )
     except UnreadableJournalError:
         raise

@@ -131,8 +131,21 @@ class PlannedGroup:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OverlayRoom:
+    """Where overlays of a hypervisor are kept. `free_bytes`: room there now; None, with the `problem`, if nobody can say."""
+
+    pool: str
+    min_free_bytes: int
+    free_bytes: int | None = None
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class QuiesceChoice:
-    """The chosen method, why, and how long the VM may be held (`budget`, seconds)."""
+    """The chosen method, why, and how long the VM may be held (`budget`, seconds).
+
+    `expected_filesystems`: how many the agent would freeze; 0: no freeze is sent. `overlay_pool`: where the overlays are made.
+    """
 
     method: str
     reason: str
@@ -140,6 +153,7 @@ class QuiesceChoice:
     mountpoints: tuple[str, ...] = ()
     expected_filesystems: int = 0
     holds_vm: bool = False
+    overlay_pool: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -54,14 +54,18 @@ def reach(uri: str) -> None:
 
 
 def read(domain: libvirt.virDomain) -> Journal | None:
-    """Return the journal that a running domain bears, or None. Raises UnreadableJournalError, libvirtError."""
+    """Return the journal of a running domain that may be held, or None. Raises UnreadableJournalError, libvirtError.
+
+    One that goes on, on overlays, is held no more: what is left to do there has no hurry, and is not a guardian's business.
+    """
     try:
         text = domain.metadata(libvirt.VIR_DOMAIN_METADATA_ELEMENT, journals.NAMESPACE, libvirt.VIR_DOMAIN_AFFECT_LIVE)
     except libvirt.libvirtError as error:
         if error.get_error_code() in _NOTHING_THERE:
             return None
         raise
-    return journals.from_xml(text)
+    journal = journals.from_xml(text)
+    return journal if journal.holds else None
 
 
 def attempt(uri: str, domain: str, method: str, nonce: str, *, again: bool, armed: bool) -> Outcome:

@@ -58,6 +58,15 @@ def _quiesced(seen: Observation, outcome: WindowOutcome) -> Condition:
         held = evidence.still_from is not None
         message = f"{evidence.frozen} file systems frozen" if held else "; ".join(evidence.notes)
         return Condition(type=QUIESCED, status=held, reason="Frozen" if held else "FreezeFailed", message=message)
+    if evidence.method == Method.HYPERVISOR_SNAPSHOT:
+        held = evidence.still_from is not None
+        frozen = f"{evidence.frozen} file systems frozen around the switch" if evidence.frozen else "nothing was frozen"
+        message = (
+            f"{len(seen.record.plan.volumes) if seen.record is not None else 0} disks on overlays; {frozen}"
+            if held
+            else "; ".join(evidence.notes)
+        )
+        return Condition(type=QUIESCED, status=held, reason="Switched" if held else "SwitchFailed", message=message)
     if evidence.method == Method.NONE:
         if seen.request.policy is Policy.NEVER and evidence.still_from is None:
             return Condition(type=QUIESCED, status=False, reason="NotRequested", message="policy Never")
@@ -84,6 +93,9 @@ def _unquiesced(outcome: WindowOutcome) -> Condition:
         return _unknown(UNQUIESCED, "NotConfirmed", "nobody has confirmed yet that the VM is free")
     method = outcome.evidence.method
     if method == Method.GUEST_AGENT:
+        message = f"{outcome.evidence.thawed} file systems thawed after {outcome.evidence.frozen_milliseconds} ms"
+        return Condition(type=UNQUIESCED, status=True, reason="Thawed", message=message)
+    if method == Method.HYPERVISOR_SNAPSHOT and outcome.evidence.frozen:
         message = f"{outcome.evidence.thawed} file systems thawed after {outcome.evidence.frozen_milliseconds} ms"
         return Condition(type=UNQUIESCED, status=True, reason="Thawed", message=message)
     reason = {str(Method.PAUSE): "Resumed", str(Method.NONE): "NothingHeld"}.get(method, "LetGo")
@@ -133,13 +145,15 @@ def dry_run(seen: Observation) -> tuple[Condition, ...]:
     return (_planned(seen), *_progress(False, "DryRun", "spec.dryRun: planned only, nothing is done"))
 
 
-def failed(seen: Observation, record: Record, failure: Failure, under_way: str = "") -> tuple[Condition, ...]:
+def failed(
+    seen: Observation, record: Record, failure: Failure, under_way: str = "", message: str = ""
+) -> tuple[Condition, ...]:
     """It failed for good; the VM is free. What is left on storage is removed meanwhile."""
     quiesced, _, _ = _of_window(seen, record)
     leftover = "; ".join(f'class "{c}" cannot be asked: {m}' for c, m in sorted(seen.unlisted.items()))
     if under_way:
         progress = (
-            Condition(type=RECONCILING, status=True, reason=under_way, message=leftover or seen.trouble),
+            Condition(type=RECONCILING, status=True, reason=under_way, message=message or leftover or seen.trouble),
             Condition(type=STALLED, status=False, reason="NotStalled"),
         )
     else:
@@ -174,12 +188,12 @@ def lost(seen: Observation) -> tuple[Condition, ...]:
     )
 
 
-def ready(seen: Observation, record: Record) -> tuple[Condition, ...]:
-    """It can be restored."""
+def ready(seen: Observation, record: Record, under_way: str = "", message: str = "") -> tuple[Condition, ...]:
+    """It can be restored; something about the VM may still be under way."""
     word = verdict.overall(record.verdicts).word
     return (
         _planned(seen),
         *_of_window(seen, record),
         Condition(type=READY, status=True, reason="Ready", message=f"consistency {word}"),
-        *_progress(False, "Ready"),
+        *(_progress(True, under_way, message) if under_way else _progress(False, "Ready")),
     )

@@ -13,6 +13,7 @@ from vmsnapshot_operator.core.driver import SnapshotRequest
 from vmsnapshot_operator.core.effects import (
     Adopt,
     Amend,
+    Collapse,
     Decision,
     DropContent,
     Effect,
@@ -33,7 +34,7 @@ from vmsnapshot_operator.core.effects import (
 from vmsnapshot_operator.core.evidence import WindowOutcome
 from vmsnapshot_operator.core.planning import Patience, Plan, Policy, Refusal
 from vmsnapshot_operator.core.volumes import Consistency, Seconds
-from vmsnapshot_operator.plan import conditions, verdict
+from vmsnapshot_operator.plan import collapse, conditions, verdict
 
 SETTLE_SECONDS = Seconds(5.0)
 """Objects applied together arrive in any order: so long a refusal may still be overcome."""
@@ -48,7 +49,7 @@ _MUCH_LATER = Seconds(30.0)
 
 def decide(seen: Observation, now: datetime, *, installation: str) -> Decision:
     """Return the next effect. Freeing the VM wins over everything; deletion over everything else."""
-    if seen.journal is not None:
+    if seen.journal is not None and seen.journal.holds:
         return _say(seen, Recover(seen.journal), "Recovering", "freeing the VM after an interrupted window")
     if seen.journal_problem:
         return _say(
@@ -58,6 +59,8 @@ def decide(seen: Observation, now: datetime, *, installation: str) -> Decision:
         return _say(seen, Wait(_SOON), "NotLeader", "another instance of the operator holds the lease")
     if seen.retry_in > 0:
         return _say(seen, Wait(max(Seconds(0.05), seen.retry_in)), "Retrying", seen.trouble)
+    if (made := _overlays(seen)) is not None:
+        return made
     if seen.deleting:
         return _delete(seen)
     if seen.request.dry_run:
@@ -77,6 +80,35 @@ def decide(seen: Observation, now: datetime, *, installation: str) -> Decision:
     if record.taken:
         return _taken(seen, record, now)
     return _attempt(seen, record, now, installation)
+
+
+def _overlays(seen: Observation) -> Decision | None:
+    """Bring the VM back onto its own disks as soon as nobody needs them to stand still, if anything can be done about it now."""
+    record = seen.record
+    if seen.journal is None or _base_is_needed(seen) or not collapse.actionable(seen.overlays):
+        return None
+    effect, why = Collapse(seen.journal), seen.trouble or collapse.told(seen.overlays)
+    if record is not None and record.failure is not None and not seen.deleting:
+        return Decision(effect=effect, conditions=conditions.failed(seen, record, record.failure, "Collapsing", why))
+    if record is not None and record.ready and not seen.deleting:
+        return Decision(effect=effect, conditions=conditions.ready(seen, record, "Collapsing", why))
+    return _say(seen, effect, "Collapsing", why)
+
+
+def _base_is_needed(seen: Observation) -> bool:
+    """Whether the bases have to stand still for longer: what was cut is not on record, or not whole without them yet."""
+    record = seen.record
+    if record is None or seen.deleting or record.failure is not None:
+        return False
+    if record.outcome is None:
+        outcome = seen.outcome
+        return outcome is not None and outcome.attempt == record.attempt and outcome.ok and seen.broken is None
+    return record.needs_base and not record.ready and seen.broken is None
+
+
+def _in_the_way(seen: Observation) -> str:
+    """Why the VM is still on overlays, or nothing."""
+    return collapse.told(seen.overlays) or "the VM is on overlays of this snapshot" if seen.journal is not None else ""
 
 
 def deadline(seen: Observation) -> datetime:
@@ -143,6 +175,8 @@ def _refuse(seen: Observation, refusal: Refusal, now: datetime) -> Decision:
 
 def _not_now(seen: Observation) -> Decision | None:
     """Say what has to be waited for before anything may begin."""
+    if why := _in_the_way(seen):
+        return _say(seen, Wait(_LATER), "OverlayInUse", why)
     if seen.in_use_by:
         return _say(seen, Wait(_SOON), "VMBusy", seen.in_use_by)
     if seen.plan is None:
@@ -254,6 +288,11 @@ def _failed(seen: Observation, record: Record, failure: Failure, now: datetime) 
     """The failure is on record: remove what is left, then stay so for good."""
     if seen.held and any(seen.held.values()):
         return Decision(effect=_names(seen), conditions=conditions.failed(seen, record, failure, "RollingBack"))
+    if (why := _in_the_way(seen)) != "":
+        told = conditions.failed(seen, record, failure, "OverlayInUse", why)
+        return Decision(effect=Wait(_LATER), conditions=told)
+    if record.overlaid:
+        return _say(seen, Amend(collapsed=True), "RollingBack")
     if seen.unlisted or seen.held is None:
         return Decision(effect=Wait(_MUCH_LATER), conditions=conditions.failed(seen, record, failure))
     return Decision(effect=_until_expiry(seen, now), conditions=conditions.failed(seen, record, failure))
@@ -262,10 +301,20 @@ def _failed(seen: Observation, record: Record, failure: Failure, now: datetime) 
 def _taken(seen: Observation, record: Record, now: datetime) -> Decision:
     if record.retain != seen.request.retain:
         return _say(seen, Amend(), "Recording")
+    if record.ready and (why := _in_the_way(seen)) != "":
+        return Decision(effect=Wait(_LATER), conditions=conditions.ready(seen, record, "OverlayInUse", why))
+    if record.overlaid and seen.journal is None and (record.ready or not record.needs_base):
+        return _say(seen, Amend(collapsed=True), "Collapsing")
     if record.ready:
         return Decision(effect=_until_expiry(seen, now), conditions=conditions.ready(seen, record))
     if seen.broken is not None:
         return _fail(seen, seen.broken.reason, seen.broken.message)
+    if record.overlaid and record.needs_base and seen.journal is None:
+        return _fail(
+            seen,
+            "OverlayLost",
+            "the VM's metadata says no more that it is on overlays: whether the disks stood still while they were copied is not known",
+        )
     if now > seen.request.created + timedelta(seconds=seen.request.ready_deadline_seconds):
         return _fail(
             seen,
@@ -285,6 +334,8 @@ def _delete(seen: Observation) -> Decision:
         return _say(seen, Forget(), "Deleting", "deletionPolicy Retain: the VMSnapshotContent and the storage keep it")
     if (left := _roll_back(seen, "")) is not None:
         return left
+    if why := _in_the_way(seen):
+        return _say(seen, Wait(_LATER), "OverlayInUse", why)
     if record is not None and not record.foreign:
         return _say(seen, DropContent(), "Deleting")
     return _say(seen, Forget(), "Deleting")

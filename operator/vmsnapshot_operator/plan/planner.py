@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from vmsnapshot_operator.core.machine import Machine, PowerState
 from vmsnapshot_operator.core.planning import (
     Candidates,
-    Method,
+    OverlayRoom,
     Patience,
     Plan,
     PlannedVolume,
@@ -27,6 +27,7 @@ def make_plan(
     *,
     strategy: str = "Storage",
     failed_before: str = "",
+    room: OverlayRoom | None = None,
 ) -> Plan | Refusal:
     """Decide everything about one snapshot, as things are now. Pure; never raises for bad input, refuses instead."""
     if machine.migrating:
@@ -42,13 +43,11 @@ def make_plan(
     if isinstance(chosen, Refusal):
         return chosen
     groups = grouping.group(selection.volumes, chosen, classes)
-    quiesce = quiescing.choose(request, machine, groups, classes, failed_before)
+    quiesce = quiescing.choose(request, machine, groups, classes, failed_before, room)
     if isinstance(quiesce, Refusal):
         return quiesce
     covered = (
-        quiescing.coverage(machine.agent, request.mountpoints).covered
-        if quiesce.method == Method.GUEST_AGENT
-        else frozenset()
+        quiescing.coverage(machine.agent, request.mountpoints).covered if quiesce.expected_filesystems else frozenset()
     )
     volumes = tuple(
         PlannedVolume(
@@ -65,7 +64,7 @@ def make_plan(
         return refusal
     uncovered = [v.target for v in volumes if not v.covered]
     notes = list(selection.notes)
-    if quiesce.method == Method.GUEST_AGENT and uncovered:
+    if quiesce.expected_filesystems and uncovered:
         notes.append(
             f"the agent lists no file system on {', '.join(uncovered)}: no file-system consistency is claimed there"
         )

@@ -9,6 +9,7 @@ from vmsnapshot_operator.core.driver import CutKind
 from vmsnapshot_operator.core.machine import Agent, AgentState, Machine, PowerState
 from vmsnapshot_operator.core.planning import (
     Method,
+    OverlayRoom,
     Patience,
     PlannedGroup,
     Policy,
@@ -17,7 +18,7 @@ from vmsnapshot_operator.core.planning import (
     Request,
     StorageClass,
 )
-from vmsnapshot_operator.core.volumes import Seconds
+from vmsnapshot_operator.core.volumes import Seconds, SourceKind
 
 DEFAULT_BUDGET = Seconds(30.0)
 WINDOWS_BUDGET = Seconds(
@@ -82,23 +83,30 @@ def _budget(request: Request, agent: Agent | None) -> Seconds:
     return WINDOWS_BUDGET if agent is not None and agent.is_windows else DEFAULT_BUDGET
 
 
-def _copying(groups: Sequence[PlannedGroup], classes: Sequence[StorageClass]) -> Refusal | None:
-    allowed = {c.name for c in classes if c.allow_under_freeze}
-    slow = [
-        g
-        for g in groups
-        if g.capabilities.cut is CutKind.COPY or (g.capabilities.cut is CutKind.REMOTE and g.class_name not in allowed)
-    ]
-    if not slow:
-        return None
-    names = ", ".join(f'"{g.class_name}" ({g.capabilities.cut})' for g in slow)
-    return Refusal(
-        reason="OverlayNotAvailable",
-        message=(
-            f"class {names} cannot cut in an instant: it needs the quiesce method HypervisorSnapshot, which this version does"
-            " not have; use storage with reflink or native snapshots for these disks, or exclude them"
-        ),
-    )
+MAX_CHAIN = 16
+"""Layers of a disk, with the overlay: QEMU reads through each, and each is a file that must not be lost."""
+
+
+def overlay_problem(machine: Machine, groups: Sequence[PlannedGroup], room: OverlayRoom | None) -> str:
+    """Why no overlay can be put over these volumes now; empty if it can. In words for the user."""
+    if room is None:
+        return "its Hypervisor names no pool for overlays (spec.overlay.poolName)"
+    if room.free_bytes is None:
+        return f'the pool "{room.pool}" for overlays cannot be used: {room.problem}'
+    if room.free_bytes < room.min_free_bytes:
+        return (
+            f'the pool "{room.pool}" for overlays has {room.free_bytes} bytes free, and spec.overlay.minFreeBytes asks for'
+            f" {room.min_free_bytes}"
+        )
+    if not machine.persistent:
+        return "the domain is transient: its definition would forget the overlays when it stops"
+    for volume in (v for g in groups for v in g.volumes):
+        layer = volume.writable
+        if layer.kind is SourceKind.NETWORK and layer.protocol != "rbd":
+            return f"disk {volume.label} is reached by {layer.protocol}, over which no overlay is made"
+        if len(volume.backing) + 2 > MAX_CHAIN:
+            return f"disk {volume.label} has {len(volume.backing) + 1} layers already, of {MAX_CHAIN} that it may have"
+    return ""
 
 
 def choose(
@@ -107,38 +115,101 @@ def choose(
     groups: Sequence[PlannedGroup],
     classes: Sequence[StorageClass],
     failed_before: str = "",
+    room: OverlayRoom | None = None,
 ) -> QuiesceChoice | Refusal:
     """Choose the quiesce method, or refuse.
 
-    `failed_before`: what went wrong when the agent was used in an earlier attempt of the same snapshot.
+    `failed_before`: what went wrong when the agent was used in an earlier attempt of the same snapshot. `room`: where overlays
+    could be made.
     """
-    if request.method == Method.HYPERVISOR_SNAPSHOT:
-        return Refusal(
-            reason="OverlayNotAvailable",
-            message="quiesce method HypervisorSnapshot is not in this version; use Auto, GuestAgent or Pause",
-        )
-    if (refusal := _copying(groups, classes)) is not None:
-        return refusal
     budget = _budget(request, machine.agent)
     if machine.power is PowerState.SHUT_OFF:
         return _shut_off(request, machine, budget)
     if machine.power is PowerState.PAUSED:
-        if request.policy is Policy.REQUIRE:
-            return Refusal(
-                reason="VMPaused",
-                message="the VM is paused: its file systems cannot be frozen, and policy Require accepts nothing less; resume it",
-            )
-        return QuiesceChoice(
-            method=Method.NONE, reason="the VM is paused already: it stands still as it is", budget=budget
-        )
+        return _paused(request, groups, classes, budget)
     if machine.power is not PowerState.RUNNING:
         return Refusal(
             reason="VMStateUnsupported",
             message=f"the VM is {machine.power} ({machine.power_reason or 'no reason given'}); it must run, be paused or be shut off",
         )
-    if request.policy is Policy.NEVER:
+    over = _overlay(request, machine, groups, classes, room)
+    if isinstance(over, Refusal):
+        return over
+    if request.policy is Policy.NEVER and over is None:
         return QuiesceChoice(method=Method.NONE, reason="policy Never: nothing is sent to the guest", budget=budget)
-    return _running(request, machine, budget, failed_before)
+    return _running(request, machine, budget, failed_before, over)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Over:
+    """That overlays are to be used, where, and why."""
+
+    pool: str
+    why: str
+
+
+def _slow(groups: Sequence[PlannedGroup]) -> list[PlannedGroup]:
+    """The groups whose cut takes longer than a guest should stand still."""
+    return [g for g in groups if g.capabilities.cut is not CutKind.INSTANT]
+
+
+def _told(groups: Sequence[PlannedGroup]) -> str:
+    return ", ".join(f'"{g.class_name}" ({g.capabilities.cut})' for g in groups)
+
+
+def _overlay(
+    request: Request,
+    machine: Machine,
+    groups: Sequence[PlannedGroup],
+    classes: Sequence[StorageClass],
+    room: OverlayRoom | None,
+) -> _Over | Refusal | None:
+    """Whether overlays are to be used: because they were asked for, or because a class cannot cut in an instant."""
+    slow = _slow(groups)
+    asked = request.method == Method.HYPERVISOR_SNAPSHOT
+    if not slow and not asked:
+        return None
+    problem = overlay_problem(machine, groups, room)
+    if not problem and (asked or request.method == Method.AUTO):
+        why = "asked for by spec.quiesce.method" if asked else f"class {_told(slow)} cannot cut in an instant"
+        return _Over(pool=room.pool if room is not None else "", why=why)
+    allowed = {c.name for c in classes if c.allow_under_freeze}
+    if not asked and all(g.capabilities.cut is CutKind.REMOTE and g.class_name in allowed for g in slow):
+        return None
+    if asked:
+        return Refusal(
+            reason="OverlayNotAvailable", message=f"quiesce method HypervisorSnapshot cannot be used: {problem}"
+        )
+    what = f"class {_told(slow)} cannot cut in an instant, so the VM has to write to overlays meanwhile"
+    if not problem:
+        return Refusal(
+            reason="OverlayNotAvailable",
+            message=f"{what}; spec.quiesce.method is {request.method}: use Auto or HypervisorSnapshot, or exclude these disks",
+        )
+    return Refusal(
+        reason="OverlayNotAvailable",
+        message=f"{what}, but {problem}; mend that, use storage with reflink or native snapshots for these disks, or exclude them",
+    )
+
+
+def _paused(
+    request: Request, groups: Sequence[PlannedGroup], classes: Sequence[StorageClass], budget: Seconds
+) -> QuiesceChoice | Refusal:
+    allowed = {c.name for c in classes if c.allow_under_freeze}
+    slow = [g for g in _slow(groups) if not (g.capabilities.cut is CutKind.REMOTE and g.class_name in allowed)]
+    if slow or request.method == Method.HYPERVISOR_SNAPSHOT:
+        why = f"class {_told(slow)} cannot cut in an instant" if slow else "HypervisorSnapshot was asked for"
+        return Refusal(
+            reason="VMPaused",
+            message=f"the VM is paused, and {why}: no overlay is put under a VM that may go on at any moment; resume it, or shut it down",
+            patience=Patience.WAIT,
+        )
+    if request.policy is Policy.REQUIRE:
+        return Refusal(
+            reason="VMPaused",
+            message="the VM is paused: its file systems cannot be frozen, and policy Require accepts nothing less; resume it",
+        )
+    return QuiesceChoice(method=Method.NONE, reason="the VM is paused already: it stands still as it is", budget=budget)
 
 
 def _shut_off(request: Request, machine: Machine, budget: Seconds) -> QuiesceChoice | Refusal:
@@ -156,9 +227,10 @@ def _shut_off(request: Request, machine: Machine, budget: Seconds) -> QuiesceCho
     )
 
 
-def _running(request: Request, machine: Machine, budget: Seconds, failed_before: str) -> QuiesceChoice | Refusal:
-    agent = machine.agent
-    if request.method == Method.PAUSE:
+def _running(
+    request: Request, machine: Machine, budget: Seconds, failed_before: str, over: _Over | None
+) -> QuiesceChoice | Refusal:
+    if over is None and request.method == Method.PAUSE:
         if request.policy is Policy.REQUIRE:
             return Refusal(
                 reason="PolicyNotMet",
@@ -167,10 +239,68 @@ def _running(request: Request, machine: Machine, budget: Seconds, failed_before:
         return QuiesceChoice(
             method=Method.PAUSE, reason="asked for by spec.quiesce.method", budget=budget, holds_vm=True
         )
-    if request.method not in (Method.AUTO, Method.GUEST_AGENT):
+    if over is None and request.method not in (Method.AUTO, Method.GUEST_AGENT):
         return QuiesceChoice(
             method=request.method, reason="asked for by spec.quiesce.method", budget=budget, holds_vm=True
         )
+    if over is not None and request.policy is Policy.NEVER:
+        return _overlaid(over, f"{over.why}; policy Never: nothing is sent to the guest", budget)
+    used = _by_agent(request, machine, failed_before)
+    if isinstance(used, Refusal):
+        return used
+    if isinstance(used, Usable):
+        why = "the guest's agent freezes its file systems around the switch"
+        if over is not None:
+            return _overlaid(over, f"{over.why}; {why}", budget, used, request.mountpoints)
+        return QuiesceChoice(
+            method=Method.GUEST_AGENT,
+            reason=(
+                "asked for by spec.quiesce.method"
+                if request.method == Method.GUEST_AGENT
+                else "every class cuts in an instant and the guest's agent answers"
+            ),
+            budget=budget,
+            mountpoints=request.mountpoints,
+            expected_filesystems=used.filesystems,
+            holds_vm=True,
+        )
+    if request.policy is Policy.REQUIRE:
+        return Refusal(
+            reason=used.reason,
+            message=f"{used.message}; policy Require accepts nothing less than frozen file systems (use Prefer to fall back)",
+        )
+    if over is not None:
+        return _overlaid(over, f"{over.why}; {used.message}; policy Prefer goes without a freeze", budget)
+    return QuiesceChoice(
+        method=Method.PAUSE, reason=f"{used.message}; policy Prefer falls back to a pause", budget=budget, holds_vm=True
+    )
+
+
+def _overlaid(
+    over: _Over, reason: str, budget: Seconds, used: Usable | None = None, mountpoints: tuple[str, ...] = ()
+) -> QuiesceChoice:
+    return QuiesceChoice(
+        method=Method.HYPERVISOR_SNAPSHOT,
+        reason=reason,
+        budget=budget,
+        mountpoints=mountpoints,
+        expected_filesystems=used.filesystems if used is not None else 0,
+        holds_vm=True,
+        overlay_pool=over.pool,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Useless:
+    """Why the agent is of no use; another way to make the VM stand still may do."""
+
+    reason: str
+    message: str
+
+
+def _by_agent(request: Request, machine: Machine, failed_before: str) -> Usable | _Useless | Refusal:
+    """What can be frozen through the agent; or why nothing; or a refusal, where no other way would do either."""
+    agent = machine.agent
     if agent is not None and agent.state is AgentState.FROZEN and not failed_before:
         return Refusal(
             reason="AlreadyFrozen",
@@ -181,37 +311,19 @@ def _running(request: Request, machine: Machine, budget: Seconds, failed_before:
             patience=Patience.WAIT,
         )
     reason, problem = _agent_problem(agent, failed_before)
-    usable = coverage(agent, request.mountpoints)
-    if not problem and request.mountpoints:
+    if problem:
+        return _Useless(reason=reason, message=problem)
+    if request.mountpoints:
         known = {f.mountpoint for f in agent.filesystems} if agent is not None else set()
         if missing := [m for m in request.mountpoints if m not in known]:
             return Refusal(
                 reason="MountpointNotFound",
                 message=f"the guest has no file system mounted at {', '.join(missing)}; it has {', '.join(sorted(known)) or 'none'}",
             )
-    if not problem and not usable.covered:
-        reason, problem = (
-            "NoFileSystems",
-            "the guest's agent lists no file system on any disk: there is nothing to freeze",
+    usable = coverage(agent, request.mountpoints)
+    if not usable.covered:
+        return _Useless(
+            reason="NoFileSystems",
+            message="the guest's agent lists no file system on any disk: there is nothing to freeze",
         )
-    if not problem:
-        return QuiesceChoice(
-            method=Method.GUEST_AGENT,
-            reason=(
-                "asked for by spec.quiesce.method"
-                if request.method == Method.GUEST_AGENT
-                else "every class cuts in an instant and the guest's agent answers"
-            ),
-            budget=budget,
-            mountpoints=request.mountpoints,
-            expected_filesystems=usable.filesystems,
-            holds_vm=True,
-        )
-    if request.policy is Policy.REQUIRE:
-        return Refusal(
-            reason=reason,
-            message=f"{problem}; policy Require accepts nothing less than frozen file systems (use Prefer to fall back to a pause)",
-        )
-    return QuiesceChoice(
-        method=Method.PAUSE, reason=f"{problem}; policy Prefer falls back to a pause", budget=budget, holds_vm=True
-    )
+    return usable

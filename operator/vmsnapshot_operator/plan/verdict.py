@@ -27,12 +27,18 @@ def _broken(plan: Plan, evidence: Evidence) -> str:
     if evidence.freed_by_other:
         return "somebody else freed the VM before we did"
     if evidence.method == Method.GUEST_AGENT:
-        if evidence.frozen <= 0:
-            return "the agent froze no file system"
-        if evidence.frozen < plan.quiesce.expected_filesystems:
-            return f"the agent froze {evidence.frozen} file systems of {plan.quiesce.expected_filesystems}"
-        if evidence.thawed != evidence.frozen:
-            return f"the agent froze {evidence.frozen} file systems and our thaw found {evidence.thawed}: some were thawed early"
+        return _not_frozen(plan, evidence)
+    return ""
+
+
+def _not_frozen(plan: Plan, evidence: Evidence) -> str:
+    """Why the guest's file systems cannot be said to have been frozen all the time; empty if they can."""
+    if evidence.frozen <= 0:
+        return "the agent froze no file system"
+    if evidence.frozen < plan.quiesce.expected_filesystems:
+        return f"the agent froze {evidence.frozen} file systems of {plan.quiesce.expected_filesystems}"
+    if evidence.thawed != evidence.frozen:
+        return f"the agent froze {evidence.frozen} file systems and our thaw found {evidence.thawed}: some were thawed early"
     return ""
 
 
@@ -70,6 +76,17 @@ def judge(plan: Plan, outcome: WindowOutcome) -> Mapping[VolumeId, Verdict]:
 
 
 def _still(plan: Plan, evidence: Evidence, covered: bool, one_instant: bool) -> Verdict:
+    if evidence.method == Method.HYPERVISOR_SNAPSHOT:
+        why = _not_frozen(plan, evidence)
+        if covered and not why:
+            return Verdict(
+                consistency=Consistency.FILESYSTEM,
+                why="its file systems were frozen while all disks were switched to overlays at once",
+            )
+        return Verdict(
+            consistency=Consistency.CRASH,
+            why=f"all disks were switched to overlays at once; {why or 'no file system of it was frozen'}",
+        )
     if evidence.method == Method.GUEST_AGENT:
         if covered:
             return Verdict(consistency=Consistency.FILESYSTEM, why="its file systems were frozen during the cut")

@@ -8,7 +8,7 @@ from typing import Any
 
 from vmsnapshot_operator.core.driver import Capabilities, CutKind, Fit
 from vmsnapshot_operator.core.machine import Agent, AgentState, Disk, FileSystem, Machine, PowerState
-from vmsnapshot_operator.core.planning import Match, Plan, Policy, Refusal, Request, StorageClass
+from vmsnapshot_operator.core.planning import Match, OverlayRoom, Plan, Policy, Refusal, Request, StorageClass
 from vmsnapshot_operator.core.volumes import Layer, SourceKind, volume_id
 from vmsnapshot_operator.plan.planner import make_plan
 
@@ -83,6 +83,7 @@ CEPH = storage_class(
     capabilities=Capabilities(cut=CutKind.INSTANT, atomic=True, revert=True),
 )
 CLASSES = (FILES, CEPH)
+ROOM = OverlayRoom(pool="overlays", min_free_bytes=1 << 30, free_bytes=4 << 30)
 
 
 def request(**changes: Any) -> Request:

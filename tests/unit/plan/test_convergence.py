@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from tests.unit.plan import builders as b
 from tests.unit.plan.world import World
 from vmsnapshot_operator.core import effects as e
-from vmsnapshot_operator.core.driver import Fit
+from vmsnapshot_operator.core.driver import Fit, Hold
 from vmsnapshot_operator.core.evidence import Evidence, WindowOutcome
 from vmsnapshot_operator.core.journal import Journal
 from vmsnapshot_operator.core.machine import Machine
-from vmsnapshot_operator.core.planning import Patience, Policy, Refusal
+from vmsnapshot_operator.core.planning import Method, Patience, Policy, Refusal
 from vmsnapshot_operator.core.volumes import Consistency
 from vmsnapshot_operator.plan import next_effect, report, verdict
 
@@ -40,10 +40,18 @@ def world(policy: Policy = Policy.PREFER, **facts: object) -> World:
     return World(request=asked, plan=b.plan(asked), **facts)  # type: ignore[arg-type]  # fields of World
 
 
+def overlaid(policy: Policy = Policy.PREFER, **facts: object) -> World:
+    """A VM that is switched to overlays, and storage that copies."""
+    asked = b.request(policy=policy, method=Method.HYPERVISOR_SNAPSHOT)
+    return World(request=asked, plan=b.plan(asked, room=b.ROOM), **facts)  # type: ignore[arg-type]  # fields of World
+
+
 def check(done: World) -> None:
     """What must hold at rest, whatever happened before."""
     assert not done.frozen
     assert done.journal is None
+    assert not done.overlay, "the VM is on its own disks"
+    assert all(x == "as at the switch" for x in done.copied_from), "copied while it stood still"
     assert all(n == 1 for n in done.freezes.values()), "one freeze per attempt"
     if done.gone:
         assert not done.names_held
@@ -65,6 +73,53 @@ def check(done: World) -> None:
         assert conditions["Stalled"].status is True
         assert conditions["Ready"].status is False
         assert conditions["Unquiesced"].status is True
+
+
+@given(POLICIES, STEPS, st.sampled_from(list(Hold)), st.sampled_from(["", "files", "ceph"]))
+def test_crashes_anywhere_converge_with_overlays(policy: Policy, crashes: list[int], hold: Hold, bad: str) -> None:
+    done = overlaid(policy, hold=hold, bad_cut=bad)
+    for after in crashes:
+        done.budget_of_steps = after
+        done.settle_down()
+        done.crash()
+    done.settle_down()
+    check(done)
+    assert done.record is not None
+    assert done.record.ready or bad
+    assert done.record.collapsed
+
+
+@given(POLICIES, STEPS, st.sampled_from(list(Hold)), st.integers(0, 25))
+def test_deletion_anywhere_with_overlays(policy: Policy, crashes: list[int], hold: Hold, before: int) -> None:
+    done = overlaid(policy, hold=hold)
+    done.budget_of_steps = before
+    done.settle_down()
+    done.deleting = True
+    for after in crashes:
+        done.budget_of_steps = after
+        done.settle_down()
+        done.crash()
+    done.budget_of_steps = None
+    done.settle_down()
+    assert done.gone
+    check(done)
+
+
+def test_a_vm_that_stopped_on_its_overlay_is_waited_for() -> None:
+    done = overlaid(hold=Hold.BASE)
+    while done.record is None or not done.record.ready:
+        done.turn()
+    done.off = True
+    for _ in range(5):
+        done.turn()
+    told = {c.type: c for c in done.said[-1]}
+    assert done.overlay == "on"
+    assert told["Ready"].status is True
+    assert (told["Reconciling"].status, told["Reconciling"].reason) == (True, "OverlayInUse")
+    assert "ShutOff" in told["Reconciling"].message
+    done.off = False
+    done.settle_down()
+    check(done)
 
 
 @given(POLICIES, STEPS, st.booleans())

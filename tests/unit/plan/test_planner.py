@@ -8,8 +8,17 @@ import pytest
 
 from tests.unit.plan import builders as b
 from vmsnapshot_operator.core.driver import Capabilities, CutKind, Fit
-from vmsnapshot_operator.core.machine import Agent, AgentState, Device, DeviceKind, DiskDevice, FileSystem, PowerState
-from vmsnapshot_operator.core.planning import Match, Method, Patience, Plan, Policy, Refusal
+from vmsnapshot_operator.core.machine import (
+    Agent,
+    AgentState,
+    Device,
+    DeviceKind,
+    DiskDevice,
+    FileSystem,
+    Machine,
+    PowerState,
+)
+from vmsnapshot_operator.core.planning import Match, Method, OverlayRoom, Patience, Plan, Policy, Refusal
 from vmsnapshot_operator.core.volumes import volume_id
 from vmsnapshot_operator.plan.access import AccessRule, Requirement, may_use, not_found
 from vmsnapshot_operator.plan.planner import make_plan
@@ -117,10 +126,71 @@ def test_a_driver_that_declines_is_passed_by_with_its_reason() -> None:
     assert "FormatNotServed: raw only" in made.volumes[0].reason
 
 
-def test_a_copying_class_is_refused_until_there_are_overlays() -> None:
-    copying = replace(b.FILES, capabilities=Capabilities(cut=CutKind.COPY, atomic=False, revert=True))
-    for policy in Policy:
-        assert b.refusal(b.request(policy=policy), classes=(copying, b.CEPH)).reason == "OverlayNotAvailable"
+COPYING = replace(b.FILES, capabilities=Capabilities(cut=CutKind.COPY, atomic=False, revert=True))
+
+
+@pytest.mark.parametrize("policy", list(Policy))
+def test_a_copying_class_gets_overlays(policy: Policy) -> None:
+    made = b.plan(b.request(policy=policy), classes=(COPYING, b.CEPH), room=b.ROOM)
+    assert (made.quiesce.method, made.quiesce.overlay_pool) == (Method.HYPERVISOR_SNAPSHOT, "overlays")
+    assert made.quiesce.expected_filesystems == (0 if policy is Policy.NEVER else 3)
+    assert '"files" (Copy) cannot cut in an instant' in made.quiesce.reason
+
+
+def test_overlays_without_an_agent() -> None:
+    silent = b.machine(agent=None)
+    made = b.plan(found=silent, classes=(COPYING, b.CEPH), room=b.ROOM)
+    assert (made.quiesce.method, made.quiesce.expected_filesystems) == (Method.HYPERVISOR_SNAPSHOT, 0)
+    refused = b.refusal(b.request(policy=Policy.REQUIRE), silent, classes=(COPYING, b.CEPH), room=b.ROOM)
+    assert refused.reason == "AgentAbsent"
+
+
+MANY = tuple(b.file_layer(f"below-{n}") for n in range(15))
+
+
+@pytest.mark.parametrize(
+    ("found", "room", "told"),
+    [
+        (b.machine(), None, "spec.overlay.poolName"),
+        (b.machine(), replace(b.ROOM, free_bytes=None, problem="there is no such pool"), "there is no such pool"),
+        (b.machine(), replace(b.ROOM, free_bytes=1), "minFreeBytes"),
+        (b.machine(persistent=False), b.ROOM, "transient"),
+        (
+            b.machine(disks=(replace(b.DISKS[0], layers=(b.DISKS[0].layers[0], *MANY)), *b.DISKS[1:])),
+            b.ROOM,
+            "16 layers",
+        ),
+    ],
+)
+def test_where_no_overlay_can_be_made(found: Machine, room: OverlayRoom | None, told: str) -> None:
+    for asked, classes in (
+        (b.request(), (COPYING, b.CEPH)),
+        (b.request(method=Method.HYPERVISOR_SNAPSHOT), b.CLASSES),
+        (b.request(policy=Policy.NEVER), (COPYING, b.CEPH)),
+    ):
+        refused = b.refusal(asked, found, classes=classes, room=room)
+        assert refused.reason == "OverlayNotAvailable"
+        assert told in refused.message
+
+
+def test_a_copying_class_under_another_method_is_refused() -> None:
+    for method in (Method.GUEST_AGENT, Method.PAUSE):
+        refused = b.refusal(b.request(method=method), classes=(COPYING, b.CEPH), room=b.ROOM)
+        assert refused.reason == "OverlayNotAvailable"
+        assert "use Auto" in refused.message
+
+
+def test_a_copying_class_and_a_vm_that_does_not_run() -> None:
+    off = b.machine(power=PowerState.SHUT_OFF, agent=None)
+    assert b.plan(found=off, classes=(COPYING, b.CEPH)).quiesce.method == Method.NONE
+    paused = b.machine(power=PowerState.PAUSED, agent=None)
+    assert b.refusal(found=paused, classes=(COPYING, b.CEPH), room=b.ROOM).reason == "VMPaused"
+
+
+def test_a_remote_class_prefers_overlays() -> None:
+    remote = replace(b.FILES, allow_under_freeze=True)
+    remote = replace(remote, capabilities=Capabilities(cut=CutKind.REMOTE, atomic=False, revert=True))
+    assert b.plan(classes=(remote, b.CEPH), room=b.ROOM).quiesce.method == Method.HYPERVISOR_SNAPSHOT
 
 
 def test_a_remote_class_may_cut_under_the_freeze_where_its_administrator_allows_it() -> None:
@@ -191,7 +261,8 @@ def test_power_states(power: PowerState, within: bool, policy: Policy, expected:
 def test_methods_asked_for() -> None:
     assert b.plan(b.request(method=Method.PAUSE)).quiesce.method == Method.PAUSE
     assert b.plan(b.request(method=Method.GUEST_AGENT)).quiesce.method == Method.GUEST_AGENT
-    assert b.refusal(b.request(method=Method.HYPERVISOR_SNAPSHOT)).reason == "OverlayNotAvailable"
+    made = b.plan(b.request(method=Method.HYPERVISOR_SNAPSHOT), room=b.ROOM)
+    assert (made.quiesce.method, made.quiesce.expected_filesystems) == (Method.HYPERVISOR_SNAPSHOT, 3)
     assert b.refusal(b.request(method=Method.PAUSE, policy=Policy.REQUIRE)).reason == "PolicyNotMet"
 
 

@@ -158,3 +158,21 @@ def test_never_better_than_the_definition(plan: Plan, facts: dict[str, Any]) -> 
         assert held or one_group
     if not facts["same_vm"]:
         assert whole is Consistency.UNKNOWN
+
+
+@pytest.mark.parametrize(
+    ("facts", "expected"),
+    [
+        ({}, Consistency.FILESYSTEM),
+        ({"frozen": 0, "thawed": 0}, Consistency.CRASH),
+        ({"thawed": 2}, Consistency.CRASH),
+        ({"frozen": 2, "thawed": 2}, Consistency.CRASH),
+        ({"covered": frozenset()}, Consistency.CRASH),
+        ({"still_from": None}, Consistency.PER_VOLUME),
+        ({"start": 0.5}, Consistency.PER_VOLUME),
+        ({"same_vm": False}, Consistency.UNKNOWN),
+    ],
+)
+def test_one_atomic_switch_is_one_instant(facts: dict[str, Any], expected: Consistency) -> None:
+    made = b.plan(b.request(method=Method.HYPERVISOR_SNAPSHOT), room=b.ROOM)
+    assert claimed(made, **facts) is expected

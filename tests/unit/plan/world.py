@@ -11,12 +11,14 @@ from typing import Any
 
 from tests.unit.plan import builders as b
 from vmsnapshot_operator.core import effects as e
-from vmsnapshot_operator.core.driver import CutResult, Fit
+from vmsnapshot_operator.core.chains import BlockJob, Chains, DiskChain, Overlaid
+from vmsnapshot_operator.core.driver import CutResult, Fit, Hold
 from vmsnapshot_operator.core.evidence import Bracket, Evidence, GroupOutcome, WindowOutcome
-from vmsnapshot_operator.core.journal import Journal
-from vmsnapshot_operator.core.planning import Plan, Refusal, Request
+from vmsnapshot_operator.core.journal import Journal, Phase
+from vmsnapshot_operator.core.machine import PowerState
+from vmsnapshot_operator.core.planning import Method, Plan, Refusal, Request
 from vmsnapshot_operator.core.volumes import Handle, Seconds
-from vmsnapshot_operator.plan import next_effect
+from vmsnapshot_operator.plan import collapse, next_effect
 
 
 class Crash(Exception):  # noqa: N818 - what it is
@@ -43,6 +45,13 @@ class World:
     bad_cut: str = ""
     bad_freeze: bool = False
     early_thaw: bool = False
+    hold: Hold = Hold.NOTHING
+    off: bool = False
+    base: str = "as at the switch"
+    overlay: str = (
+        ""  # "made", "on" (the VM writes to it), "committing", "left" (after the pivot), or it does not exist
+    )
+    copied_from: list[str] = field(default_factory=list)
     # what was seen, for judging
     freezes: dict[int, int] = field(default_factory=dict)
     still_at_cut: dict[str, bool] = field(default_factory=dict)
@@ -93,6 +102,7 @@ class World:
             refusal=made if isinstance(made, Refusal) else None,
             record=record,
             journal=self.journal,
+            overlays=collapse.judge(self.journal, self._overlaid()) if self.journal is not None else (),
             held=held if asked and self.storage_answers else ({} if asked else None),
             unlisted={} if self.storage_answers or not asked else {"ceph": "it does not answer"},
             prepared=self.prepared,
@@ -104,6 +114,22 @@ class World:
         if isinstance(self.plan, Plan) and self.agent_failed:
             return b.planned(self.request, failed_before=self.agent_failed)
         return self.plan
+
+    def _overlaid(self) -> Overlaid:
+        """What can be seen of the one overlay that stands for all."""
+        on = self.overlay in ("on", "committing")
+        chain = ("overlay", "base") if on else ("base",)
+        job = BlockJob(commit=True, ready=True) if self.overlay == "committing" and not self.off else None
+        return Overlaid(
+            chains=Chains(
+                run_id=7,
+                power=PowerState.SHUT_OFF if self.off else PowerState.RUNNING,
+                disks=(DiskChain(target="vda", live=() if self.off else chain, saved=chain[:1], job=job),),
+            ),
+            fingerprints={"volume": self.base},
+            pristine=frozenset({"volume"}) if self.overlay == "made" else frozenset(),
+            missing=frozenset({"volume"}) if not self.overlay else frozenset(),
+        )
 
     def names_of(self, attempt: int) -> list[str]:
         """What an attempt's groups are called."""
@@ -125,6 +151,7 @@ class World:
     def _apply(self, effect: e.Effect, seen: e.Observation) -> None:
         handlers: dict[type, Callable[[Any, e.Observation], None]] = {
             e.Recover: self._recover,
+            e.Collapse: self._collapse,
             e.Adopt: self._adopt,
             e.Prepare: self._prepare,
             e.TakeWindow: self._window,
@@ -146,6 +173,31 @@ class World:
     def _recover(self, _effect: e.Recover, _seen: e.Observation) -> None:
         self.step()
         self.frozen = False
+        self.step()
+        if self.overlay == "on":
+            assert self.journal is not None
+            self.journal = replace(self.journal, phase=Phase.OVERLAID)
+            return
+        self.journal = None
+        self.overlay = ""
+
+    def _collapse(self, effect: e.Collapse, seen: e.Observation) -> None:
+        assert self.journal is not None
+        for ruling in seen.overlays:
+            if ruling.move in (collapse.Move.COMMIT, collapse.Move.PIVOT):
+                self.step()
+                self.journal = replace(self.journal, phase=Phase.COLLAPSING)
+                self.step()
+                self.overlay = "committing"
+                self.base = "committed onto"
+                self.step()
+                self.overlay = "left"
+                self.step()
+                self.journal = replace(self.journal, pivoted=("volume",))
+            if ruling.move is not collapse.Move.KEEP:
+                self.step()
+                assert self.overlay in ("left", "made", ""), "an overlay that holds writes is never removed"
+                self.overlay = ""
         self.step()
         self.journal = None
 
@@ -186,6 +238,9 @@ class World:
         )
         self.step()
         method = effect.plan.quiesce.method
+        if method == Method.HYPERVISOR_SNAPSHOT:
+            self._switch(effect)
+            return
         self.freezes[effect.attempt] = self.freezes.get(effect.attempt, 0) + 1
         if self.bad_freeze and method == "GuestAgent":
             self.journal = None
@@ -217,6 +272,36 @@ class World:
         self.step()
         self.journal = None
         self.outcome = self._outcome(effect, groups, reason="DriverError" if failed else "", freed_early=freed_early)
+
+    def _switch(self, effect: e.TakeWindow) -> None:
+        assert self.journal is not None
+        assert self.overlay in ("", "made"), "the VM is on its own disks when it is switched"
+        self.journal = replace(self.journal, overlays={"volume": "overlay"}, run_id=7)
+        self.overlay, self.base = "made", "as at the switch"
+        self.freezes[effect.attempt] = self.freezes.get(effect.attempt, 0) + 1
+        self.frozen = True
+        self.step()
+        self.overlay = "on"
+        self.step()
+        self.frozen = False
+        self.step()
+        self.journal = replace(self.journal, phase=Phase.OVERLAID, bases={"volume": self.base})
+        groups: dict[str, GroupOutcome] = {}
+        failed = ""
+        for name, request in effect.requests.items():
+            self.step()
+            self.held.setdefault(name, set()).add(request.name)
+            if name == self.bad_cut:
+                failed = name
+                break
+            self.still_at_cut[request.name] = True
+            handles = {v.id: Handle(request.name) for v in request.volumes}
+            groups[name] = GroupOutcome(
+                class_name=name,
+                bracket=Bracket(start=Seconds(1.0), end=Seconds(2.0)),
+                result=CutResult(handles=handles, atomic=False, hold=self.hold),
+            )
+        self.outcome = self._outcome(effect, groups, reason="DriverError" if failed else "")
 
     def _outcome(
         self,
@@ -259,10 +344,15 @@ class World:
     def _amend(self, _effect: e.Amend, seen: e.Observation) -> None:
         self.step()
         assert self.record is not None
-        self.record = replace(self.record, retain=seen.request.retain)
+        assert not _effect.collapsed or self.journal is None
+        collapsed = _effect.collapsed or self.record.collapsed
+        self.record = replace(self.record, retain=seen.request.retain, collapsed=collapsed)
 
     def _settle(self, _effect: e.Settle, _seen: e.Observation) -> None:
         self.step()
+        if self.hold is Hold.BASE:
+            assert self.journal is not None, "what is copied stands still"
+            self.copied_from.append(self.base)
         assert self.record is not None
         self.record = replace(self.record, ready=True)
 
