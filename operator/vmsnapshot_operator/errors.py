@@ -91,15 +91,28 @@ class ForeignJournalError(HypervisorError):
 
 
 class QuiesceError(SnapshotError):
-    """The VM could not be made to stand still, or not be freed; `free` tells whether it is confirmed free."""
+    """The VM could not be made to stand still, or not be freed.
+
+    `free` tells whether it is confirmed free, `rest` whether its journal has to stay although it is, and `fallback` whether
+    another way to make it stand still may do.
+    """
 
     reason = "QuiesceFailed"
 
     def __init__(
-        self, message: str, *, reason: str | None = None, retryable: bool | None = None, free: bool = False
+        self,
+        message: str,
+        *,
+        reason: str | None = None,
+        retryable: bool | None = None,
+        free: bool = False,
+        rest: bool = False,
+        fallback: bool = True,
     ) -> None:
         super().__init__(message, reason=reason, retryable=retryable)
         self.free = free
+        self.rest = rest
+        self.fallback = fallback
 
 
 class GuardianError(SnapshotError):

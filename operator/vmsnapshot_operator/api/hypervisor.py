@@ -245,7 +245,9 @@ class Overlay(Model):
     pool_name: Trimmed
     """A libvirt storage pool of each host."""
     min_free_bytes: Bytes = 1 << 30
-    """So much must be free there, else no overlay is made."""
+    """So much must be free there, else no overlay is made; and while one grows, so much must stay free, else it is committed at once."""
+    bandwidth_bytes_per_second: Annotated[int, Field(ge=1 << 20, le=1 << 40)] | None = None
+    """How fast an overlay is committed at most; without it as fast as the storage can."""
 
 
 class HypervisorSpec(Model):

@@ -97,6 +97,10 @@ class ContentQuiesce(Model):
     """So many file systems the agent had to freeze."""
     holds_vm: bool = Field(alias="holdsVM")
     """Whether the method makes the VM stand still at all."""
+    overlay_pool_name: Trimmed | None = None
+    """The libvirt storage pool of the overlays, if the VM was to be switched to some."""
+    collapsed: bool = False
+    """Whether the VM is known to be on its own disks again."""
 
 
 class ContentCapabilities(Model):

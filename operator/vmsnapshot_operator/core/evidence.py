@@ -100,6 +100,11 @@ class Window(Protocol):
         """Whether the VM is confirmed to go on."""
         ...
 
+    @property
+    def rest(self) -> bool:
+        """Whether something is left in the VM that its journal has to tell, though it goes on."""
+        ...
+
 
 class Quiescer(Protocol):
     """One way to make volumes stand still: through the agent, by a pause, not at all."""
@@ -111,6 +116,10 @@ class Quiescer(Protocol):
         """
         ...
 
-    async def let_go(self, journal: Journal) -> None:
-        """Free what this journal may hold: repeatable, by anyone; returns once the VM is confirmed free."""
+    async def let_go(self, journal: Journal) -> Journal | None:
+        """Free what this journal may hold: repeatable, by anyone; returns once the VM is confirmed free.
+
+        What is returned has to stand in the VM's metadata from then on instead, since something of it is left to be done; None:
+        nothing is.
+        """
         ...

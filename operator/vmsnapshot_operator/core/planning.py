@@ -131,6 +131,15 @@ class PlannedGroup:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OverlaySettings:
+    """How overlays are kept on a hypervisor: `pool` of libvirt, bytes that must stay free there, bytes per second of a commit (0: any)."""
+
+    pool: str
+    min_free_bytes: int
+    bandwidth: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OverlayRoom:
     """Where overlays of a hypervisor are kept. `free_bytes`: room there now; None, with the `problem`, if nobody can say."""
 

@@ -25,7 +25,7 @@ from vmsnapshot_operator.hypervisors.guardian_link import layers
 from vmsnapshot_operator.kube import conditions, distill
 from vmsnapshot_operator.plan.report import clip
 from vmsnapshot_operator.plan.sweep import Action, Found, Ruling, judge
-from vmsnapshot_operator.quiesce.base import Context, clock, find
+from vmsnapshot_operator.quiesce.base import clock, release
 from vmsnapshot_operator.strategies.world import LiveHypervisor, World, now
 
 log = logging.getLogger(__name__)
@@ -90,25 +90,25 @@ class Hypervisors:
             key = (spec.endpoints, tuple(sorted(credentials.items())))
             if live is None or live.client is None or self._spec.get(name) != key:
                 await self.remove(name)
-                self._live[name] = LiveHypervisor(name=name, access=spec.access, problem=CONNECTING)
+                self._live[name] = LiveHypervisor(
+                    name=name, access=spec.access, overlay=spec.overlay, problem=CONNECTING
+                )
                 folder = world.guardian.folder / "credentials" if world.guardian is not None else None
                 made = Hypervisor.to(name, spec.endpoints, credentials, folder)
-                live = LiveHypervisor(name=name, access=spec.access, client=made, problem=CONNECTING)
+                live = replace(self._live[name], client=made)
                 self._live[name] = live
                 self._spec[name], self._secret[name] = key, credentials
             client = live.client
             assert client is not None, "made above"  # noqa: S101 - for the type checker
             await client.reach()
-            self._live[name] = replace(live, access=spec.access, problem="")
+            self._live[name] = replace(live, access=spec.access, overlay=spec.overlay, problem="")
             swept = await self.sweep(body, client, world)
             about = {**await client.about(), "guardianLayers": await _layers(client, world)}
             await _report(body, world, about, swept, None)
         except (HypervisorError, RefusedError) as error:
             before = self._live.get(name)
             # Connections mend themselves, with their own back-off: another one for each try would leave a thread in each.
-            client_before = before.client if before is not None else None
-            rules = before.access if before is not None else ()
-            self._live[name] = LiveHypervisor(name=name, access=rules, client=client_before, problem=error.message)
+            self._live[name] = replace(before or LiveHypervisor(name=name), problem=error.message)
             await _report(body, world, None, Swept(), error)
             return RETRY_EVERY
         return RETRY_EVERY if swept.held or not world.leadership.is_leader() else LOOK_EVERY
@@ -225,7 +225,7 @@ class Hypervisors:
                     self._freed.add(key)
                     return
                 async with step(Step.RECOVER_SWEEP, journal.owner_uid, ref.name):
-                    await free(client, ref, journal)
+                    await release(client, ref, journal)
             except SnapshotError as error:
                 log.error("hypervisor %s: domain %s is still held: %s", name, ref.name, error.message)  # noqa: TRY400 - the message says it all
                 await world.events.emit(body, "Warning", "VMStillHeld", f"domain {ref.name}: {why}; {error.message}")
@@ -247,12 +247,6 @@ class Hypervisors:
         self._proven[journal.owner_uid] = max(before, journal.attempt)
         while len(self._proven) > MOST_PROVEN:
             del self._proven[next(iter(self._proven))]
-
-
-async def free(client: Hypervisor, ref: Ref, journal: Journal) -> None:
-    """Free the VM as its journal says, then remove the journal. Raises SnapshotError when that is not confirmed."""
-    await find(journal.method)(Context(hypervisor=client, ref=ref)).let_go(journal)
-    await client.clear_journal(ref, journal.nonce)
 
 
 async def _layers(client: Hypervisor, world: World) -> list[str] | None:

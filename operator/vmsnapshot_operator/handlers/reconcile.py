@@ -14,6 +14,7 @@ from typing import Any
 
 from vmsnapshot_operator.core.effects import (
     QUIET,
+    Collapse,
     Decision,
     Effect,
     Failure,
@@ -41,7 +42,7 @@ MAX_BACKOFF_SECONDS = 60.0
 MAX_STEPS = 50
 """More effects in a row than any snapshot needs: a loop that does not end by itself is ended, and said so."""
 
-_LONG = (Prepare, TakeWindow, Settle, RollBack, Recover)
+_LONG = (Prepare, TakeWindow, Settle, RollBack, Recover, Collapse)
 _CANCELLABLE = (Prepare, Settle)
 
 

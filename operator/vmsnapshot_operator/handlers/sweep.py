@@ -14,10 +14,10 @@ from pathlib import Path
 from vmsnapshot_operator.core.volumes import Seconds
 from vmsnapshot_operator.errors import KubeError, SnapshotError
 from vmsnapshot_operator.handlers import thaw
-from vmsnapshot_operator.handlers.hypervisors import free
 from vmsnapshot_operator.hypervisors.domains import Hypervisor, Sighting
 from vmsnapshot_operator.kube.cluster import Cluster
 from vmsnapshot_operator.plan.sweep import Action, Found, Ruling, judge
+from vmsnapshot_operator.quiesce.base import release
 
 LIVE = Seconds(5.0)
 """So long a journal must stand before it is taken for a left one: a window that is open now mostly ends sooner by itself."""
@@ -142,7 +142,7 @@ async def _domain(
         report.bad(f"{where}: would be freed: {ruling.why}")
     else:
         try:
-            await free(client, ref, journal)
+            await release(client, ref, journal)
             report.lines.append(f"{where}: freed ({ruling.why}); its journal is removed")
         except SnapshotError as error:
             report.bad(f"{where}: not free yet, run this again: {error.message}")

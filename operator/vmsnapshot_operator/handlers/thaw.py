@@ -14,11 +14,10 @@ from vmsnapshot_operator.core.machine import AgentState, Machine, PowerState
 from vmsnapshot_operator.core.planning import Method
 from vmsnapshot_operator.core.volumes import Seconds
 from vmsnapshot_operator.errors import KubeError, SnapshotError
-from vmsnapshot_operator.handlers.hypervisors import free
 from vmsnapshot_operator.hypervisors.domains import DomainWindow, Hypervisor, Ref
 from vmsnapshot_operator.kube import distill
 from vmsnapshot_operator.kube.cluster import HYPERVISORS, Cluster
-from vmsnapshot_operator.quiesce.base import clock, insist
+from vmsnapshot_operator.quiesce.base import clock, insist, release
 
 PATIENCE = Seconds(60.0)
 """How long one VM is tried to be freed before it is said that it could not be."""
@@ -126,7 +125,7 @@ async def _by_journal(client: Hypervisor, ref: Ref, journal: Journal) -> tuple[l
     end = clock() + PATIENCE
     while True:
         try:
-            await free(client, ref, journal)
+            await release(client, ref, journal)
         except SnapshotError as error:
             if not error.retryable or clock() > end:
                 raise

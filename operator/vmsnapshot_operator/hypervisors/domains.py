@@ -232,6 +232,10 @@ class Hypervisor:
         """Write the journal and read it back. Raises ForeignJournalError if another one is there."""
         await self._at(ref, f"journal of {ref.name}", lambda domain: journals.write(domain, journal))
 
+    async def update_journal(self, ref: Ref, journal: Journal) -> bool:
+        """Have the journal with this nonce say something else; False if it is not there any more."""
+        return await self._at(ref, f"journal of {ref.name}", lambda domain: journals.update(domain, journal))
+
     async def clear_journal(self, ref: Ref, nonce: str) -> None:
         """Remove the journal if it is the one with this nonce."""
         await self._at(ref, f"journal of {ref.name}", lambda domain: journals.clear(domain, nonce))

@@ -49,6 +49,18 @@ def write(domain: Any, journal: Journal) -> None:
             )
 
 
+def update(domain: Any, journal: Journal) -> bool:
+    """Have the journal with this nonce say something else now, wherever it stands; False if it stands nowhere any more."""
+    found = False
+    for place in _places(domain):
+        text = _text(domain, place)
+        there = _or_none(text) if text is not None else None
+        if there is not None and there.nonce == journal.nonce:
+            domain.setMetadata(_ELEMENT, journals.to_xml(journal), journals.PREFIX, journals.NAMESPACE, place)
+            found = True
+    return found
+
+
 def clear(domain: Any, nonce: str) -> None:
     """Remove the journal with this nonce, and no other, wherever it stands."""
     for place in _places(domain):

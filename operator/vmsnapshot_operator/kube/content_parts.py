@@ -75,6 +75,8 @@ def to_spec(record: Record, request: Request, installation: str) -> VMSnapshotCo
             mountpoints=plan.quiesce.mountpoints,
             expected_filesystems=plan.quiesce.expected_filesystems,
             holdsVM=plan.quiesce.holds_vm,
+            overlay_pool_name=plan.quiesce.overlay_pool or None,
+            collapsed=record.collapsed,
         ),
         groups=tuple(_group(g, record) for g in plan.groups),
         volumes=volumes,
@@ -223,6 +225,7 @@ def to_record(spec: VMSnapshotContentSpec, name: str, version: str) -> Record:
         ready=spec.ready_time is not None,
         ready_time=spec.ready_time,
         retain=spec.deletion_policy is DeletionPolicy.RETAIN,
+        collapsed=spec.quiesce.collapsed,
         version=version,
     )
 
@@ -244,6 +247,7 @@ def _plan(spec: VMSnapshotContentSpec) -> Plan:
             mountpoints=spec.quiesce.mountpoints,
             expected_filesystems=spec.quiesce.expected_filesystems,
             holds_vm=spec.quiesce.holds_vm,
+            overlay_pool=spec.quiesce.overlay_pool_name or "",
         ),
         volumes=volumes,
         groups=tuple(_planned_group(g, volumes) for g in spec.groups),

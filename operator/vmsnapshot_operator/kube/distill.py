@@ -13,13 +13,13 @@ from typing import Any, TypeVar
 
 from vmsnapshot_operator.api.hypervisor import AccessRule as AccessGiven
 from vmsnapshot_operator.api.hypervisor import Endpoint as EndpointGiven
-from vmsnapshot_operator.api.hypervisor import HypervisorSpec
+from vmsnapshot_operator.api.hypervisor import HypervisorSpec, Overlay
 from vmsnapshot_operator.api.model import Model
 from vmsnapshot_operator.api.storage_driver_class import Match as MatchGiven
 from vmsnapshot_operator.api.storage_driver_class import StorageDriverClassSpec
 from vmsnapshot_operator.api.vmsnapshot import DeletionPolicy, VMSnapshotSpec
 from vmsnapshot_operator.core.endpoint import Endpoint
-from vmsnapshot_operator.core.planning import Match, Request, StorageClass
+from vmsnapshot_operator.core.planning import Match, OverlaySettings, Request, StorageClass
 from vmsnapshot_operator.errors import RefusedError
 from vmsnapshot_operator.plan.access import AccessRule, Requirement
 
@@ -34,8 +34,7 @@ class HypervisorSettings:
     endpoints: tuple[Endpoint, ...]
     secret_name: str = ""
     access: tuple[AccessRule, ...] = ()
-    overlay_pool: str = ""
-    overlay_min_free_bytes: int = 0
+    overlay: OverlaySettings | None = None
 
 
 def request(body: Mapping[str, Any]) -> Request:
@@ -87,8 +86,15 @@ def hypervisor(body: Mapping[str, Any]) -> HypervisorSettings:
         endpoints=tuple(_endpoint(e) for e in spec.libvirt.endpoints),
         secret_name=spec.libvirt.credentials_secret_name or "",
         access=tuple(_access(i, a) for i, a in enumerate(spec.access)),
-        overlay_pool=spec.overlay.pool_name if spec.overlay is not None else "",
-        overlay_min_free_bytes=spec.overlay.min_free_bytes if spec.overlay is not None else 0,
+        overlay=_overlay(spec.overlay) if spec.overlay is not None else None,
+    )
+
+
+def _overlay(given: Overlay) -> OverlaySettings:
+    return OverlaySettings(
+        pool=given.pool_name,
+        min_free_bytes=given.min_free_bytes,
+        bandwidth=given.bandwidth_bytes_per_second or 0,
     )
 
 

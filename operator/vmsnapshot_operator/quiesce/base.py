@@ -15,6 +15,7 @@ from importlib.metadata import entry_points
 from typing import TypeVar
 
 from vmsnapshot_operator.core.evidence import Evidence, Quiescer
+from vmsnapshot_operator.core.journal import Journal
 from vmsnapshot_operator.core.planning import Plan
 from vmsnapshot_operator.core.volumes import Seconds
 from vmsnapshot_operator.errors import DomainGoneError, HypervisorError, QuiesceError
@@ -72,6 +73,7 @@ class OpenWindow:
 
     evidence: Evidence
     free: bool = False
+    rest: bool = False
     asked: Seconds | None = field(default=None)
 
     def ask(self) -> None:
@@ -101,6 +103,18 @@ class OpenWindow:
     def note(self, text: str) -> None:
         """Add a sentence for the user."""
         self.evidence = replace(self.evidence, notes=(*self.evidence.notes, text))
+
+
+async def release(hypervisor: Hypervisor, ref: Ref, journal: Journal) -> None:
+    """Free the VM as its journal says, then remove the journal, or have it say what is left to be done.
+
+    Raises SnapshotError while nobody can say that the VM is free.
+    """
+    rest = await find(journal.method)(Context(hypervisor=hypervisor, ref=ref)).let_go(journal)
+    if rest is None:
+        await hypervisor.clear_journal(ref, journal.nonce)
+    else:
+        await hypervisor.update_journal(ref, rest)
 
 
 async def insist(what: str, attempt: Callable[[], Awaitable[bool]], patience: Seconds | None) -> bool:

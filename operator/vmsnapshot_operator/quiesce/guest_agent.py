@@ -60,7 +60,7 @@ class GuestAgentQuiescer:
                 raise
             window.ending()
             window.note(f"freeze: {error.message}")
-            await undisturbed(self._free(domain, window))
+            await undisturbed(thaw(self._context, domain, window))
             raise QuiesceError(
                 f"the guest's file systems could not be frozen: {error.message}",
                 reason="FreezeFailed",
@@ -71,48 +71,56 @@ class GuestAgentQuiescer:
                 window.ending()
                 await undisturbed(self._free_as_step(domain, window, journal))
 
-    async def let_go(self, journal: Journal) -> None:
+    async def let_go(self, journal: Journal) -> Journal | None:
         """Thaw until the agent says `thawed`."""
-        domain = await self._context.hypervisor.window(self._context.ref)
-        window = OpenWindow(Evidence(method=journal.method))
-        await undisturbed(self._free(domain, window))
-        if not window.free:
-            raise QuiesceError(
-                f"domain {self._context.ref.name} could not be thawed yet: its agent does not answer; trying again",
-                reason="ThawFailed",
-                retryable=True,
-            )
+        await let_thaw(self._context, journal.method)
+        return None
 
     async def _free_as_step(self, domain: DomainWindow, window: OpenWindow, journal: Journal) -> None:
         async with step(Step.WINDOW_FREE, journal.owner_uid):
-            await self._free(domain, window)
+            await thaw(self._context, domain, window)
 
-    async def _free(self, domain: DomainWindow, window: OpenWindow) -> None:
-        counted = False
 
-        async def attempt() -> bool:
-            nonlocal counted
-            thawed = 0
-            try:
-                thawed = await domain.thaw(timeout=THAW_TIMEOUT)
-            except DomainGoneError:
-                raise
-            except HypervisorError as error:
-                # A hook that fails at thaw makes it raise though it thawed: only the state tells. The count is lost.
-                log.warning("thaw of domain %s: %s", self._context.ref.name, error.message)
-                if not counted:
-                    window.note(f"thaw: {error.message}")
+async def let_thaw(context: Context, method: str) -> None:
+    """Free a guest that may be frozen, by whomever; raises QuiesceError while nobody can say that it is thawed."""
+    domain = await context.hypervisor.window(context.ref)
+    window = OpenWindow(Evidence(method=method))
+    await undisturbed(thaw(context, domain, window))
+    if not window.free:
+        raise QuiesceError(
+            f"domain {context.ref.name} could not be thawed yet: its agent does not answer; trying again",
+            reason="ThawFailed",
+            retryable=True,
+        )
+
+
+async def thaw(context: Context, domain: DomainWindow, window: OpenWindow) -> None:
+    """Thaw until the agent says `thawed`, or for RELEASE_PATIENCE; what it counted goes into the window's evidence."""
+    counted = False
+
+    async def attempt() -> bool:
+        nonlocal counted
+        thawed = 0
+        try:
+            thawed = await domain.thaw(timeout=THAW_TIMEOUT)
+        except DomainGoneError:
+            raise
+        except HypervisorError as error:
+            # A hook that fails at thaw makes it raise though it thawed: only the state tells. The count is lost.
+            log.warning("thaw of domain %s: %s", context.ref.name, error.message)
             if not counted:
-                # Only the first answer counts what we froze: every later thaw finds nothing to do.
-                window.learn(thawed=thawed)
-                counted = True
-            if window.evidence.still_from is not None and thawed > 0 and thawed == window.evidence.frozen:
-                window.ended()
-                return True
-            # The counts differ, or the freeze never answered: it may still be executed later. Only the state tells.
-            if await domain.status(timeout=STATUS_TIMEOUT) is AgentState.THAWED:
-                window.ended()
-                return True
-            return False
+                window.note(f"thaw: {error.message}")
+        if not counted:
+            # Only the first answer counts what we froze: every later thaw finds nothing to do.
+            window.learn(thawed=thawed)
+            counted = True
+        if thawed > 0 and thawed == window.evidence.frozen:
+            window.ended()
+            return True
+        # The counts differ, or the freeze never answered: it may still be executed later. Only the state tells.
+        if await domain.status(timeout=STATUS_TIMEOUT) is AgentState.THAWED:
+            window.ended()
+            return True
+        return False
 
-        await insist(f"thaw of domain {self._context.ref.name}", attempt, RELEASE_PATIENCE)
+    await insist(f"thaw of domain {context.ref.name}", attempt, RELEASE_PATIENCE)

@@ -39,8 +39,9 @@ class NothingQuiescer:
                     freed_by_other=after.power is not before.power or events.resumed or events.started,
                 )
 
-    async def let_go(self, journal: Journal) -> None:
+    async def let_go(self, journal: Journal) -> Journal | None:  # noqa: ARG002 - the protocol's signature
         """Nothing is held."""
+        return None
 
     async def _look(self) -> Machine:
         return await self._context.hypervisor.describe(self._context.ref, ask_agent=False)

@@ -51,7 +51,7 @@ class PauseQuiescer:
                         window.learn(freed_by_other=True)
                     await undisturbed(self._free_as_step(domain, window, journal))
 
-    async def let_go(self, journal: Journal) -> None:  # noqa: ARG002 - the protocol's signature
+    async def let_go(self, journal: Journal) -> Journal | None:  # noqa: ARG002 - the protocol's signature
         """Resume the VM if it is paused."""
         domain = await self._context.hypervisor.window(self._context.ref)
         window = OpenWindow(Evidence(method=Method.PAUSE))
@@ -62,6 +62,7 @@ class PauseQuiescer:
                 reason="ResumeFailed",
                 retryable=True,
             )
+        return None
 
     async def _free_as_step(self, domain: DomainWindow, window: OpenWindow, journal: Journal) -> None:
         async with step(Step.WINDOW_FREE, journal.owner_uid):

@@ -12,11 +12,12 @@ from typing import Any
 
 from vmsnapshot_operator.api.meta import FINALIZER
 from vmsnapshot_operator.core import names
-from vmsnapshot_operator.core.driver import Fit
+from vmsnapshot_operator.core.chains import Ruling
+from vmsnapshot_operator.core.driver import CutKind, Fit
 from vmsnapshot_operator.core.effects import Failure, Observation, Record
 from vmsnapshot_operator.core.journal import Journal
 from vmsnapshot_operator.core.machine import Machine
-from vmsnapshot_operator.core.planning import Patience, Plan, Policy, Refusal, Request, StorageClass
+from vmsnapshot_operator.core.planning import Method, Patience, Plan, Policy, Refusal, Request, StorageClass
 from vmsnapshot_operator.core.volumes import Seconds, Volume, VolumeId
 from vmsnapshot_operator.errors import (
     DomainGoneError,
@@ -28,7 +29,8 @@ from vmsnapshot_operator.errors import (
 )
 from vmsnapshot_operator.hypervisors.domains import Hypervisor, Ref
 from vmsnapshot_operator.kube import contents, distill
-from vmsnapshot_operator.plan import access, disks, grouping, planner
+from vmsnapshot_operator.plan import access, collapse, disks, grouping, planner
+from vmsnapshot_operator.strategies import overlays
 from vmsnapshot_operator.strategies.world import LiveHypervisor, Memory, World, clock
 
 ASK_TIMEOUT = Seconds(10.0)
@@ -57,7 +59,7 @@ async def gather(world: World, body: Mapping[str, Any]) -> Observation:
     finalizer = FINALIZER in (body["metadata"].get("finalizers") or ())
     record = await _record(world, request)
     refused = _refused(body) if record is None and not deleting else None
-    journal, journal_problem = await _journal(world, request, record)
+    journal, journal_problem, rulings = await _journal(world, request, record)
     if record is None or record.taken or record.failure is not None:
         world.release(request.uid)
     planned = _Planned()
@@ -78,6 +80,7 @@ async def gather(world: World, body: Mapping[str, Any]) -> Observation:
         record=record,
         journal=journal,
         journal_problem=journal_problem,
+        overlays=rulings,
         held=held,
         unlisted=unlisted,
         prepared=memory.prepared.attempt if memory.prepared is not None else None,
@@ -140,21 +143,30 @@ def _told_classes(body: Mapping[str, Any]) -> frozenset[str]:
     return frozenset(str(g.get("className", "")) for g in groups)
 
 
-async def _journal(world: World, request: Request, record: Record | None) -> tuple[Journal | None, str]:
-    """Our own journal in the domain, if an attempt is on record whose end is not: only then may the VM be held by us."""
-    if record is None or record.outcome is not None or record.failure is not None or record.foreign:
-        return None, ""
+async def _journal(
+    world: World, request: Request, record: Record | None
+) -> tuple[Journal | None, str, tuple[Ruling, ...]]:
+    """Our own journal in the domain, if an attempt is on record whose end is not: only then may the VM be held by us.
+
+    With it come what is to be done about each of its overlays, and before it why neither can be told.
+    """
+    if record is None or record.foreign:
+        return None, "", ()
+    if (record.outcome is not None or record.failure is not None) and not record.overlaid:
+        return None, "", ()
     try:
         client, ref = await locate(world, request, record)
         journal = await client.read_journal(ref)
+        if journal is None or journal.installation != world.installation or journal.owner_uid != request.uid:
+            return None, "", ()
+        seen = collapse.judge(journal, await overlays.look(client, ref, journal)) if not journal.holds else ()
     except DomainGoneError as error:
         if error.reason == "HypervisorNotFound" and clock() - world.memory(request.uid).since < EARLY_SECONDS:
-            return None, f"{error.message}, or it was not read yet"
-        return None, ""
+            return None, f"{error.message}, or it was not read yet", ()
+        return None, "", ()
     except HypervisorError as error:
-        return None, error.message
-    ours = journal is not None and journal.installation == world.installation and journal.owner_uid == request.uid
-    return (journal if ours else None), ""
+        return None, error.message, ()
+    return journal, "", seen
 
 
 async def _planning(world: World, request: Request, memory: Memory, record: Record | None) -> _Planned:
@@ -208,7 +220,11 @@ async def _plan_on(
     classes = world.classes.all()
     prepared = memory.prepared is not None and record is not None and memory.prepared.attempt == record.attempt
     fits = _answered(record) if record is not None and prepared else await _fits(world, machine, request, classes)
-    made = planner.make_plan(request, machine, classes, fits, failed_before=memory.agent_failed)
+    slow = any(c.capabilities is not None and c.capabilities.cut is not CutKind.INSTANT for c in classes)
+    room = (
+        await overlays.room(client, live.overlay, ref) if slow or request.method == Method.HYPERVISOR_SNAPSHOT else None
+    )
+    made = planner.make_plan(request, machine, classes, fits, failed_before=memory.agent_failed, room=room)
     if isinstance(made, Refusal):
         return _Planned(refusal=made)
     return _Planned(plan=made, guardian=await _guardian(world) if made.quiesce.holds_vm else None)
@@ -325,5 +341,27 @@ async def _held(
     trusted = record is not None and not record.problem
     known = {c.name for c in world.classes.all()}
     asked = tuple(record.groups) if record is not None and trusted else sorted(known | told)
-    await asyncio.gather(*(ask(c) for c in asked))
+    await asyncio.gather(*(ask(c) for c in asked), _overlays(world, request, record, prefix, held, unlisted))
     return held, unlisted
+
+
+async def _overlays(
+    world: World,
+    request: Request,
+    record: Record | None,
+    prefix: str,
+    held: dict[str, frozenset[str]],
+    unlisted: dict[str, str],
+) -> None:
+    """Overlays that were made and never used are listed beside what the storage holds."""
+    if record is None or not record.plan.quiesce.overlay_pool:
+        return
+    try:
+        client, ref = await locate(world, request, record)
+        found = await overlays.held(client, ref, record.plan.quiesce.overlay_pool, prefix)
+    except DomainGoneError:
+        return
+    except HypervisorError as error:
+        unlisted[overlays.CLASS] = error.message
+    else:
+        held[overlays.CLASS] = found

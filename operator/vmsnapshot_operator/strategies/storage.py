@@ -13,10 +13,12 @@ from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
+from vmsnapshot_operator.core.chains import Move, Ruling
 from vmsnapshot_operator.core.driver import Fit, SnapshotRequest
 from vmsnapshot_operator.core.effects import (
     Adopt,
     Amend,
+    Collapse,
     Decision,
     DropContent,
     Effect,
@@ -35,20 +37,22 @@ from vmsnapshot_operator.core.effects import (
 )
 from vmsnapshot_operator.core.evidence import Evidence, GroupOutcome, WindowOutcome
 from vmsnapshot_operator.core.journal import Journal
+from vmsnapshot_operator.core.machine import PowerState
 from vmsnapshot_operator.core.steps import Step, step
-from vmsnapshot_operator.core.volumes import Seconds
+from vmsnapshot_operator.core.volumes import Seconds, VolumeId
 from vmsnapshot_operator.drivers.host import DriverHost, Slot
 from vmsnapshot_operator.errors import (
     ConflictError,
     DomainGoneError,
     DriverError,
     DriverUnavailableError,
+    HypervisorError,
     SnapshotError,
 )
 from vmsnapshot_operator.kube import contents
-from vmsnapshot_operator.plan import next_effect, verdict
-from vmsnapshot_operator.quiesce.base import Context, find, undisturbed
-from vmsnapshot_operator.strategies import window
+from vmsnapshot_operator.plan import collapse, next_effect, verdict
+from vmsnapshot_operator.quiesce.base import release, undisturbed
+from vmsnapshot_operator.strategies import overlays, window
 from vmsnapshot_operator.strategies.gather import locate
 from vmsnapshot_operator.strategies.world import Memory, Prepared, World, clock, now
 
@@ -85,6 +89,8 @@ class StorageStrategy:
         match effect:
             case Recover(journal):
                 await self._recover(journal, seen)
+            case Collapse(journal):
+                await self._collapse(journal, seen, body)
             case Adopt():
                 await self._world.cluster.add_finalizer(body)
             case Prepare():
@@ -93,9 +99,10 @@ class StorageStrategy:
                 await self._window(effect, seen)
             case Keep():
                 await self._keep(effect, seen, body)
-            case Amend():
+            case Amend(collapsed):
                 assert seen.record is not None, "only what is on record is amended"  # noqa: S101 - invariant of decide
-                await self._write(seen.record, seen, create=False)
+                amended = replace(seen.record, collapsed=seen.record.collapsed or collapsed)
+                await self._write(amended, seen, create=False)
             case Settle(groups):
                 await self._settle(groups, seen)
             case RollBack(held):
@@ -119,8 +126,7 @@ class StorageStrategy:
         await memory.drop_prepared()
         try:
             client, ref = await locate(self._world, seen.request, seen.record)
-            await find(journal.method)(Context(hypervisor=client, ref=ref)).let_go(journal)
-            await client.clear_journal(ref, journal.nonce)
+            await release(client, ref, journal)
         except DomainGoneError:
             log.info("domain of snapshot %s is gone: nothing is left to free", seen.request.uid)
         except SnapshotError:
@@ -157,9 +163,10 @@ class StorageStrategy:
         async with step(Step.PREPARE_INTENT, request.uid):
             await self._write(record, seen, create=seen.record is None)
         try:
+            made = await self._make_overlays(effect, seen, record)
             async with step(Step.PREPARE_RESERVE, request.uid):
-                memory.prepared = await self._reserve(effect, record, request.uid)
-        except DriverError as error:
+                memory.prepared = replace(await self._reserve(effect, record, request.uid), overlays=made)
+        except (DriverError, HypervisorError) as error:
             memory.outcome = WindowOutcome(
                 attempt=effect.attempt,
                 evidence=Evidence(method=effect.plan.quiesce.method),
@@ -172,6 +179,30 @@ class StorageStrategy:
             if error.retryable:
                 memory.failures = max(memory.failures, effect.attempt)  # each try waits longer than the one before
                 raise
+
+    async def _make_overlays(self, effect: Prepare, seen: Observation, record: Record) -> Mapping[VolumeId, str]:
+        if not effect.plan.quiesce.overlay_pool:
+            return {}
+        client, ref = await locate(self._world, seen.request, record)
+        return await overlays.make(client, ref, effect.plan, self._world.installation, seen.request.uid, effect.attempt)
+
+    async def _collapse(self, journal: Journal, seen: Observation, body: Mapping[str, Any]) -> None:
+        """Commit the overlays; what can never be committed is kept, told once, and written down."""
+        memory, live = self._memory(seen), self._world.hypervisors.get(seen.request.hypervisor)
+        client, ref = await locate(self._world, seen.request, seen.record)
+
+        def told(rulings: tuple[Ruling, ...]) -> None:
+            memory.progress = {r.target: (r.done, r.total) for r in rulings if r.total}
+
+        try:
+            rulings = await overlays.collapse(client, ref, journal, live.overlay if live is not None else None, told)
+        finally:
+            memory.progress = {}
+        for ruling in rulings:
+            if ruling.move is Move.KEEP:
+                message = f"overlay {ruling.overlay} is kept, and so is its base: {ruling.why}"
+                log.error("VMSnapshot %s: %s", seen.request.uid, message)
+                await self._world.events.emit(body, "Warning", "OverlayKept", message)
 
     async def _reserve(self, effect: Prepare, record: Record, uid: str) -> Prepared:
         """Take a driver process for each group and let it do what is slow.
@@ -209,7 +240,9 @@ class StorageStrategy:
         memory.prepared = None  # whatever happens now, this attempt is never tried again
         async with prepared.stack:
             client, ref = await locate(self._world, seen.request, seen.record)
-            outcome = await window.run(self._world, effect, seen.request.uid, ref, client, prepared.slots)
+            outcome = await window.run(
+                self._world, effect, seen.request.uid, ref, client, prepared.slots, prepared.overlays
+            )
         memory.outcome = outcome
         if outcome.fallback:
             memory.agent_failed = outcome.message
@@ -264,7 +297,25 @@ class StorageStrategy:
                 await host.wait_ready(group.request, group.result, timeout=Seconds(min(SETTLE_TIMEOUT, max(1.0, left))))
 
         await asyncio.gather(*(wait(g) for g in groups.values()))
+        if seen.record.needs_base:
+            await self._stood_still(seen, seen.record)
         await self._write(replace(seen.record, ready=True, ready_time=self._world.now()), seen, create=False)
+
+    async def _stood_still(self, seen: Observation, record: Record) -> None:
+        """Raise DriverError (`SnapshotLost`) unless what was copied has stood still until now."""
+        client, ref = await locate(self._world, seen.request, record)
+        if record.overlaid:
+            journal = await client.read_journal(ref)
+            if journal is None or journal.owner_uid != seen.request.uid:
+                why = "the VM's metadata says no more that it is on overlays"
+            else:
+                why = collapse.stands(journal, await overlays.look(client, ref, journal))
+        else:
+            machine = await client.describe(ref, ask_agent=False)
+            off = machine.power is PowerState.SHUT_OFF and machine.run_id == record.plan.run_id
+            why = "" if off else f"the VM is {machine.power}, and was off when the copy began"
+        if why:
+            raise DriverError(f"the disks did not stand still while they were copied: {why}", reason="SnapshotLost")
 
     async def _roll_back(self, held: Mapping[str, frozenset[str]], seen: Observation) -> None:
         """Delete every name, go on after errors, and report what is left.
@@ -280,6 +331,11 @@ class StorageStrategy:
                 raise ConflictError(f"VMSnapshotContent {record.name} was changed since it was decided to roll back")
 
         async def delete(class_name: str, name: str) -> None:
+            if class_name == overlays.CLASS:
+                client, ref = await locate(self._world, seen.request, record)
+                pool = record.plan.quiesce.overlay_pool if record is not None else ""
+                await overlays.remove(client, ref, pool, name)
+                return
             trusted = record is not None and not record.problem and class_name in record.groups
             if record is not None and trusted:
                 host = await self._world.classes.host_of_record(record.groups[class_name])

@@ -17,11 +17,11 @@ from datetime import datetime
 from vmsnapshot_operator.core.driver import SnapshotRequest
 from vmsnapshot_operator.core.effects import TakeWindow
 from vmsnapshot_operator.core.evidence import Bracket, Evidence, GroupOutcome, Quiescer, Window, WindowOutcome
-from vmsnapshot_operator.core.journal import Journal
+from vmsnapshot_operator.core.journal import Journal, Phase
 from vmsnapshot_operator.core.machine import Machine
 from vmsnapshot_operator.core.planning import Plan
 from vmsnapshot_operator.core.steps import Step, step
-from vmsnapshot_operator.core.volumes import Seconds, volume_id
+from vmsnapshot_operator.core.volumes import Seconds, VolumeId, volume_id
 from vmsnapshot_operator.drivers.host import Slot
 from vmsnapshot_operator.errors import (
     DomainGoneError,
@@ -44,6 +44,10 @@ LEASE_MARGIN = Seconds(5.0)
 """The lease must outlast the budget by so much: within it nobody else may believe to be the one who acts."""
 
 
+UNHURRIED = Seconds(120.0)
+"""So long all cuts may take while the VM runs on overlays."""
+
+
 class Limit:
     """Until when this attempt may act. It is one moment for all that it does, and asked again right before each deed.
 
@@ -52,7 +56,12 @@ class Limit:
 
     def __init__(self, leadership: Leadership, budget: float) -> None:
         self._leadership = leadership
+        self.budget = budget
         self._until = clock() + budget
+
+    def again(self, budget: float) -> Limit:
+        """The same with another budget, from now on."""
+        return Limit(self._leadership, budget)
 
     @property
     def remaining(self) -> Seconds:
@@ -84,6 +93,7 @@ class _Progress:
     groups: dict[str, GroupOutcome]
     window: Window | None = None
     free: bool = True
+    rest: bool = False
     cut_time: datetime | None = None
     reason: str = ""
     message: str = ""
@@ -94,6 +104,10 @@ class _Progress:
         """Whether the VM is confirmed free: as it was before we touched it, or by the word of who freed it."""
         return self.window.free if self.window is not None else self.free
 
+    def has_rest(self) -> bool:
+        """Whether the journal has to stay although the VM is free."""
+        return self.window.rest if self.window is not None else self.rest
+
     def fail(self, reason: str, message: str, *, interrupted: bool = False, fallback: bool = False) -> None:
         """Note why it failed; the first reason is the true one."""
         if not self.reason:
@@ -102,10 +116,21 @@ class _Progress:
 
 
 async def run(
-    world: World, effect: TakeWindow, uid: str, ref: Ref, client: Hypervisor, slots: Mapping[str, Slot]
+    world: World,
+    effect: TakeWindow,
+    uid: str,
+    ref: Ref,
+    client: Hypervisor,
+    slots: Mapping[str, Slot],
+    overlays: Mapping[VolumeId, str],
 ) -> WindowOutcome:
-    """Take the window and tell what happened. Raises only when cancelled; the VM is then free or its journal still there."""
+    """Take the window and tell what happened. Raises only when cancelled; the VM is then free or its journal still there.
+
+    `overlays`: the path of the overlay that was made for each volume, if the VM is to be switched to some.
+    """
     plan = effect.plan
+    # Where no freeze is sent, nothing is ever held: guardians have nothing to free then.
+    holds = not overlays or plan.quiesce.expected_filesystems > 0
     progress = _Progress(groups={c: GroupOutcome(class_name=c) for c in effect.requests})
     journal = Journal(
         installation=world.installation,
@@ -115,6 +140,9 @@ async def run(
         method=plan.quiesce.method,
         budget=plan.quiesce.budget,
         members=tuple(v.volume.id for v in plan.volumes),
+        overlays={str(v): path for v, path in overlays.items()},
+        run_id=plan.run_id if overlays else -1,
+        phase=Phase.HOLDING if holds else Phase.OVERLAID,
     )
     factory = find(plan.quiesce.method)
     if dead := [name for name, slot in slots.items() if not slot.alive]:
@@ -127,7 +155,7 @@ async def run(
             quiescer = factory(Context(hypervisor=client, ref=ref, plan=plan, permit=limit.refusal))
             await _still(quiescer, journal, effect.requests, slots, progress, limit)
     except QuiesceError as error:
-        progress.fail(error.reason, error.message, fallback=True)
+        progress.fail(error.reason, error.message, fallback=error.fallback, interrupted=not error.fallback)
     except (GuardianError, HypervisorError, NotPermittedError) as error:
         progress.fail(error.reason, error.message, interrupted=True)
     return await _tell(effect, progress, ref, client, plan)
@@ -152,12 +180,13 @@ async def _held(
         try:
             async with step(Step.WINDOW_JOURNAL, journal.owner_uid):
                 await client.write_journal(ref, journal)
-            async with step(Step.WINDOW_ARM, journal.owner_uid):
-                await guardian.arm(client.uri(ref), ref.uuid, journal.nonce, client.uris)
+            if journal.holds:
+                async with step(Step.WINDOW_ARM, journal.owner_uid):
+                    await guardian.arm(client.uri(ref), ref.uuid, journal.nonce, client.uris)
             yield limit
         finally:
             if progress.is_free():
-                await undisturbed(_unhold(guardian, journal, ref, client))
+                await undisturbed(_unhold(guardian, journal, ref, client, rest=progress.has_rest()))
             else:
                 log.error("domain %s is not confirmed free: its journal and the guardian stay", ref.name)
 
@@ -168,9 +197,11 @@ def _guardian(world: World) -> GuardianLink:
     return world.guardian
 
 
-async def _unhold(guardian: GuardianLink, journal: Journal, ref: Ref, client: Hypervisor) -> None:
+async def _unhold(guardian: GuardianLink, journal: Journal, ref: Ref, client: Hypervisor, *, rest: bool) -> None:
     async with step(Step.WINDOW_DISARM, journal.owner_uid):
         await guardian.disarm(journal.nonce)
+    if rest:
+        return  # the journal tells what is left to be done
     try:
         async with step(Step.WINDOW_CLEAR, journal.owner_uid):
             await client.clear_journal(ref, journal.nonce)
@@ -192,9 +223,11 @@ async def _still(
     try:
         async with quiescer.still(journal) as window:
             progress.window = window
-            await _cut_all(journal, requests, slots, progress, limit)
+            # Disks that stand still while the VM runs need no hurry.
+            here = limit.again(UNHURRIED) if window.rest else limit
+            await _cut_all(journal, requests, slots, progress, here)
     except QuiesceError as error:
-        progress.free = error.free
+        progress.free, progress.rest = error.free, error.rest
         raise
     except SnapshotError:
         progress.free = True  # nothing was sent; where a window was opened, that one tells
@@ -231,7 +264,7 @@ async def _cut_all(
         late = [f'class "{c}", disk {_disks(requests[c])}' for c, g in progress.groups.items() if not g.ok]
         progress.fail(
             "FrozenTooLong",
-            f"not cut within the budget of {journal.budget:g} s, so the VM was freed first: {'; '.join(late)}",
+            f"not cut within the budget of {limit.budget:g} s, so the VM was freed first: {'; '.join(late)}",
         )
 
 
@@ -261,7 +294,7 @@ async def _cut(request: SnapshotRequest, name: str, slot: Slot, progress: _Progr
 async def _tell(effect: TakeWindow, progress: _Progress, ref: Ref, client: Hypervisor, plan: Plan) -> WindowOutcome:
     evidence = progress.window.evidence if progress.window is not None else Evidence(method=plan.quiesce.method)
     if progress.window is not None:
-        evidence = replace(evidence, same_vm=await _same(plan, ref, client))
+        evidence = replace(evidence, same_vm=await _same(plan, ref, client, overlaid=progress.has_rest()))
     return WindowOutcome(
         attempt=effect.attempt,
         evidence=evidence,
@@ -275,14 +308,15 @@ async def _tell(effect: TakeWindow, progress: _Progress, ref: Ref, client: Hyper
     )
 
 
-async def _same(plan: Plan, ref: Ref, client: Hypervisor) -> bool:
+async def _same(plan: Plan, ref: Ref, client: Hypervisor, *, overlaid: bool) -> bool:
     """Whether it is the same run on the same host with the same disks as when it was planned."""
     try:
         after: Machine = await client.describe(ref, ask_agent=False)
     except SnapshotError as error:
         log.warning("domain %s could not be looked at after the window: %s", ref.name, error.message)
         return False
-    present = {volume_id(d.layers[0]) for d in after.disks if d.layers}
+    # On overlays, the disks that were cut are the layers beneath.
+    present = {volume_id(layer) for d in after.disks for layer in (d.layers if overlaid else d.layers[:1])}
     return (
         after.run_id == plan.run_id
         and after.endpoint == plan.endpoint

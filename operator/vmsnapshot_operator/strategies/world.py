@@ -14,8 +14,8 @@ from typing import Protocol
 
 from vmsnapshot_operator.core.effects import Failure, RecordedGroup, SnapshotStrategy
 from vmsnapshot_operator.core.evidence import WindowOutcome
-from vmsnapshot_operator.core.planning import StorageClass
-from vmsnapshot_operator.core.volumes import Seconds
+from vmsnapshot_operator.core.planning import OverlaySettings, StorageClass
+from vmsnapshot_operator.core.volumes import Seconds, VolumeId
 from vmsnapshot_operator.drivers.host import DriverHost, Slot
 from vmsnapshot_operator.hypervisors.domains import Hypervisor
 from vmsnapshot_operator.hypervisors.guardian_link import GuardianLink
@@ -32,6 +32,7 @@ class LiveHypervisor:
 
     name: str
     access: tuple[AccessRule, ...] = ()
+    overlay: OverlaySettings | None = None
     client: Hypervisor | None = None
     problem: str = ""
 
@@ -66,11 +67,12 @@ class LiveHypervisors(Protocol):
 
 @dataclass(slots=True)
 class Prepared:
-    """An attempt that was prepared and not yet tried: it owns the reserved driver processes."""
+    """An attempt that was prepared and not yet tried: it owns the reserved driver processes. `overlays`: their paths."""
 
     attempt: int
     slots: Mapping[str, Slot]
     stack: AsyncExitStack
+    overlays: Mapping[VolumeId, str] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -82,6 +84,7 @@ class Memory:
     outcome: WindowOutcome | None = None
     broken: Failure | None = None
     agent_failed: str = ""
+    progress: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     trouble: str = ""
     retry_at: Seconds | None = None
     failures: int = 0

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from vmsnapshot_operator.core.endpoint import Endpoint
-from vmsnapshot_operator.core.planning import Match, Policy
+from vmsnapshot_operator.core.planning import Match, OverlaySettings, Policy
 from vmsnapshot_operator.errors import RefusedError
 from vmsnapshot_operator.kube import distill
 from vmsnapshot_operator.plan.access import may_use
@@ -116,7 +116,7 @@ def test_a_hypervisor_without_access_is_for_nobody() -> None:
         Endpoint(driver="qemu", transport="unix", socket_path="/run/sock"),
         Endpoint(driver="qemu", transport="tls", host="h1", port=1),
     )
-    assert (found.name, found.secret_name, found.access, found.overlay_pool) == ("lab", "", (), "")
+    assert (found.name, found.secret_name, found.access, found.overlay) == ("lab", "", (), None)
     assert not may_use(found.access, {"kubernetes.io/metadata.name": "team-a"}, "demo")
 
 
@@ -143,4 +143,4 @@ def test_overlay_and_secret_of_a_hypervisor() -> None:
     body = _hypervisor(overlay={"poolName": "over", "minFreeBytes": 7})
     body["spec"]["libvirt"]["credentialsSecretName"] = "tls"
     found = distill.hypervisor(body)
-    assert (found.overlay_pool, found.overlay_min_free_bytes, found.secret_name) == ("over", 7, "tls")
+    assert (found.overlay, found.secret_name) == (OverlaySettings(pool="over", min_free_bytes=7), "tls")
