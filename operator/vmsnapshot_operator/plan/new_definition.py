@@ -87,7 +87,7 @@ def as_new_vm(
     """
     root = tree.parse(text)
     _refuse_arguments(root)
-    before = new_devices.paths(root)
+    before = new_devices.belongings(root)
     notes = [
         *_disks(root, sources),
         *new_devices.separate(root, identity.name, identity.mac),
@@ -97,9 +97,9 @@ def as_new_vm(
     tree.discard(root, "seclabel")
     tree.drop_own(root, JOURNAL_NAMESPACE, GATE_NAMESPACE, RESTORED_NAMESPACE)
     definition.add_done(root, marker)
-    if shared := sorted(before & new_devices.paths(root)):
+    if shared := sorted(before & new_devices.belongings(root)):
         raise refusal(
-            f"the VM has devices of which nobody can tell whether two VMs may use them: {', '.join(shared[:5])}"
+            f"nobody can tell whether a second VM may use what the VM's devices name: {', '.join(shared[:5])}"
         )
     return NewDefinition(xml=tree.text_of(root), notes=tuple(notes))
 
@@ -139,6 +139,8 @@ def _disks(root: ET.Element, sources: Mapping[str, Layer]) -> list[str]:
         raise refusal(f"the VM has no disk {', '.join(missing)}, but {', '.join(found) or 'none'}")
     if not sources:
         raise refusal("a new VM without any of the disks would be empty")
+    if len({tuple(_address(layer).items()) for layer in sources.values()}) < len(sources):
+        raise refusal("two disks of a new VM cannot be the same copy")
     notes = []
     for target, disk in found.items():
         tree.discard(disk, "backingStore", "mirror")
@@ -214,6 +216,8 @@ def _host(address: str) -> ET.Element:
 
 def _firmware(root: ET.Element, identity: Identity, given: str) -> list[str]:
     notes = []
+    if any(loader.get("readonly") == "no" for loader in root.findall("os/loader")):
+        raise refusal("the VM's firmware is a file that it can write to itself: that file is not copied")
     for element in (root.find("os/nvram"), root.find("os/varstore")):
         if element is None:
             continue

@@ -19,6 +19,10 @@ _SOCKET_LIMIT = 107
 _GENERATED = re.compile(r"/qemu/channel/")
 """In the folders where libvirt makes a guest's channels, with the number of the run or the VM's name."""
 
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+_NO_PASSWORD, _EXPIRED = "locked", "1970-01-01T00:00:01"
+"""libvirt lets nobody in by a password that is no longer valid."""
+
 _ALIAS_OF_USERS = "ua-"
 _CHARACTER_DEVICES = ("serial", "parallel", "console", "channel", "redirdev", "smartcard")
 _HOSTS_OWN = {
@@ -28,9 +32,9 @@ _HOSTS_OWN = {
 }
 _INTERFACES_OF_THE_HOST = ("hostdev", "vdpa", "vhostuser")
 _SHARED_BY_NATURE = re.compile(
-    r"^(emulator|rng/backend|interface/(script|downscript|backend)|video/driver|graphics/gl|smartcard/database|.*/rom)$"
+    r"^(emulator|rng/backend|interface/(script|downscript|backend)|video/.*|graphics/gl|smartcard/database|.*/rom|disk/source/.*)$"
 )
-"""Elements whose paths are read, or of devices made to be opened by many."""
+"""Elements whose paths are only read, are of devices made to be opened by many, or say how to reach a storage system."""
 
 
 def separate(root: ET.Element, name: str, mac: Callable[[int], str]) -> list[str]:
@@ -53,8 +57,8 @@ def separate(root: ET.Element, name: str, mac: Callable[[int], str]) -> list[str
     return notes
 
 
-def paths(root: ET.Element) -> set[str]:
-    """Return the absolute paths that the devices name, but for those that any number of VMs may use."""
+def belongings(root: ET.Element) -> set[str]:
+    """Return what the devices name of the host and of storage, but for what any number of VMs may use."""
     found: set[str] = set()
     for device in tree.devices(root):
         if device.tag in ("disk", "filesystem") and is_read_only(device):
@@ -64,7 +68,15 @@ def paths(root: ET.Element) -> set[str]:
                 continue
             values = [*element.attrib.values(), (element.text or "").strip()]
             found |= {v for v in values if v.startswith("/")}
+            if where == "disk/source":
+                found |= {" ".join(v) for v in (_image(element),) if v}
     return found
+
+
+def _image(source: ET.Element) -> tuple[str, ...]:
+    if source.get("protocol"):
+        return (source.get("protocol", ""), source.get("name", ""))
+    return ("volume", source.get("pool", ""), source.get("volume", "")) if source.get("pool") else ()
 
 
 def is_read_only(device: ET.Element) -> bool:
@@ -75,6 +87,11 @@ def is_read_only(device: ET.Element) -> bool:
 def is_removable(disk: ET.Element) -> bool:
     """Whether a disk is a drive, which may be empty."""
     return disk.get("device") in ("cdrom", "floppy")
+
+
+def _has_socket(source: ET.Element | None) -> bool:
+    """Whether a server of the host's serves it, which takes one client."""
+    return source is not None and source.get("socket") is not None
 
 
 def _within(element: ET.Element, where: str) -> list[tuple[str, ET.Element]]:
@@ -89,7 +106,7 @@ def _take_out(devices: ET.Element) -> list[str]:
     for device in list(devices):
         what = _HOSTS_OWN.get(device.tag, "")
         source = device.find("source")
-        if device.tag == "filesystem" and not is_read_only(device):
+        if device.tag == "filesystem" and (not is_read_only(device) or _has_socket(source)):
             what = "a shared directory"
         elif device.tag == "memory" and device.get("model") in ("nvdimm", "virtio-pmem"):
             what = "persistent memory"
@@ -115,6 +132,7 @@ def _character_devices(devices: ET.Element, name: str) -> list[str]:
             continue
         for log in device.findall("log"):
             log.set("file", _own(log.get("file", ""), name))
+        device.attrib.pop("tty", None)
         kind = device.get("type")
         for source in device.findall("source"):
             path = source.get("path", "")
@@ -169,6 +187,8 @@ def _interfaces(devices: ET.Element, mac: Callable[[int], str]) -> list[str]:
         tree.discard(interface, "target")
         for source in interface.findall("source"):
             source.attrib.pop("portid", None)
+        for backend in interface.findall("backend[@logFile]"):
+            backend.attrib.pop("logFile")
         for parameters in interface.findall("virtualport/parameters"):
             for key in ("interfaceid", "instanceid"):
                 parameters.attrib.pop(key, None)
@@ -185,9 +205,16 @@ def _graphics(devices: ET.Element) -> list[str]:
         display.attrib.pop("socket", None)
         for listen in display.findall("listen[@type='socket']"):
             listen.attrib.pop("socket", None)
-        if display.get("passwd") is not None or display.get("passwdValidTo") is not None:
-            # Whoever knew the old one's password may not know this VM; without any the display would be open to all.
-            display.set("passwd", "*****")
-            display.set("passwdValidTo", "1970-01-01T00:00:01")
+        if display.get("passwd") is None and any(not _is_local(e) for e in (display, *display.findall("listen"))):
+            # Whether the old one had a password cannot be told from a definition that was read without secrets.
+            display.set("passwd", _NO_PASSWORD)
+            display.set("passwdValidTo", _EXPIRED)
             notes.append(f"its {display.get('type', '')} display is locked until an administrator sets a password")
     return notes
+
+
+def _is_local(display: ET.Element) -> bool:
+    """Whether a display, or one place where it listens, is not to be reached over the network."""
+    if display.tag == "listen":
+        return display.get("type") in ("none", "socket") or display.get("address", "") in _LOOPBACK
+    return display.get("type") not in ("vnc", "spice", "rdp") or display.get("listen", "127.0.0.1") in _LOOPBACK
