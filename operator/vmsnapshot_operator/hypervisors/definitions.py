@@ -33,7 +33,6 @@ _ASK_AGAIN = Seconds(15.0)
 _AGENT_SECONDS = 2
 _AGENT_CHANNEL = "org.qemu.guest_agent.0"
 _INACTIVE, _SECURE = libvirt.VIR_DOMAIN_XML_INACTIVE, libvirt.VIR_DOMAIN_XML_SECURE
-_SNAPSHOTS_OF_OTHERS = "it has snapshots or checkpoints of its own"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,15 +66,16 @@ async def redefine(hypervisor: Hypervisor, ref: Ref, change: Callable[[str], str
     """Change the definition of a domain that is off: `change` gets it with its secrets, and returns what is defined.
 
     Raises HypervisorError with reason VMRunning if the domain runs, before or after: then nobody can say with which
-    definition it was started. What `change` raises is passed on, and nothing was changed then.
+    definition it was started; VMSaved if its memory is saved: a start would take the definition saved with that. What
+    `change` raises is passed on, and nothing was changed then.
     """
     await hypervisor.act(ref, f"definition of {ref.name}", lambda d: _redefine(d, change), timeout=DEFINE_TIMEOUT)
 
 
 async def define(hypervisor: Hypervisor, endpoint: str, xml: str) -> Ref:
-    """Define a new domain on one endpoint. Another one of the same name, on whatever endpoint, is left as it is.
+    """Define a new domain on one endpoint, unless it is defined already, on whatever endpoint.
 
-    Raises HypervisorError with reason NameTaken if there is one, unless it has the UUID of `xml`, too.
+    Raises HypervisorError with reason NameTaken if another one is of that name, or of that UUID: it is left as it is.
     """
     root = element(xml)
     name, uuid = root.findtext("name") or "", (root.findtext("uuid") or "").lower()
@@ -85,8 +85,9 @@ async def define(hypervisor: Hypervisor, endpoint: str, xml: str) -> Ref:
         if error.ambiguous:
             raise _taken(name, error.message) from error
     else:
-        if there.uuid != uuid:
-            raise _taken(name, f"it has the UUID {there.uuid}")
+        if there.uuid == uuid:
+            return there
+        raise _taken(name, f"it has the UUID {there.uuid}")
     return await hypervisor.act_on(
         endpoint, f"define {name}", lambda c: _define(c, xml, endpoint), timeout=DEFINE_TIMEOUT
     )
@@ -122,21 +123,25 @@ async def stop(
 ) -> bool:
     """Shut a domain down from within; switch it off if it does not go down within `limit` seconds, or cannot.
 
-    Returns whether it went down by itself: its file systems are clean then. Raises HypervisorError if it is not off in the
-    end, and for a transient domain, of which nothing would be left.
+    Returns whether it went down by itself: its file systems are clean then. Raises HypervisorError with reason
+    VMNotStopped if it is not off in the end, VMTransient for a domain of which nothing would be left.
     """
     await hypervisor.act(ref, f"look at {ref.name}", _must_stay)
     end, again = time.monotonic() + limit, time.monotonic()
     by_itself = True
     while (power := await hypervisor.act(ref, f"state of {ref.name}", _power)) is not PowerState.SHUT_OFF:
         now = time.monotonic()
+        if now >= end + START_TIMEOUT:
+            raise HypervisorError(
+                f"domain {ref.name} does not stay off: something starts it again", reason="VMNotStopped"
+            )
         if now >= end or power in (PowerState.PAUSED, PowerState.CRASHED, PowerState.SUSPENDED):
             by_itself = False
             await hypervisor.act(ref, f"switch {ref.name} off", _destroy, timeout=START_TIMEOUT)
             continue
         if now >= again:
             again = now + _ASK_AGAIN
-            await _ask_to_shut_down(hypervisor, ref)
+            await _ask_to_shut_down(hypervisor, ref, Seconds(max(end - now, 1.0)))
         await sleep(_POLL)
     return by_itself and await hypervisor.act(ref, f"state of {ref.name}", _was_shut_down)
 
@@ -159,9 +164,9 @@ async def wait_for_agent(
         await sleep(_POLL)
 
 
-async def _ask_to_shut_down(hypervisor: Hypervisor, ref: Ref) -> None:
+async def _ask_to_shut_down(hypervisor: Hypervisor, ref: Ref, limit: Seconds) -> None:
     try:
-        await hypervisor.act(ref, f"shutdown of {ref.name}", _shut_down, timeout=START_TIMEOUT)
+        await hypervisor.act(ref, f"shutdown of {ref.name}", _shut_down, timeout=limit)
     except CallTimeoutError:
         return  # the agent may hang; what comes of it is seen in the domain's state
 
@@ -191,6 +196,12 @@ def _look(domain: Any, ref: Ref) -> Defined:
 
 def _redefine(domain: Any, change: Callable[[str], str]) -> None:
     _must_be_off(domain)
+    if domain.hasManagedSaveImage():
+        raise HypervisorError(
+            f"domain {domain.name()} was saved with its memory, which goes with its disks as they are now: start it and shut it"
+            " down, or throw its memory away (virsh managedsave-remove)",
+            reason="VMSaved",
+        )
     before = domain.XMLDesc(_INACTIVE | _SECURE)
     after = change(before)
     if after != before:
@@ -203,7 +214,7 @@ def _define(connection: Any, xml: str, endpoint: str) -> Ref:
         made = connection.defineXML(xml)
     except libvirt.libvirtError as error:
         if error.get_error_code() == libvirt.VIR_ERR_OPERATION_FAILED:
-            # "already exists", "already defined with uuid": it came up since it was looked for
+            # It came up since it was looked for, or its UUID is another one's.
             raise _taken((element(xml).findtext("name") or ""), str(error.get_error_message())) from error
         raise
     return Ref(uuid=made.UUIDString(), name=made.name(), endpoint=endpoint)
