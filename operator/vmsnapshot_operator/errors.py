@@ -65,9 +65,15 @@ class HypervisorUnreachableError(HypervisorError):
 
 
 class DomainGoneError(HypervisorError):
-    """The domain is not, or no longer, on any endpoint of the hypervisor."""
+    """The domain is not, or no longer, on any endpoint of the hypervisor; or (`ambiguous`) several are of this name."""
 
     reason = "DomainNotFound"
+
+    def __init__(
+        self, message: str, *, reason: str | None = None, retryable: bool | None = None, ambiguous: bool = False
+    ) -> None:
+        super().__init__(message, reason=reason, retryable=retryable)
+        self.ambiguous = ambiguous
 
 
 class AgentError(HypervisorError):

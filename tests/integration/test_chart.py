@@ -388,6 +388,9 @@ def test_examples_fit_each_other() -> None:
         if body["kind"] == "VMSnapshot":
             assert ("Hypervisor", spec["source"]["hypervisorName"]) in names
             assert ("Namespace", body["metadata"]["namespace"]) in names
+        if body["kind"] == "VMRestore":
+            assert ("VMSnapshot", spec["snapshotName"]) in names
+            assert ("Namespace", body["metadata"]["namespace"]) in names
         if "secretName" in spec:
             assert ("Secret", spec["secretName"]) in names
         if body["kind"] == "Secret":

@@ -284,7 +284,7 @@ def test_defaults_are_filled_in(ours: Copies) -> None:
     assert read["status"] == {"observedGeneration": -1}
 
 
-@pytest.mark.parametrize("kind", ["hypervisor", "storagedriverclass", "vmsnapshot", "vmsnapshotcontent"])
+@pytest.mark.parametrize("kind", ["hypervisor", "storagedriverclass", "vmsnapshot", "vmsnapshotcontent", "vmrestore"])
 def test_a_fresh_object_counts_as_in_progress(ours: Copies, kind: str) -> None:
     name = "vmsnapshotcontent-intent" if kind == "vmsnapshotcontent" else f"{kind}-smallest"
     body = CASES[name]["object"]
@@ -339,6 +339,20 @@ def _look(ours: Copies, body: Json) -> None:
     }
     path = ours.path(body, name, "status") + "?fieldManager=vmsnapshot-operator&force=true"
     ours.server.done("PATCH", path, seen, kind="application/apply-patch+yaml")
+
+
+def test_defaults_of_a_restore_are_filled_in(ours: Copies) -> None:
+    body = CASES["vmrestore-smallest"]["object"]
+    made = ours.server.done("POST", ours.path(body), ours.own(body))
+    ours.server.done("DELETE", ours.path(body, "case"))
+    assert made["spec"] == {
+        "snapshotName": "before",
+        "mode": "InPlace",
+        "volumes": {},
+        "runningVM": "Refuse",
+        "startAfter": False,
+        "deadlineSeconds": 3600,
+    }
 
 
 def test_a_user_cannot_write_status_with_the_spec(ours: Copies) -> None:

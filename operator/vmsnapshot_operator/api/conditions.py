@@ -22,6 +22,20 @@ class ConditionType(StrEnum):
     STALLED = "Stalled"  # it failed, and will not go on by itself (kstatus)
 
 
+class RestoreConditionType(StrEnum):
+    """What a condition of a VMRestore is about, in the order in which they come true."""
+
+    PLANNED = "Planned"  # every disk was checked, and nothing was touched
+    SAFETY_SNAPSHOT_TAKEN = (
+        "SafetySnapshotTaken"  # what is there now can be brought back; False with a reason if not asked for
+    )
+    VOLUMES_RESTORED = "VolumesRestored"  # every disk holds what it held at the snapshot
+    VM_DEFINED = "VMDefined"  # the VM can be started: it has its true definition (again)
+    READY = "Ready"  # all is done that was asked for
+    RECONCILING = "Reconciling"  # something is under way (kstatus)
+    STALLED = "Stalled"  # it failed, and will not go on by itself (kstatus)
+
+
 class Condition(Report):
     """One aspect of an object's state, as all of Kubernetes tells it."""
 

@@ -655,6 +655,48 @@ class Reason(StrEnum):
         "Check the disk's source; refresh the pool (`virsh pool-refresh POOL`) if the file is new.",
     )
 
+    # --- restoring: the VM and its definition ------------------------------------------------------------------------------
+    DEFINITION_UNUSABLE = (
+        "DefinitionUnusable",
+        "The VM's definition cannot be worked with: it is damaged, lacks the disk, or names what a second VM may not share.",
+        "Do what the message says: change the VM's definition, or define the new VM by hand from clones.",
+    )
+    MARKER_UNREADABLE = (
+        "MarkerUnreadable",
+        "What a restore wrote into the domain's metadata cannot be read; nothing is changed on the VM.",
+        "Look at it (`virsh dumpxml DOMAIN`), and whether a restore is under way; if another version of the operator wrote it, let that one go on.",
+    )
+    NAME_TAKEN = (
+        "NameTaken",
+        "A VM of the name, or of the UUID, that the new one was to have is there already.",
+        "Use another spec.newVM.name, or remove that VM.",
+    )
+    VM_NOT_STOPPED = (
+        "VMNotStopped",
+        "The VM does not stay off: whenever it is stopped something starts it again.",
+        "Find out what starts it (a cluster manager, a script) and tell that to leave it off; then create the VMRestore again.",
+    )
+    VM_RUNNING = (
+        "VMRunning",
+        "The VM runs, so that its disks are in use and cannot be set back.",
+        "Shut the VM down, or use spec.runningVM Stop; or restore into a new VM.",
+    )
+    VM_SAVED = (
+        "VMSaved",
+        "The VM was saved with its memory, which belongs to its disks as they are now.",
+        "Start the VM and shut it down, or throw its memory away (`virsh managedsave-remove`).",
+    )
+    VM_STOPPED = (
+        "VMStopped",
+        "The VM was started and does not run any more.",
+        "Look at the VM's console and at libvirt's log on the host for why it stopped.",
+    )
+    VM_TRANSIENT = (
+        "VMTransient",
+        "The VM is transient: nothing would be left of it once it is stopped.",
+        "Define the VM (`virsh define`), or restore into a new VM.",
+    )
+
 
 def document() -> str:
     """Return the page that lists all reasons by their words: for the same list always the same."""

@@ -12,11 +12,17 @@ from typing import Any
 
 import yaml
 
-from vmsnapshot_operator.api import hypervisor, storage_driver_class, vmsnapshot, vmsnapshot_content
+from vmsnapshot_operator.api import hypervisor, storage_driver_class, vmrestore, vmsnapshot, vmsnapshot_content
 from vmsnapshot_operator.api.meta import CATEGORY, GROUP, VERSION
 from vmsnapshot_operator.api.model import PATTERN_MESSAGE, RULES, Column, Kind
 
-KINDS: tuple[Kind, ...] = (hypervisor.KIND, storage_driver_class.KIND, vmsnapshot.KIND, vmsnapshot_content.KIND)
+KINDS: tuple[Kind, ...] = (
+    hypervisor.KIND,
+    storage_driver_class.KIND,
+    vmsnapshot.KIND,
+    vmsnapshot_content.KIND,
+    vmrestore.KIND,
+)
 """Every kind of the group; a new one is added here and nowhere else."""
 
 _HEADER = "# Generated from the models by `make generate`; a test fails if it differs.\n"

@@ -44,6 +44,9 @@ def _rows() -> Iterator[Permission]:
     # What tenants write: patch is for the finalizer, delete for ttlSeconds.
     yield from _verbs(GROUP, "vmsnapshots", "get list watch patch delete")
     yield Permission(group=GROUP, resource="vmsnapshots", verb="patch", subresource="status")
+    # The way back: patch is for the finalizer.
+    yield from _verbs(GROUP, "vmrestores", "get list watch patch")
+    yield Permission(group=GROUP, resource="vmrestores", verb="patch", subresource="status")
     # What is really held: written by the operator alone.
     yield from _verbs(GROUP, "vmsnapshotcontents", "get list watch create update delete")
     yield Permission(group=GROUP, resource="vmsnapshotcontents", verb="patch", subresource="status")

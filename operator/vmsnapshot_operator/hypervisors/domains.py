@@ -252,6 +252,18 @@ class Hypervisor:
         host = self._hosts.get(ref.endpoint)
         return self._hub.watch(ref.uuid, ref.endpoint, blind=host is None or host.main.live is None)
 
+    async def act(self, ref: Ref, what: str, act: Callable[[Any], T], *, timeout: Seconds = ACT_TIMEOUT) -> T:  # noqa: ASYNC109 - the call is left behind at the deadline
+        """Call `act(virDomain)`, blocking, in a thread, where the domain is now. Raises what `find` does, and CallTimeoutError."""
+        return await self._at(ref, what, act, timeout)
+
+    async def act_on(self, endpoint: str, what: str, act: Callable[[Any], T], *, timeout: Seconds) -> T:  # noqa: ASYNC109 - as above
+        """Call `act(virConnect)`, blocking, in a thread; raises HypervisorUnreachableError if there is no such endpoint."""
+        host = self._hosts.get(endpoint)
+        if host is None:
+            raise HypervisorUnreachableError(f'hypervisor "{self.name}" has no endpoint "{endpoint}" any more')
+        connection = await host.main.get()
+        return await host.calls.act(what, act, connection, timeout=timeout)
+
     async def _prepare(self, endpoint: str) -> None:
         host = self._hosts[endpoint]
         await host.main.get()
@@ -278,12 +290,12 @@ class Hypervisor:
         )
         return Handles(domains[0], domains[1], host.calls, host.freezes, active)
 
-    async def _at(self, ref: Ref, what: str, act: Callable[[Any], T]) -> T:
+    async def _at(self, ref: Ref, what: str, act: Callable[[Any], T], timeout: Seconds = ACT_TIMEOUT) -> T:  # noqa: ASYNC109 - as above
         """Act on the domain where it is now, on the main connection."""
         here = await self.find(ref.uuid)
         host = self._hosts[here.endpoint]
         connection = await host.main.get()
-        return await host.calls.act(what, lambda: act(connection.lookupByUUIDString(ref.uuid)), timeout=ACT_TIMEOUT)
+        return await host.calls.act(what, lambda: act(connection.lookupByUUIDString(ref.uuid)), timeout=timeout)
 
     async def _locate(self, domain: str) -> tuple[Ref, bool]:
         """Return where a domain is and whether it runs there; raises as `find`."""
@@ -302,7 +314,9 @@ class Hypervisor:
         refs = [a.ref for a in found if a.ref is not None]
         if len({r.uuid for r in refs}) > 1:
             log.warning("hypervisor %s has several domains %r; name one by its UUID: %s", self.name, domain, refs)
-            raise DomainGoneError(f'hypervisor "{self.name}" has several domains "{domain}": name it by its UUID')
+            raise DomainGoneError(
+                f'hypervisor "{self.name}" has several domains "{domain}": name it by its UUID', ambiguous=True
+            )
         if problems and not (found and found[0].active):
             raise HypervisorUnreachableError("; ".join(problems))
         if not refs:

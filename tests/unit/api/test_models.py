@@ -14,6 +14,7 @@ from vmsnapshot_operator.api import meta
 from vmsnapshot_operator.api.conditions import Condition, ConditionType
 from vmsnapshot_operator.api.hypervisor import Hypervisor
 from vmsnapshot_operator.api.storage_driver_class import CapabilitiesReport, StorageDriverClass
+from vmsnapshot_operator.api.vmrestore import Mode, VMRestore, VMRestoreSpec
 from vmsnapshot_operator.api.vmsnapshot import Quiesce, VMSnapshot, VMSnapshotSpec, VMSnapshotStatus
 from vmsnapshot_operator.api.vmsnapshot_content import ContentGroup, VMSnapshotContent
 from vmsnapshot_operator.core import names
@@ -162,11 +163,31 @@ def test_capabilities_are_those_of_the_core() -> None:
 
 @pytest.mark.parametrize(
     ("model", "field"),
-    [(Hypervisor, "spec"), (StorageDriverClass, "spec"), (VMSnapshot, "spec"), (VMSnapshotContent, "spec")],
+    [
+        (Hypervisor, "spec"),
+        (StorageDriverClass, "spec"),
+        (VMSnapshot, "spec"),
+        (VMSnapshotContent, "spec"),
+        (VMRestore, "spec"),
+    ],
 )
 def test_an_object_without_a_spec_is_refused(model: type[Hypervisor], field: str) -> None:
     with pytest.raises(RefusedError, match=field):
         model.from_body({"apiVersion": meta.API_VERSION, "kind": model.__name__, "metadata": {"name": "a"}})
+
+
+@pytest.mark.parametrize(
+    ("mode", "asked", "taken"),
+    [
+        (Mode.IN_PLACE, None, True),
+        (Mode.IN_PLACE, True, True),
+        (Mode.IN_PLACE, False, False),
+        (Mode.NEW_VM, None, False),
+        (Mode.NEW_VM, False, False),
+    ],
+)
+def test_a_safety_snapshot_is_of_what_a_restore_changes(mode: Mode, asked: bool | None, taken: bool) -> None:
+    assert VMRestoreSpec(snapshot_name="a", mode=mode, safety_snapshot=asked).takes_safety_snapshot is taken
 
 
 def test_bodies_of_other_mappings_are_read() -> None:

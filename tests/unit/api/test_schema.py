@@ -81,6 +81,7 @@ def test_names() -> None:
         "storagedriverclasses.vmsnapshot.io": ("Cluster", ["vmsdc"]),
         "vmsnapshotcontents.vmsnapshot.io": ("Cluster", ["vmsnapcontent"]),
         "vmsnapshots.vmsnapshot.io": ("Namespaced", ["vmsnap"]),
+        "vmrestores.vmsnapshot.io": ("Namespaced", ["vmrest"]),
     }
     for name, crd in CRDS.items():
         assert name == f"vmsnapshot.io_{crd['spec']['names']['plural']}.yaml"
@@ -137,7 +138,8 @@ def test_defaults_come_true_from_the_top(name: str) -> None:
 
     walk(spec, reached=True, in_list=False)
     parents = {f for f, inner in spec["properties"].items() if inner.get("default") == {}}
-    assert parents == ({"quiesce", "volumes"} if "vmsnapshots" in name else set())
+    wanted = {"vmsnapshot.io_vmsnapshots.yaml": {"quiesce", "volumes"}, "vmsnapshot.io_vmrestores.yaml": {"volumes"}}
+    assert parents == wanted.get(name, set())
     assert root(CRDS[name])["properties"]["status"]["default"] == {"observedGeneration": -1}
 
 
@@ -149,6 +151,18 @@ def test_all_of_the_spec_but_two_fields_is_immutable() -> None:
     assert spec["properties"].keys() - fixed == {"deletionPolicy", "ttlSeconds"}
     # The rules compare what is always there: required, or with a default.
     assert all(f in spec["required"] or "default" in spec["properties"][f] for f in fixed)
+
+
+def test_all_of_a_restore_is_immutable() -> None:
+    spec = root(CRDS["vmsnapshot.io_vmrestores.yaml"])["properties"]["spec"]
+    fixed = {}
+    for each in spec["x-kubernetes-validations"]:
+        if m := re.search(r"self\.(\w+) == oldSelf\.\1\)?$", each["rule"]):
+            fixed[m[1]] = each["rule"].startswith("has(")
+    assert fixed.keys() == spec["properties"].keys()
+    # A rule that compares what may be absent asks first whether it is there.
+    always = {f for f, inner in spec["properties"].items() if f in spec["required"] or "default" in inner}
+    assert {f for f, asks in fixed.items() if asks} == spec["properties"].keys() - always
 
 
 def test_rules_speak_plainly() -> None:
