@@ -1,0 +1,203 @@
+"""The workflow of a restore, as one pure function: what was seen in, the one next effect and the conditions out.
+
+The world is its memory: the gate in the VM's definition says that disks may be neither old nor new, the done-marker that they
+are new; status says only that it ended. Where the gate is closed there are three ways out: all disks set back (again, after a
+crash), all of them brought to the safety snapshot, or, where none was touched, none.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+
+from vmsnapshot_operator.core.effects import Condition, Failure
+from vmsnapshot_operator.core.machine import PowerState
+from vmsnapshot_operator.core.planning import Patience
+from vmsnapshot_operator.core.restoring import (
+    Claim,
+    Clone,
+    CloseGate,
+    GoBack,
+    LetGo,
+    RemoveClones,
+    Rest,
+    RestoreDecision,
+    RestoreEffect,
+    RestoreSeen,
+    Revert,
+    Safety,
+    Start,
+    Stop,
+    TakeSafety,
+)
+from vmsnapshot_operator.core.volumes import Seconds
+from vmsnapshot_operator.plan import restore_conditions as told
+
+SETTLE_SECONDS = Seconds(5.0)
+_SOON, _LATER = Seconds(1.0), Seconds(5.0)
+
+
+def decide(seen: RestoreSeen, now: datetime) -> RestoreDecision:
+    """Return the next effect. A closed gate is opened before anything else is thought of."""
+    if (waiting := _not_now(seen)) is not None:
+        return waiting
+    if seen.gated:
+        return _through_the_gate(seen, now)
+    if seen.ended:
+        return RestoreDecision(effect=LetGo() if seen.finalizer else Rest(), conditions=seen.ended)
+    if seen.deleting:
+        return _delete(seen)
+    if seen.is_done:
+        return _after(seen, now)
+    if seen.broken is not None:
+        return _give_up(seen, seen.broken)
+    if now > deadline(seen):
+        return _late(seen)
+    return _begin(seen)
+
+
+def _not_now(seen: RestoreSeen) -> RestoreDecision | None:
+    """What has to be waited for, whatever is to be done."""
+    if not seen.leader:
+        return _say(seen, Rest(_SOON), "NotLeader", "another instance of the operator holds the lease")
+    if seen.retry_in > 0:
+        return _say(seen, Rest(max(Seconds(0.05), seen.retry_in)), "Retrying", seen.trouble)
+    if seen.problem:
+        return _say(seen, Rest(_SOON), "HypervisorUnreachable", seen.problem)
+    return None
+
+
+def _begin(seen: RestoreSeen) -> RestoreDecision:
+    """Nothing of the VM was changed yet."""
+    if seen.refusal is not None:
+        return _refuse(seen)
+    if seen.in_use_by:
+        return _say(seen, Rest(_SOON), "VMBusy", seen.in_use_by)
+    if seen.plan is None:
+        return _say(seen, Rest(_SOON), "Planning", seen.trouble)
+    if not seen.finalizer:
+        return _say(seen, Claim(), "Preparing")
+    if seen.request.in_place:
+        return _in_place(seen)
+    return _say(seen, Clone(seen.plan.groups), "Cloning")
+
+
+def deadline(seen: RestoreSeen) -> datetime:
+    """When it must be done."""
+    return seen.request.created + timedelta(seconds=seen.request.deadline_seconds)
+
+
+def _say(seen: RestoreSeen, effect: RestoreEffect, reason: str, message: str = "") -> RestoreDecision:
+    return RestoreDecision(effect=effect, conditions=told.in_progress(seen, reason, message))
+
+
+def _fail(seen: RestoreSeen, failure: Failure) -> RestoreDecision:
+    conditions = told.failed(seen, failure)
+    return RestoreDecision(effect=LetGo() if seen.finalizer else Rest(), conditions=conditions)
+
+
+def _in_place(seen: RestoreSeen) -> RestoreDecision:
+    """Nothing was changed yet: safety snapshot, off, gate."""
+    assert seen.plan is not None, "asked before"  # noqa: S101 - for the type checker
+    if seen.power is not PowerState.SHUT_OFF:
+        return _say(seen, Stop(), "Stopping", "spec.runningVM is Stop")
+    if seen.request.safety:
+        if seen.safety is Safety.NONE:
+            return _say(seen, TakeSafety(), "TakingSafetySnapshot")
+        if seen.safety is Safety.TAKING:
+            return _say(seen, Rest(_LATER), "TakingSafetySnapshot", seen.safety_message)
+        if seen.safety is Safety.FAILED:
+            message = f"the safety snapshot failed, so nothing was changed: {seen.safety_message}"
+            return _fail(seen, Failure(reason="SafetySnapshotFailed", message=message))
+    return _say(seen, CloseGate(seen.plan.targets), "ClosingGate")
+
+
+def _through_the_gate(seen: RestoreSeen, now: datetime) -> RestoreDecision:
+    """The disks may be neither old nor new: forwards as long as that can help, else back; never away."""
+    back = seen.safety is Safety.READY
+    if seen.broken is not None or now > deadline(seen) or (seen.plan is None and seen.refusal is not None):
+        if back:
+            return _say(seen, GoBack(), "GoingBack", _why(seen))
+        if seen.plan is None:
+            return _say(seen, Rest(_LATER), "Blocked", f"the VM cannot be started meanwhile: {_why(seen)}")
+    if seen.plan is None:
+        return _say(seen, Rest(_SOON), "Planning", seen.trouble)
+    return _say(seen, Revert(seen.plan.groups), "Restoring", seen.trouble)
+
+
+def _why(seen: RestoreSeen) -> str:
+    if seen.broken is not None:
+        return seen.broken.message
+    if seen.refusal is not None:
+        return seen.refusal.message
+    return (
+        f"spec.deadlineSeconds ({seen.request.deadline_seconds} s) is over{': ' if seen.trouble else ''}{seen.trouble}"
+    )
+
+
+def _after(seen: RestoreSeen, now: datetime) -> RestoreDecision:
+    """The disks are what they were at the snapshot; the VM is defined."""
+    request = seen.request
+    if seen.done != seen.marker or not request.start_after:
+        # Done before this object was created: nothing is done again, not even a start.
+        return RestoreDecision(effect=LetGo() if seen.finalizer else Rest(), conditions=told.ready(seen))
+    if not seen.started and seen.power is not PowerState.RUNNING:
+        if seen.broken is not None or now > deadline(seen):
+            return _fail(seen, seen.broken or Failure(reason="DeadlineExceeded", message=_why(seen)))
+        return _say(seen, Start(), "Starting", seen.trouble)
+    if seen.agent_answers is False and now <= deadline(seen):
+        return _say(seen, Rest(_SOON), "WaitingForAgent", "the VM runs; its guest's agent does not answer yet")
+    if seen.agent_answers is False:
+        message = "the disks are restored and the VM was started, but its guest's agent does not answer"
+        return _fail(seen, Failure(reason="AgentSilent", message=message))
+    return RestoreDecision(effect=LetGo() if seen.finalizer else Rest(), conditions=told.ready(seen))
+
+
+def _refuse(seen: RestoreSeen) -> RestoreDecision:
+    refusal = seen.refusal
+    assert refusal is not None, "asked before"  # noqa: S101 - for the type checker
+    if refusal.patience is Patience.WAIT or seen.known_for < SETTLE_SECONDS:
+        return RestoreDecision(effect=Rest(_SOON), conditions=told.waiting(seen, refusal))
+    return _give_up(seen, Failure(reason=refusal.reason, message=refusal.message))
+
+
+def _late(seen: RestoreSeen) -> RestoreDecision:
+    why = f"; last: {seen.refusal.message}" if seen.refusal is not None else ""
+    message = f"not done within spec.deadlineSeconds ({seen.request.deadline_seconds} s){why or _last(seen)}"
+    return _give_up(seen, Failure(reason="DeadlineExceeded", message=message))
+
+
+def _last(seen: RestoreSeen) -> str:
+    return f"; last: {seen.trouble}" if seen.trouble else ""
+
+
+def _give_up(seen: RestoreSeen, failure: Failure) -> RestoreDecision:
+    """Nothing of the VM was changed: remove what was made for it, then say so."""
+    if (left := _clones(seen)) is not None:
+        return left
+    return _fail(seen, failure)
+
+
+def _clones(seen: RestoreSeen) -> RestoreDecision | None:
+    """Remove the volumes of a new VM that will not be, or None once the storage confirmed that there are none."""
+    if seen.request.in_place or not seen.finalizer:
+        return None
+    if seen.held is None:
+        return _say(seen, Rest(_LATER), "StorageUnavailable", seen.trouble or "cannot ask the storage what it holds")
+    if seen.held:
+        return _say(seen, RemoveClones(seen.held), "RollingBack", seen.trouble)
+    return None
+
+
+def _delete(seen: RestoreSeen) -> RestoreDecision:
+    """What was done stays done: a restored disk, a new VM. What was not is taken away."""
+    if not seen.finalizer:
+        return _say(seen, Rest(), "Deleting")
+    if not seen.is_done and (left := _clones(seen)) is not None:
+        return left
+    return _say(seen, LetGo(), "Deleting")
+
+
+def conditions_of_end(conditions: tuple[Condition, ...]) -> bool:
+    """Whether these conditions tell an end: Ready, or Stalled."""
+    found = {c.type: c.status for c in conditions}
+    return found.get(told.READY) is True or found.get(told.STALLED) is True

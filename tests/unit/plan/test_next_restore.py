@@ -1,0 +1,345 @@
+"""A restore, step by step, in a small model of the world: from any crash it comes to an end that nobody has to mend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.unit.plan import builders as b
+from vmsnapshot_operator.core.driver import CutResult
+from vmsnapshot_operator.core.effects import Condition, Failure
+from vmsnapshot_operator.core.machine import PowerState
+from vmsnapshot_operator.core.markers import Gate, Marker
+from vmsnapshot_operator.core.planning import Patience, Refusal
+from vmsnapshot_operator.core.restoring import (
+    Claim,
+    Clone,
+    CloseGate,
+    GoBack,
+    LetGo,
+    RemoveClones,
+    Rest,
+    RestoreEffect,
+    RestoreGroup,
+    RestorePlan,
+    RestoreRequest,
+    RestoreSeen,
+    Revert,
+    Safety,
+    Start,
+    Stop,
+    TakeSafety,
+)
+from vmsnapshot_operator.core.volumes import Handle, Seconds
+from vmsnapshot_operator.plan import next_restore
+
+MARKER = Marker(installation="abcdef", restore="team-a/back", restore_uid="r1", snapshot_uid="s1")
+DISKS = ("vda", "vdb", "vdc")
+PLAN = RestorePlan(
+    groups=(
+        RestoreGroup(class_name="files", cut=CutResult(handles={"v": Handle("h")}, atomic=False), onto=()),  # type: ignore[dict-item]
+    ),
+    targets=DISKS,
+)
+
+
+class Crash(Exception):  # noqa: N818 - what it is
+    """The process died."""
+
+
+def request(**changes: Any) -> RestoreRequest:
+    """In place, of a VM that may be stopped."""
+    asked = RestoreRequest(
+        uid="r1", namespace="team-a", name="back", generation=1, created=b.CREATED, snapshot="snap", stop_running=True
+    )
+    return replace(asked, **changes)
+
+
+@dataclass(slots=True)
+class World:
+    """Disks by what they hold, a VM, and a process that may die before any step."""
+
+    request: RestoreRequest = field(default_factory=request)
+    disks: dict[str, str] = field(default_factory=lambda: dict.fromkeys(DISKS, "now"))
+    saved: dict[str, str] = field(default_factory=dict)
+    gate: Gate | None = None
+    done: Marker | None = None
+    power: PowerState = PowerState.RUNNING
+    clones: set[str] = field(default_factory=set)
+    new_vm: bool = False
+    finalizer: bool = False
+    ended: tuple[Condition, ...] = ()
+    deleting: bool = False
+    gone: bool = False
+    clock: float = 0.0
+    refusal: Refusal | None = None
+    bad_disk: str = ""
+    safety_fails: bool = False
+    said: list[tuple[Condition, ...]] = field(default_factory=list)
+    starts: int = 0
+    broken: Failure | None = None
+    started: bool = False
+    steps: int | None = None
+
+    def step(self) -> None:
+        if self.steps is not None:
+            if self.steps == 0:
+                raise Crash
+            self.steps -= 1
+        self.clock += 0.1
+
+    def see(self) -> RestoreSeen:
+        in_place = self.request.in_place
+        safety = Safety.NONE
+        if self.saved:
+            safety = Safety.FAILED if self.safety_fails else Safety.READY
+        return RestoreSeen(
+            request=self.request,
+            deleting=self.deleting,
+            finalizer=self.finalizer,
+            ended=self.ended,
+            refusal=self.refusal,
+            plan=PLAN if self.refusal is None else None,
+            marker=MARKER,
+            gate=self.gate,
+            done=self.done,
+            power=self.power if in_place or self.new_vm else None,
+            started=self.started,
+            safety=safety,
+            held=frozenset(self.clones),
+            broken=self.broken,
+            known_for=Seconds(self.clock),
+        )
+
+    def turn(self) -> RestoreEffect:
+        made = next_restore.decide(self.see(), b.at(self.clock))
+        self.said.append(made.conditions)
+        if next_restore.conditions_of_end(made.conditions):
+            self.ended = made.conditions
+        handlers: dict[type, Callable[[Any], None]] = {
+            Claim: self._claim,
+            TakeSafety: self._safety,
+            Stop: self._stop,
+            CloseGate: self._close,
+            Revert: self._revert,
+            GoBack: self._back,
+            Clone: self._clone,
+            RemoveClones: self._remove,
+            Start: self._start,
+            LetGo: self._let_go,
+            Rest: self._rest,
+        }
+        handlers[type(made.effect)](made.effect)
+        return made.effect
+
+    def _claim(self, _: Claim) -> None:
+        self.step()
+        self.finalizer = True
+
+    def _safety(self, _: TakeSafety) -> None:
+        self.step()
+        self.saved = dict(self.disks)
+
+    def _stop(self, _: Stop) -> None:
+        self.step()
+        self.power = PowerState.SHUT_OFF
+
+    def _close(self, effect: CloseGate) -> None:
+        assert self.finalizer
+        assert self.power is PowerState.SHUT_OFF
+        self.step()
+        self.gate = Gate(marker=MARKER, targets=effect.targets, autostart=False)
+
+    def _revert(self, _: Revert) -> None:
+        assert self.gate is not None, "nobody may start the VM while its disks are set back"
+        for disk in self.disks:
+            self.step()
+            if disk == self.bad_disk:
+                self.broken = Failure(reason="SnapshotLost", message="it is gone")
+                return
+            self.disks[disk] = "snapshot"
+        self.step()
+        self.gate, self.done = None, MARKER
+
+    def _back(self, _: GoBack) -> None:
+        for disk in self.disks:
+            self.step()
+            self.disks[disk] = self.saved[disk]
+        self.step()
+        self.gate = None
+
+    def _clone(self, _: Clone) -> None:
+        self.step()
+        self.clones.add("clone")
+        self.step()
+        if self.bad_disk:
+            self.broken = Failure(reason="SnapshotLost", message="it is gone")
+            return
+        self.new_vm, self.power, self.done = True, PowerState.SHUT_OFF, MARKER
+
+    def _remove(self, effect: RemoveClones) -> None:
+        assert not self.new_vm, "the disks of a VM are not removed"
+        self.step()
+        self.clones -= effect.names
+
+    def _start(self, _: Start) -> None:
+        self.step()
+        assert self.gate is None
+        self.starts += 1
+        self.power, self.started = PowerState.RUNNING, True
+
+    def _let_go(self, _: LetGo) -> None:
+        self.step()
+        self.finalizer = False
+        self.gone = self.deleting
+
+    def _rest(self, effect: Rest) -> None:
+        self.clock += effect.seconds or 0.0
+
+    def settle(self, most: int = 300) -> None:
+        """Turn until nothing is left to do."""
+        for _ in range(most):
+            if self.deleting and not self.finalizer:
+                self.gone = True
+                return
+            try:
+                effect = self.turn()
+            except Crash:
+                self.crash()
+                continue
+            if isinstance(effect, Rest) and effect.seconds is None:
+                return
+        raise AssertionError(f"no rest; last: {self.said[-1]}")
+
+    def crash(self) -> None:
+        """Lose what lay in the process."""
+        self.broken, self.started, self.steps = None, False, None
+
+    def bootable(self) -> bool:
+        """Whether all disks are of one moment and the VM may be started."""
+        return self.gate is None and len(set(self.disks.values())) == 1
+
+
+CRASHES = st.lists(st.integers(0, 12), max_size=3)
+
+
+def run(world: World, crashes: list[int]) -> None:
+    for after in crashes:
+        world.steps = after
+        world.settle()
+        world.crash()
+    world.settle()
+
+
+@given(CRASHES, st.booleans(), st.booleans())
+def test_in_place_converges(crashes: list[int], safety: bool, start: bool) -> None:
+    world = World(request=request(safety=safety, start_after=start))
+    run(world, crashes)
+    assert world.bootable()
+    assert set(world.disks.values()) == {"snapshot"}
+    assert {c.type: c.status for c in world.said[-1]}["Ready"] is True
+    assert not world.finalizer
+    assert world.starts >= (1 if start else 0)
+    assert world.saved == (dict.fromkeys(DISKS, "now") if safety else {}), (
+        "taken of what was, not of what was half done"
+    )
+
+
+@given(CRASHES, st.sampled_from(DISKS))
+def test_a_disk_that_cannot_be_set_back_brings_all_back_to_the_safety_snapshot(crashes: list[int], bad: str) -> None:
+    world = World(bad_disk=bad)
+    run(world, crashes)
+    assert world.bootable()
+    assert set(world.disks.values()) == {"now"}
+    told = {c.type: c for c in world.said[-1]}
+    assert (told["Stalled"].status, told["Stalled"].reason) == (True, "SnapshotLost")
+    assert not world.finalizer
+
+
+def test_without_a_safety_snapshot_it_stays_gated_and_is_not_called_an_end() -> None:
+    world = World(request=request(safety=False), bad_disk="vdb")
+    for _ in range(30):
+        world.turn()
+    assert world.gate is not None
+    told = {c.type: c.status for c in world.said[-1]}
+    assert (told["Reconciling"], told["Stalled"]) == (True, False)
+    world.bad_disk = ""
+    world.broken = None
+    world.settle()
+    assert world.bootable()
+
+
+@given(CRASHES, st.integers(0, 15), st.booleans())
+def test_deletion_at_any_moment_leaves_a_vm_that_boots(crashes: list[int], before: int, new: bool) -> None:
+    world = World(request=request(new_name="copy" if new else ""))
+    for _ in range(before):
+        if isinstance(world.turn(), Rest):
+            break
+    world.deleting = True
+    run(world, crashes)
+    assert world.gone
+    assert world.bootable()
+    assert world.new_vm or not world.clones
+
+
+@given(CRASHES, st.booleans())
+def test_a_new_vm_leaves_the_old_one_alone(crashes: list[int], bad: bool) -> None:
+    world = World(request=request(new_name="copy", stop_running=False, start_after=True), bad_disk="vda" if bad else "")
+    run(world, crashes)
+    assert set(world.disks.values()) == {"now"}
+    told = {c.type: c.status for c in world.said[-1]}
+    if bad:
+        assert told["Stalled"] is True
+        assert not world.clones
+    else:
+        assert told["Ready"] is True
+        assert world.new_vm
+        assert world.starts >= 1
+
+
+def test_an_end_that_was_told_is_never_begun_anew() -> None:
+    world = World()
+    world.settle()
+    world.done = None  # somebody defined the VM anew, without our markers
+    world.power = PowerState.SHUT_OFF
+    world.disks = dict.fromkeys(DISKS, "later")
+    world.crash()
+    world.settle()
+    assert set(world.disks.values()) == {"later"}
+
+
+def test_a_manifest_that_is_applied_again_after_a_rebuild_does_nothing() -> None:
+    world = World(request=request(snapshot_uid="s1", start_after=True))
+    world.done = replace(MARKER, restore_uid="before")
+    world.settle()
+    assert set(world.disks.values()) == {"now"}
+    assert {c.type: c.reason for c in world.said[-1]}["Ready"] == "AlreadyRestored"
+    assert world.starts == 0
+    other = World(request=request())
+    other.done = replace(MARKER, restore_uid="before")
+    other.settle()
+    assert set(other.disks.values()) == {"snapshot"}, (
+        "without the snapshot's UID it cannot be told from another restore"
+    )
+
+
+@pytest.mark.parametrize("patience", list(Patience))
+def test_refusals(patience: Patience) -> None:
+    world = World(refusal=Refusal(reason="SnapshotNotReady", message="not yet", patience=patience))
+    world.settle(most=4000)
+    assert set(world.disks.values()) == {"now"}
+    told = {c.type: c for c in world.said[-1]}
+    assert told["Stalled"].status is True
+    assert "not yet" in told["Stalled"].message
+
+
+def test_a_safety_snapshot_that_fails_ends_it_before_anything_is_changed() -> None:
+    world = World(safety_fails=True)
+    world.settle()
+    assert set(world.disks.values()) == {"now"}
+    assert {c.type: c.reason for c in world.said[-1]}["Stalled"] == "SafetySnapshotFailed"
