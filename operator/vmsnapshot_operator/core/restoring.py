@@ -177,6 +177,13 @@ class Clone:
 
 
 @dataclass(frozen=True, slots=True)
+class HandOver:
+    """Have the storage forget that the new VM's volumes were ours: nobody deletes them by our names any more."""
+
+    names: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
 class RemoveClones:
     """Delete the new volumes of a VM that will not be."""
 
@@ -201,7 +208,19 @@ class Rest:
 
 
 RestoreEffect = (
-    Claim | TakeSafety | Stop | CloseGate | Revert | GoBack | Reopen | Clone | RemoveClones | Start | LetGo | Rest
+    Claim
+    | TakeSafety
+    | Stop
+    | CloseGate
+    | Revert
+    | GoBack
+    | Reopen
+    | Clone
+    | HandOver
+    | RemoveClones
+    | Start
+    | LetGo
+    | Rest
 )
 
 

@@ -26,6 +26,7 @@ INSTALLATION = "vmsnapshot-installation"
 """Name of the ConfigMap, in the operator's namespace, that holds the seed of the installation id."""
 
 SNAPSHOTS = Resource(GROUP, VERSION, "vmsnapshots", "VMSnapshot", namespaced=True)
+RESTORES = Resource(GROUP, VERSION, "vmrestores", "VMRestore", namespaced=True)
 CONTENTS = Resource(GROUP, VERSION, "vmsnapshotcontents", "VMSnapshotContent", namespaced=False)
 CLASSES = Resource(GROUP, VERSION, "storagedriverclasses", "StorageDriverClass", namespaced=False)
 HYPERVISORS = Resource(GROUP, VERSION, "hypervisors", "Hypervisor", namespaced=False)
@@ -122,6 +123,21 @@ class Cluster:
         """Delete this very object; one that is gone is success."""
         meta = body["metadata"]
         await self._delete(SNAPSHOTS.path(meta["name"], meta["namespace"]), meta["uid"])
+
+    async def create_snapshot(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Create a VMSnapshot; ConflictError if one of this name exists."""
+        path = SNAPSHOTS.path(None, body["metadata"]["namespace"])
+        return await self.client.request("POST", path, body, query={"fieldManager": FIELD_MANAGER})
+
+    # --- VMRestore ----------------------------------------------------------------------------------------------------
+
+    async def restore(self, namespace: str, name: str) -> dict[str, Any] | None:
+        """Return a VMRestore, or None."""
+        return await self.client.get(RESTORES.path(name, namespace))
+
+    async def write_restore_status(self, body: Mapping[str, Any], status: Mapping[str, Any]) -> dict[str, Any]:
+        """Make `status` the whole status of this very object (its uid) and return it; ConflictError if it is gone."""
+        return await self._write_status(RESTORES, body, status)
 
     # --- VMSnapshotContent --------------------------------------------------------------------------------------------
 
@@ -292,10 +308,10 @@ class Cluster:
 
     async def _patch_finalizers(self, body: Mapping[str, Any], finalizers: Sequence[str]) -> dict[str, Any]:
         operations = [*_exactly(body), {"op": "add", "path": "/metadata/finalizers", "value": list(finalizers)}]
-        return await self.client.json_patch(_path(SNAPSHOTS, body), operations)
+        return await self.client.json_patch(_path(_tenants(body), body), operations)
 
     async def _again(self, body: Mapping[str, Any]) -> dict[str, Any] | None:
-        return await self.client.get(_path(SNAPSHOTS, body))
+        return await self.client.get(_path(_tenants(body), body))
 
     async def _delete(self, path: str, uid: str | None) -> None:
         options: dict[str, Any] = {"propagationPolicy": "Background"}
@@ -320,6 +336,11 @@ def _uid(body: Mapping[str, Any]) -> str:
 def _name(body: Mapping[str, Any]) -> str:
     meta = body["metadata"]
     return "/".join(str(meta[k]) for k in ("namespace", "name") if k in meta)
+
+
+def _tenants(body: Mapping[str, Any]) -> Resource:
+    """The kind of an object that bears our finalizer."""
+    return RESTORES if body.get("kind") == RESTORES.kind else SNAPSHOTS
 
 
 def _path(resource: Resource, body: Mapping[str, Any], subresource: str = "") -> str:

@@ -17,9 +17,11 @@ from vmsnapshot_operator.api.hypervisor import HypervisorSpec, Overlay
 from vmsnapshot_operator.api.model import Model
 from vmsnapshot_operator.api.storage_driver_class import Match as MatchGiven
 from vmsnapshot_operator.api.storage_driver_class import StorageDriverClassSpec
+from vmsnapshot_operator.api.vmrestore import Mode, RunningVM, VMRestoreSpec
 from vmsnapshot_operator.api.vmsnapshot import DeletionPolicy, VMSnapshotSpec
 from vmsnapshot_operator.core.endpoint import Endpoint
 from vmsnapshot_operator.core.planning import Match, OverlaySettings, Request, StorageClass
+from vmsnapshot_operator.core.restoring import RestoreRequest
 from vmsnapshot_operator.errors import RefusedError
 from vmsnapshot_operator.plan.access import AccessRule, Requirement
 
@@ -60,6 +62,27 @@ def request(body: Mapping[str, Any]) -> Request:
         retain=spec.deletion_policy is DeletionPolicy.RETAIN,
         ttl_seconds=spec.ttl_seconds,
         dry_run=spec.dry_run,
+    )
+
+
+def restore(body: Mapping[str, Any]) -> RestoreRequest:
+    """Return what a VMRestore asks for; raises RefusedError."""
+    meta = body["metadata"]
+    spec = _parse(VMRestoreSpec, body, "VMRestore")
+    return RestoreRequest(
+        uid=meta["uid"],
+        namespace=meta["namespace"],
+        name=meta["name"],
+        generation=int(meta.get("generation", 0)),
+        created=moment(meta["creationTimestamp"]),
+        snapshot=spec.snapshot_name,
+        snapshot_uid=spec.snapshot_uid or "",
+        new_name=spec.new_vm.name if spec.new_vm is not None and spec.mode is Mode.NEW_VM else "",
+        include=spec.volumes.include,
+        stop_running=spec.running_vm is RunningVM.STOP,
+        start_after=spec.start_after,
+        safety=spec.takes_safety_snapshot,
+        deadline_seconds=spec.deadline_seconds,
     )
 
 

@@ -17,6 +17,7 @@ from vmsnapshot_operator.core.restoring import (
     Clone,
     CloseGate,
     GoBack,
+    HandOver,
     LetGo,
     RemoveClones,
     Rest,
@@ -137,6 +138,8 @@ def _why(seen: RestoreSeen) -> str:
 def _after(seen: RestoreSeen, now: datetime) -> RestoreDecision:
     """The disks are what they were at the snapshot; the VM is defined."""
     request = seen.request
+    if (own := _hand_over(seen)) is not None:
+        return own
     if seen.done != seen.marker or not request.start_after:
         # Done before this object was created: nothing is done again, not even a start.
         return RestoreDecision(effect=LetGo() if seen.finalizer else Rest(), conditions=told.ready(seen))
@@ -150,6 +153,15 @@ def _after(seen: RestoreSeen, now: datetime) -> RestoreDecision:
         message = "the disks are restored and the VM was started, but its guest's agent does not answer"
         return _fail(seen, Failure(reason="AgentSilent", message=message))
     return RestoreDecision(effect=LetGo() if seen.finalizer else Rest(), conditions=told.ready(seen))
+
+
+def _hand_over(seen: RestoreSeen) -> RestoreDecision | None:
+    """The volumes of a VM that is defined are its own, and nobody's who deletes by our names."""
+    if seen.request.in_place or not seen.finalizer:
+        return None
+    if seen.held is None:
+        return _say(seen, Rest(_LATER), "StorageUnavailable", seen.trouble or "cannot ask the storage what it holds")
+    return _say(seen, HandOver(seen.held), "HandingOver", seen.trouble) if seen.held else None
 
 
 def _refuse(seen: RestoreSeen) -> RestoreDecision:
@@ -192,7 +204,8 @@ def _delete(seen: RestoreSeen) -> RestoreDecision:
     """What was done stays done: a restored disk, a new VM. What was not is taken away."""
     if not seen.finalizer:
         return _say(seen, Rest(), "Deleting")
-    if not seen.is_done and (left := _clones(seen)) is not None:
+    left = _hand_over(seen) if seen.is_done else _clones(seen)
+    if left is not None:
         return left
     return _say(seen, LetGo(), "Deleting")
 
