@@ -97,7 +97,8 @@ class Observation:
     `prepared`: the attempt that this very process has prepared and not yet tried. `outcome`: a window that this process
     ran and has not recorded. `overlays`: what is to be done about each overlay of the journal. `broken`: what this process found that no retry can mend. `lost`: what status says of a content
     that was on record and is no more. `trouble`, `retry_in`: the last effect failed, and in how many seconds to try again.
-    `known_for`: how long this process has known the object, in seconds. `in_use_by`: who else works on this VM.
+    `known_for`: how long this process has known the object, in seconds. `in_use_by`: who else works on this VM. `restored_by`: the VMRestore
+    that is under way with this very snapshot.
     """
 
     request: Request
@@ -118,6 +119,7 @@ class Observation:
     leader: bool = True
     guardian: Fit | None = None
     in_use_by: str = ""
+    restored_by: str = ""
     broken: Failure | None = None
     lost: Mapping[str, Any] = field(default_factory=dict)
     trouble: str = ""

@@ -23,6 +23,7 @@ from vmsnapshot_operator.handlers.hypervisors import Hypervisors
 from vmsnapshot_operator.handlers.orphans import Known, OrphanScan
 from vmsnapshot_operator.handlers.queue import WorkQueue
 from vmsnapshot_operator.handlers.reconcile import Reconciler
+from vmsnapshot_operator.handlers.restores import Restores
 from vmsnapshot_operator.hypervisors.calls import threads_running
 from vmsnapshot_operator.hypervisors.guardian_link import GuardianLink
 from vmsnapshot_operator.kube.cluster import Cluster
@@ -37,7 +38,7 @@ from vmsnapshot_operator.telemetry.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
-SNAPSHOTS, CONTENTS = "vmsnapshots", "vmsnapshotcontents"
+SNAPSHOTS, CONTENTS, RESTORES = "vmsnapshots", "vmsnapshotcontents", "vmrestores"
 CLASSES, HYPERVISORS = "storagedriverclasses", "hypervisors"
 WORKERS = 64
 """Looks at objects at once. They wait far more than they work, some for an agent or a storage that hangs: those must not be all
@@ -74,9 +75,11 @@ class Operator:
         self._stack = AsyncExitStack()
         self._bodies: dict[tuple[str, str], Mapping[str, Any]] = {}
         self._snapshots: set[Key] = set()
+        self._restoring: set[Key] = set()
         self._early: list[Key] = []
         self._world: World | None = None
         self._reconciler: Reconciler | None = None
+        self._restores: Restores | None = None
         self._queue: WorkQueue[Key] | None = None
         self._classes: Classes | None = None
         self._contents: Contents | None = None
@@ -118,9 +121,11 @@ class Operator:
         )
         self._world.strategies = registry.load(self._world)
         self._reconciler = Reconciler(self._world, lambda ns, n, uid: self._add(Key(SNAPSHOTS, ns, n, uid)))
+        self._restores = Restores(self._world, lambda ns, n, uid: self._add(Key(RESTORES, ns, n, uid)))
         # Ended after the reconciler, whose windows need the lease to the last.
         self._keep(asyncio.create_task(leadership.run()))
         self._stack.push_async_callback(self._reconciler.close)
+        self._stack.push_async_callback(self._restores.close)
         self._stack.push_async_callback(self._contents.close)
         self._queue = WorkQueue(self._work, workers=WORKERS, resync=self._all)
         metrics.watch_queue(lambda: self._queue.depth if self._queue is not None else 0)
@@ -155,6 +160,8 @@ class Operator:
             key = Key(SNAPSHOTS, ref.get("namespace", ""), ref.get("name", ""), ref.get("uid", ""))
             if key not in self._snapshots:
                 return
+        elif kind == RESTORES:
+            (self._restoring.discard if gone else self._restoring.add)(key)
         elif kind == SNAPSHOTS:
             (self._snapshots.discard if gone else self._snapshots.add)(key)
             if gone:
@@ -172,11 +179,11 @@ class Operator:
     def _all(self) -> list[Key]:
         """Everything that is looked at again now and then, whether anything happened to it or not."""
         kept = self._contents.names() if self._contents is not None else ()
-        return [*self._snapshots, *(Key(CONTENTS, "", n, "") for n in kept)]
+        return [*self._snapshots, *self._restoring, *(Key(CONTENTS, "", n, "") for n in kept)]
 
     def _known(self) -> Known:
         kept = self._contents.kept() if self._contents is not None else ()
-        return Known(contents=kept, snapshots=frozenset(k.uid for k in self._snapshots))
+        return Known(contents=kept, snapshots=frozenset(k.uid for k in (*self._snapshots, *self._restoring)))
 
     def _look_at_class(self, name: str) -> None:
         if (body := self._bodies.get((CLASSES, name))) is not None:
@@ -194,6 +201,9 @@ class Operator:
         assert self._reconciler is not None, "the queue runs after start"  # noqa: S101 - for the type checker
         if key.kind == SNAPSHOTS:
             return await self._reconciler.reconcile(key.namespace, key.name, key.uid)
+        if key.kind == RESTORES:
+            assert self._restores is not None, "the queue runs after start"  # noqa: S101 - for the type checker
+            return await self._restores.reconcile(key.namespace, key.name, key.uid)
         if key.kind == CONTENTS:
             assert self._contents is not None, "the queue runs after start"  # noqa: S101 - for the type checker
             return await self._contents.reconcile(key.name)
@@ -260,7 +270,7 @@ def wire(operator: Operator) -> kopf.OperatorRegistry:
     async def cleanup(**_: Any) -> None:
         await operator.stop()
 
-    for kind in (HYPERVISORS, CLASSES, SNAPSHOTS, CONTENTS):
+    for kind in (HYPERVISORS, CLASSES, SNAPSHOTS, CONTENTS, RESTORES):
         # Asynchronous: kopf runs other handlers in threads, and the queue belongs to the event loop.
         async def handler(event: Any, kind: str = kind, **_: Any) -> None:
             operator.seen(kind, event)

@@ -135,6 +135,16 @@ class Cluster:
         """Return a VMRestore, or None."""
         return await self.client.get(RESTORES.path(name, namespace))
 
+    async def restores_of(self, namespace: str, snapshot: str) -> tuple[str, ...]:
+        """Return the names of the VMRestores that are under way with this VMSnapshot, or may need it to go back to."""
+        found = await self.client.request("GET", RESTORES.path(None, namespace))
+        return tuple(
+            str(body["metadata"]["name"])
+            for body in found.get("items") or ()
+            if FINALIZER in (body["metadata"].get("finalizers") or ())
+            and snapshot in (body["spec"].get("snapshotName"), (body.get("status") or {}).get("safetySnapshotName"))
+        )
+
     async def write_restore_status(self, body: Mapping[str, Any], status: Mapping[str, Any]) -> dict[str, Any]:
         """Make `status` the whole status of this very object (its uid) and return it; ConflictError if it is gone."""
         return await self._write_status(RESTORES, body, status)

@@ -328,6 +328,10 @@ def _delete(seen: Observation) -> Decision:
     record = seen.record
     if not seen.finalizer:
         return _say(seen, Wait(), "Deleting")
+    if seen.restored_by and record is not None and record.ready:
+        return _say(
+            seen, Wait(_LATER), "InUseByRestore", f"VMRestore {seen.restored_by} restores from it: waiting for its end"
+        )
     if record is not None and seen.request.retain and (record.taken or record.problem):
         if not record.retain and not record.problem:
             return _say(seen, Amend(), "Deleting")

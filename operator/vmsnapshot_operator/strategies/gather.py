@@ -90,9 +90,16 @@ async def gather(world: World, body: Mapping[str, Any]) -> Observation:
         leader=world.leadership.is_leader(),
         guardian=planned.guardian,
         in_use_by=planned.in_use_by,
+        restored_by=await _restored_by(world, request, record) if deleting and finalizer else "",
         trouble=memory.trouble,
         retry_in=Seconds(max(0.0, memory.retry_at - clock())) if memory.retry_at is not None else Seconds(0.0),
     )
+
+
+async def _restored_by(world: World, request: Request, record: Record | None) -> str:
+    if record is None or not record.ready:
+        return ""
+    return ", ".join(await world.cluster.restores_of(request.namespace, request.name))
 
 
 async def locate(world: World, request: Request, record: Record | None) -> tuple[Hypervisor, Ref]:

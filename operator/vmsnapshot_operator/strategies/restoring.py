@@ -77,7 +77,6 @@ class Memory:
     trouble: str = ""
     retry_at: Seconds | None = None
     failures: int = 0
-    claimed: str = ""
     progress: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 

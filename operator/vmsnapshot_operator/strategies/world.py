@@ -88,7 +88,6 @@ class Memory:
     trouble: str = ""
     retry_at: Seconds | None = None
     failures: int = 0
-    claimed: str = ""
 
     async def drop_prepared(self) -> None:
         """Give the reserved driver processes back."""
@@ -135,17 +134,12 @@ class World:
 
     def claim(self, domain: str, uid: str) -> bool:
         """Take the one operation that a domain may have; True if it is this object's now."""
-        holder = self.claims.setdefault(domain, uid)
-        if holder == uid:
-            self.memory(uid).claimed = domain
-        return holder == uid
+        return self.claims.setdefault(domain, uid) == uid
 
     def release(self, uid: str) -> None:
         """Give back what `claim` took."""
-        memory = self.memory(uid)
-        if memory.claimed and self.claims.get(memory.claimed) == uid:
-            del self.claims[memory.claimed]
-        memory.claimed = ""
+        for domain in [d for d, holder in self.claims.items() if holder == uid]:
+            del self.claims[domain]
 
     async def forget(self, uid: str) -> None:
         """The object is gone: free all that was kept for it."""

@@ -1,0 +1,58 @@
+"""The status of a VMRestore beside its conditions. Pure."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+from vmsnapshot_operator.core.effects import Condition
+from vmsnapshot_operator.core.restoring import RestoreSeen, Safety
+from vmsnapshot_operator.plan.report import clip, stamp
+from vmsnapshot_operator.plan.restore_conditions import READY, RECONCILING, STALLED
+
+
+def status(seen: RestoreSeen, conditions: tuple[Condition, ...], old: dict[str, Any], now: datetime) -> dict[str, Any]:
+    """Return the whole status but for `conditions` and `observedGeneration`. `old` is what was told before: times stay."""
+    by_type = {c.type: c for c in conditions}
+    stalled = by_type[STALLED] if by_type.get(STALLED) is not None and by_type[STALLED].status else None
+    ready = by_type.get(READY)
+    ended = stalled is not None or (ready is not None and ready.status is True)
+    begun = seen.gated or seen.is_done
+    if seen.ended and old.get("phase"):
+        return {k: v for k, v in old.items() if k not in ("conditions", "observedGeneration")}
+    parts: dict[str, Any] = {
+        "phase": _phase(seen, by_type, stalled),
+        "vm": {"name": seen.vm_name, "uuid": seen.vm_uuid} if seen.vm_uuid else None,
+        "volumes": _volumes(seen) or old.get("volumes"),
+        "safetySnapshotName": seen.safety_name if seen.safety is not Safety.NONE else old.get("safetySnapshotName"),
+        "startTime": old.get("startTime") or (stamp(now) if begun else None),
+        "completionTime": old.get("completionTime") or (stamp(now) if ended else None),
+        "error": {"reason": stalled.reason, "message": clip(stalled.message)} if stalled is not None else None,
+    }
+    return {k: v for k, v in parts.items() if v is not None}
+
+
+def _phase(seen: RestoreSeen, by_type: dict[str, Condition], stalled: Condition | None) -> str:
+    if seen.deleting:
+        return "Deleting"
+    if stalled is not None:
+        return "Failed"
+    if by_type[READY].status is True:
+        return "Ready"
+    return by_type[RECONCILING].reason
+
+
+def _volumes(seen: RestoreSeen) -> list[dict[str, Any]]:
+    if seen.plan is None:
+        return []
+    named = {v.volume.id: v.target for v in seen.record.plan.volumes} if seen.record is not None else {}
+    result = "Pending"
+    if seen.is_done:
+        result = "Restored" if seen.request.in_place else "Cloned"
+    elif seen.gated:
+        result = "Restoring"
+    return [
+        {"target": named.get(v.id, v.label), "className": g.class_name, "result": result}
+        for g in seen.plan.groups
+        for v in g.onto
+    ]
