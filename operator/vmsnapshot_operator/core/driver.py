@@ -46,6 +46,14 @@ class Fit:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """How far a call is, in bytes. It may stand still or jump; that all is done, the call's return says alone."""
+
+    done_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SnapshotRequest:
     """An idempotent order; `name` holds installation, object and attempt, so no older cut can answer it.
 
@@ -81,6 +89,17 @@ class StorageDriver(Protocol):
     look up again. A method `rest()`, if there is one, is called when the cut has been answered, and when none came for two
     minutes: whatever was kept open is closed there. A process is killed without notice: what a method made must be found
     by `list` and `delete` whenever that happens, by its name alone.
+
+    A method `progress() -> Progress | None`, if there is one, is called each second by another thread of the process while
+    `wait_ready`, `revert` or `clone` is at work there. It is asked in that process, since only who copies knows how far it
+    is, and asked instead of told, so that a driver holds no channel and sets no pace. An answer is evidence that the
+    storage still works on it, so it must be asked of the storage there and then, or be None: a call that says nothing for
+    long is taken to hang, and its process is killed. A driver without it has to be done within that time.
+
+    The volumes of a clone have an owner at any time: until `keep` they are held under the clone's name, `list` names it and
+    `delete` deletes them, half made or whole. From then on they are the VM's, and neither can find them any more. So a
+    clone whose maker was killed is cleared away, and no disk of a VM is ever taken for such a leftover. Snapshots and
+    clones have different names.
     """
 
     def capabilities(self) -> Capabilities:
@@ -104,21 +123,34 @@ class StorageDriver(Protocol):
         ...
 
     def check_revert(self, cut: CutResult, onto: Sequence[Volume]) -> Sequence[Fit]:
-        """Only look: one answer per volume, in order."""
+        """Only look: one answer per volume, in order.
+
+        Reasons where they apply: `SizeChanged`, `VolumeMissing`, `InUse`, `NewerSnapshots`, `LayersChanged`,
+        `SnapshotLost`, `SnapshotIncomplete`, `OtherVolume`, `PartOfGroup`, `FormatNotServed`. A volume that a `revert`
+        left half done, or missing, fits: `revert` repeated puts it right.
+        """
         ...
 
     def revert(self, cut: CutResult, onto: Sequence[Volume]) -> None:
-        """Set the volumes back to the cut. Repeatable: twice equals once."""
+        """Set the volumes back to the cut. Repeatable: twice equals once, and a repeated one ends what a killed one began."""
         ...
 
     def clone(self, cut: CutResult, name: str) -> Mapping[VolumeId, Layer]:
-        """Make new volumes from the cut; the originals stay untouched."""
+        """Make new volumes from the cut, held under `name` until `keep`; the originals stay untouched.
+
+        Repeatable: what is whole stays, what is half made is completed or made anew. Raises AlreadyCutError if volumes of
+        that name were kept.
+        """
+        ...
+
+    def keep(self, name: str) -> None:
+        """Hand a clone's volumes over: `list` and `delete` do not find them any more. Repeatable; never touches a volume."""
         ...
 
     def delete(self, name: str) -> None:
-        """Delete everything held under a request name, complete or not. Missing is success."""
+        """Delete everything held under a name (of a request, or of a clone not kept), complete or not. Missing is success."""
         ...
 
     def list(self, prefix: str) -> Sequence[str]:
-        """Name the requests (not their members) whose names start so and of which anything is held."""
+        """Name the requests and clones (not their members) whose names start so and of which anything is held."""
         ...

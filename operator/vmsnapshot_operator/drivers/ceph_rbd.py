@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,9 +33,9 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
 from pydantic.alias_generators import to_camel
 
 from vmsnapshot_operator.core import names
-from vmsnapshot_operator.core.driver import Capabilities, CutKind, CutResult, Fit, SnapshotRequest
+from vmsnapshot_operator.core.driver import Capabilities, CutKind, CutResult, Fit, Progress, SnapshotRequest
 from vmsnapshot_operator.core.volumes import Handle, Layer, SourceKind, Volume, VolumeId
-from vmsnapshot_operator.drivers import ceph_cluster, ceph_snapshots, probes
+from vmsnapshot_operator.drivers import ceph_cluster, ceph_restore, ceph_snapshots, probes
 from vmsnapshot_operator.drivers.ceph_cluster import told
 from vmsnapshot_operator.errors import DriverError, DriverUnavailableError
 
@@ -89,11 +89,12 @@ class CephRbdDriver:
         self._lock = threading.Lock()
         self._connected: tuple[Any, Any] | None = None
         self._warm: dict[str, Any] = {}
+        self._work: ceph_restore.Work | None = None
 
     # ---------------------------------------------------------------- the contract
 
     def capabilities(self) -> Capabilities:
-        """Take and remove a group snapshot of a tiny image of our own: versions promise more than permissions give."""
+        """Take, roll back to and remove a group snapshot of a tiny image of our own: versions promise more than permissions give."""
         name = probes.new_name()
         with self._pool() as (rbd, io), told(f"probing the pool {self._place} with an image and a group {name}"):
             features = rbd.RBD_FEATURE_LAYERING | rbd.RBD_FEATURE_EXCLUSIVE_LOCK
@@ -102,6 +103,7 @@ class CephRbdDriver:
             try:
                 ceph_snapshots.prepare_group(rbd, io, name, [name], self._address)
                 ceph_snapshots.cut_group(rbd, io, name, [name])
+                rbd.Group(io, name).rollback_to_snap(name)
             finally:
                 self._remove_probe(rbd, io, name)
         return Capabilities(cut=CutKind.INSTANT, atomic=True, revert=True, clone=True)
@@ -155,59 +157,74 @@ class CephRbdDriver:
         """See that every image has its snapshot, and let the images go from the group: others may need them."""
         with self._pool() as (rbd, io):
             for handle in cut.handles.values():
-                image, name = _parts(handle)
-                with told(f"looking for the snapshot {handle}"), rbd.Image(io, image, read_only=True) as opened:
-                    if ceph_snapshots.snapshot_id(opened, name) is None:
-                        raise DriverError(f"the snapshot {handle} does not exist (any more)", reason="SnapshotLost")
+                with told(f"looking for the snapshot {handle}"), ceph_restore.opened_at(rbd, io, _source(handle)):
+                    pass
             with told(f"completing {request.name}"):
                 ceph_snapshots.finish(rbd, io, request.name, is_group=cut.group is not None)
 
     def check_revert(self, cut: CutResult, onto: Sequence[Volume]) -> Sequence[Fit]:
-        """Say for each image whether it is there, unused, and has its snapshot; a group goes back as a whole."""
-        with self._pool() as (rbd, io):
-            return [self._revertible(rbd, io, cut, {v.id for v in onto}, volume) for volume in onto]
+        """Say for each image whether it is there, unused, of the old size, and has its snapshot."""
+        with self._pool() as (rbd, io), told("looking at images and snapshots"):
+            return [self._revertible(rbd, io, cut, volume) for volume in onto]
 
     def revert(self, cut: CutResult, onto: Sequence[Volume]) -> None:
         """Roll the images back; refused while a client has one open, since Ceph itself would not refuse."""
         for fit in self.check_revert(cut, onto):
             if not fit.ok:
                 raise DriverError(fit.message, reason=fit.reason)
-        with self._pool() as (rbd, io):
-            if cut.group is not None:
-                name = _parts(cut.group)[1]
-                with told(f"rolling back to the group snapshot {cut.group}"):
-                    rbd.Group(io, name).rollback_to_snap(name)
-                return
-            for volume in onto:
-                image, name = _parts(cut.handles[volume.id])
-                with told(f"rolling back to {cut.handles[volume.id]}"), rbd.Image(io, image) as opened:
-                    opened.rollback_to_snap(name)
+        sources = [_source(cut.handles[v.id]) for v in onto]
+        is_whole = {v.id for v in onto} == set(cut.handles)
+        doing = told(f"rolling back to {', '.join(cut.handles[v.id] for v in onto)}")
+        with self._pool() as (rbd, io), doing, self._at_work(sources[0].name) as (work, fence):
+            for source in sources:
+                with rbd.Image(io, source.image, read_only=True) as image:
+                    fence(image)
+            is_group = cut.group is not None
+            ceph_restore.roll_back(rbd, io, sources, is_group=is_group, is_whole=is_whole, work=work)
 
     def clone(self, cut: CutResult, name: str) -> Mapping[VolumeId, Layer]:
-        """Copy each snapshot to a new image `<name>-<member>`. Repeatable: a copy has its name only when it is whole."""
+        """Make a new image `<name>-<member>` of each snapshot. Repeatable: an image has that name only when it is whole."""
         hosts = tuple(f"{h}:{p}" if p else h for h, p in ceph_cluster.addresses(self._parameters.mon_hosts))
-        made = {}
-        with self._pool() as (rbd, io):
-            for volume, handle in cut.handles.items():
-                target = f"{name}-{names.member(volume)}"
-                with told(f"copying {handle} to {target}"):
-                    _copy(rbd, io, handle, target)
-                source = f"{self._place}/{target}"
-                made[volume] = Layer(
-                    kind=SourceKind.NETWORK,
-                    protocol="rbd",
-                    source=source,
-                    format="raw",
-                    pool=self._parameters.pool,
-                    hosts=hosts,
-                )
-        return made
+        targets = {v: f"{name}-{names.member(v)}" for v in cut.handles}
+        with self._pool() as (rbd, io), told(f"cloning to {name}"):
+            ceph_restore.begin_clone(rbd, io, name, list(targets.values()))
+            with self._at_work(name) as (work, fence):
+                for volume, target in targets.items():
+                    with told(f"cloning {cut.handles[volume]} to {target}"):
+                        ceph_restore.clone(rbd, io, _source(cut.handles[volume]), target, fence, work)
+        return {
+            volume: Layer(
+                kind=SourceKind.NETWORK,
+                protocol="rbd",
+                source=f"{self._place}/{target}",
+                format="raw",
+                pool=self._parameters.pool,
+                hosts=hosts,
+            )
+            for volume, target in targets.items()
+        }
+
+    def keep(self, name: str) -> None:
+        """Take away what leads from a clone's name to its images."""
+        with self._pool() as (rbd, io), told(f"handing over {name}"):
+            ceph_restore.keep(rbd, io, name)
+
+    def progress(self) -> Progress | None:
+        """Say how many bytes are copied. None while nothing new is: also in a rollback, of which Ceph says nothing."""
+        work = self._work
+        if work is None or work.done == work.told:
+            return None
+        work.told = work.done
+        return Progress(done_bytes=min(work.done, work.total), total_bytes=work.total)
 
     def delete(self, name: str) -> None:
         """Remove everything under a name, also what was left half made."""
         self.rest()
         with self._pool() as (rbd, io), told(f"deleting {name}"):
-            ceph_snapshots.delete(rbd, io, self._connect()[0], name)
+            cluster = self._connect()[0]
+            _, dead = ceph_snapshots.clients(rbd, io, cluster, name)
+            ceph_restore.delete_clones(rbd, io, name, lambda image: ceph_snapshots.fence_dead(image, cluster, dead))
+            ceph_snapshots.delete(rbd, io, cluster, name)
 
     def list(self, prefix: str) -> Sequence[str]:
         """Name the requests by their groups and records."""
@@ -246,26 +263,33 @@ class CephRbdDriver:
         text = f"{layer.source} is on the monitors {', '.join(layer.hosts)}, this class on {given.mon_hosts}"
         return Fit(ok=False, reason="OtherCluster", message=text)
 
-    def _revertible(self, rbd: Any, io: Any, cut: CutResult, onto: set[VolumeId], volume: Volume) -> Fit:
+    def _revertible(self, rbd: Any, io: Any, cut: CutResult, volume: Volume) -> Fit:
         handle = cut.handles.get(volume.id)
         if handle is None or volume.writable.source != handle.rpartition("@")[0]:
             text = f"{volume.writable.source} is not what was cut ({handle or 'nothing'})"
             return Fit(ok=False, reason="OtherVolume", message=text)
-        if cut.group is not None and onto != set(cut.handles):
-            text = f"{cut.group} is rolled back as a whole: {len(cut.handles)} images, not {len(onto)}"
-            return Fit(ok=False, reason="PartOfGroup", message=text)
-        image, name = _parts(handle)
-        try:
-            with told(f"looking at {handle}"), rbd.Image(io, image, read_only=True) as opened:
-                if ceph_snapshots.snapshot_id(opened, name) is None:
-                    return Fit(ok=False, reason="SnapshotLost", message=f"{handle} does not exist")
-                watchers = [w["addr"] for w in opened.watchers_list()]
-        except DriverError as error:
-            return Fit(ok=False, reason=error.reason, message=error.message)
-        if watchers:
-            text = f"{volume.writable.source} is in use by {', '.join(watchers)}"
-            return Fit(ok=False, reason="InUse", message=text)
+        source = _source(handle)
+        ours, _ = ceph_snapshots.clients(rbd, io, self._connect()[0], source.name)
+        refusal = ceph_restore.refusal(rbd, io, source, ours)
+        if refusal is not None:
+            return Fit(ok=False, reason=refusal[0], message=refusal[1])
         return Fit(ok=True, reason="Fits")
+
+    @contextmanager
+    def _at_work(self, name: str) -> Iterator[tuple[ceph_restore.Work, Callable[[Any], None]]]:
+        """Record this client for a request while it has images open; give what fences earlier ones that were killed."""
+        cluster, io = self._connect()
+        rbd = ceph_cluster.binding("rbd")
+        with told(f"recording who works on {name}"):
+            _, dead = ceph_snapshots.clients(rbd, io, cluster, name)
+            ceph_snapshots.record_client(rbd, io, name, self._address)
+        self._work = ceph_restore.Work()
+        try:
+            yield self._work, lambda image: ceph_snapshots.fence_dead(image, cluster, dead)
+        finally:
+            self._work = None
+        with told(f"completing {name}"):
+            ceph_snapshots.forget_clients(rbd, io, name)
 
     # ---------------------------------------------------------------- the connection
 
@@ -299,6 +323,7 @@ class CephRbdDriver:
                     "client_mount_timeout": str(given.connect_timeout_seconds),
                     "rados_mon_op_timeout": str(given.operation_timeout_seconds),
                     "rados_osd_op_timeout": str(given.operation_timeout_seconds),
+                    "rbd_default_clone_format": "2",  # else a snapshot must be protected, and cannot go before its clones
                     "log_file": "",  # else librados tries to write below /var/log
                 }
                 cluster = ceph_cluster.connect(given.client_name, settings, self._key.get_secret_value())
@@ -344,24 +369,7 @@ def _image_of(source: str) -> str:
     return source.rpartition("/")[2]
 
 
-def _parts(handle: str) -> tuple[str, str]:
+def _source(handle: str) -> ceph_restore.Source:
     """Return the image (or group) and the snapshot's name in a handle."""
     source, _, name = handle.rpartition("@")
-    return _image_of(source), name
-
-
-def _copy(rbd: Any, io: Any, handle: str, target: str) -> None:
-    existing = rbd.RBD().list(io)
-    if target in existing:
-        return
-    partial = f"{target}.partial"
-    if partial in existing:
-        rbd.RBD().remove(io, partial)
-    image, name = _parts(handle)
-    with rbd.Image(io, image, read_only=True) as opened:
-        found = ceph_snapshots.snapshot_id(opened, name)
-        if found is None:
-            raise DriverError(f"the snapshot {handle} does not exist (any more)", reason="SnapshotLost")
-        opened.set_snap_by_id(found)
-        opened.copy(io, partial, features=opened.features())
-    rbd.RBD().rename(io, partial, target)
+    return ceph_restore.Source(_image_of(source), name)

@@ -51,8 +51,8 @@ def prepare_single(rbd: Any, io: Any, name: str, image: Any, client: str) -> Non
     """Record that an open image will get the plain snapshot `name`, and by whom."""
     if snapshot_id(image, name) is not None:
         raise already_cut(name)
-    _make(rbd, io, f"{name}{_IMAGE}{image.id()}")
-    _make(rbd, io, f"{name}{_CLIENT}{client.encode().hex()}")
+    make_record(rbd, io, f"{name}{_IMAGE}{image.id()}")
+    record_client(rbd, io, name, client)
 
 
 def cut_single(rbd: Any, name: str, image: Any) -> None:
@@ -69,11 +69,11 @@ def prepare_group(rbd: Any, io: Any, name: str, images: Sequence[str], client: s
     An image that is still a member of another group of this installation is taken over: that cut is finished, or given up
     and not deleted yet. Were it not, it would find the image missing and fail, never claim it.
     """
-    _make(rbd, io, name)
+    make_record(rbd, io, name)
     group = rbd.Group(io, name)
     if list(group.list_snaps()):
         raise already_cut(name)
-    _make(rbd, io, f"{name}{_CLIENT}{client.encode().hex()}")
+    record_client(rbd, io, name, client)
     for image in images:
         with rbd.Image(io, image, read_only=True) as opened:
             holder = holder_of(opened, io)
@@ -134,11 +134,34 @@ def finish(rbd: Any, io: Any, name: str, *, is_group: bool) -> None:
     _remove_records(rbd, io, name, _CLIENT)
 
 
+def record_client(rbd: Any, io: Any, name: str, client: str) -> None:
+    """Record the address of who is going to open images for a request: should it be killed, it is known for ours."""
+    make_record(rbd, io, f"{name}{_CLIENT}{client.encode().hex()}")
+
+
+def forget_clients(rbd: Any, io: Any, name: str) -> None:
+    """Remove what `record_client` made."""
+    _remove_records(rbd, io, name, _CLIENT)
+
+
+def clients(rbd: Any, io: Any, cluster: Any, name: str) -> tuple[frozenset[str], frozenset[str]]:
+    """Return the addresses of all our clients that have worked on a request, and of those that are dead by now."""
+    groups = rbd.RBD().group_list(io)
+    recorded = {bytes.fromhex(r.partition(_CLIENT)[2]).decode() for r in groups if r.startswith(name + _CLIENT)}
+    mine = set(str(cluster.get_addrs()).split(","))
+    return frozenset(recorded | mine), frozenset(recorded - mine)
+
+
+def fence_dead(image: Any, cluster: Any, dead: Collection[str]) -> None:
+    """Take an open image from clients that are dead, instead of waiting until the cluster notices."""
+    for client in {w["addr"] for w in image.watchers_list()}.intersection(dead):
+        cluster.blocklist_add(client, _FENCE_SECONDS)
+
+
 def delete(rbd: Any, io: Any, cluster: Any, name: str) -> None:
     """Remove what a request holds: snapshots first, records last, so that the rest is found after any failure."""
     groups = rbd.RBD().group_list(io)
-    recorded = {bytes.fromhex(r.partition(_CLIENT)[2]).decode() for r in groups if r.startswith(name + _CLIENT)}
-    others = recorded - set(str(cluster.get_addrs()).split(","))
+    _, others = clients(rbd, io, cluster, name)
 
     def fence(clients: Collection[str]) -> None:
         """Take from dead clients what they hold: until their watch timeout, a guest would wait for their locks."""
@@ -151,7 +174,7 @@ def delete(rbd: Any, io: Any, cluster: Any, name: str) -> None:
         if record.startswith(name + _IMAGE):
             _delete_single(rbd, io, name, record.removeprefix(name + _IMAGE), fence)
     _remove_records(rbd, io, name, _IMAGE)
-    _remove_records(rbd, io, name, _CLIENT)
+    forget_clients(rbd, io, name)
 
 
 def _delete_group(rbd: Any, io: Any, name: str, fence: Callable[[], None]) -> None:
@@ -187,7 +210,8 @@ def _delete_single(rbd: Any, io: Any, name: str, image_id: str, fence: Callable[
             image.remove_snap(name)
 
 
-def _make(rbd: Any, io: Any, name: str) -> None:
+def make_record(rbd: Any, io: Any, name: str) -> None:
+    """Make the empty group that says something by its name. Repeatable."""
     with contextlib.suppress(rbd.ObjectExists):
         rbd.RBD().group_create(io, name)
 

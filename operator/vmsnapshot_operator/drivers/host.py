@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
-from vmsnapshot_operator.core.driver import Capabilities, CutResult, Fit, SnapshotRequest
+from vmsnapshot_operator.core.driver import Capabilities, CutResult, Fit, Progress, SnapshotRequest
 from vmsnapshot_operator.core.volumes import Layer, Volume, VolumeId
-from vmsnapshot_operator.drivers import registry
+from vmsnapshot_operator.drivers import registry, wire
 from vmsnapshot_operator.drivers.process import DriverProcess, Setup, word
 from vmsnapshot_operator.errors import DriverError, DriverTimeoutError, DriverUnavailableError
 
@@ -36,7 +36,12 @@ class DriverHost:
     `timeout` is in seconds and covers everything: the wait for a process, its start, the work. After a timeout, a crash or a
     cancellation the process is dead or dying and its effect is unknown: delete by name before trying again.
 
-    At most `max_workers` processes work at once. Idle ones beyond the first end after `idle_seconds`.
+    At most `max_workers` processes work at once, and as many more at what may copy (`wait_ready`, `revert`, `clone`): hours
+    of copying hold nobody's cut up. Idle ones beyond the first end after `idle_seconds`.
+
+    What may copy takes `stall`, in seconds, and `on_progress` beside `timeout`: it is ended when the driver says nothing of
+    its progress for `stall`, however much of `timeout` is left, and each word of it is passed on, on the loop's thread. What
+    was copied by then is found by name when the call is repeated.
     """
 
     def __init__(
@@ -56,6 +61,7 @@ class DriverHost:
         self._max_workers = max_workers
         self._idle_seconds = idle_seconds
         self._permits = asyncio.Semaphore(max_workers)
+        self._long_permits = asyncio.Semaphore(max_workers)
         self._processes: set[DriverProcess] = set()
         self._idle: list[DriverProcess] = []
         self._closed = False
@@ -124,9 +130,17 @@ class DriverHost:
                 await _prepare(process, request, seconds)
             yield Slot(process)
 
-    async def wait_ready(self, request: SnapshotRequest, cut: CutResult, *, timeout: float) -> None:
+    async def wait_ready(
+        self,
+        request: SnapshotRequest,
+        cut: CutResult,
+        *,
+        timeout: float,
+        stall: float | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> None:
         """Wait until the cut can be restored; a copying driver copies here."""
-        await self._call("wait_ready", (request, cut), timeout)
+        await self._call("wait_ready", (request, cut), timeout, stall, on_progress)
 
     async def check_revert(self, cut: CutResult, onto: Sequence[Volume], *, timeout: float) -> tuple[Fit, ...]:
         """Ask, for each volume in order, whether it could be set back."""
@@ -137,14 +151,40 @@ class DriverHost:
                 raise DriverError(process.setup.where("check_revert") + text)
             return tuple(_shown(process, fit) for fit in fits)
 
-    async def revert(self, cut: CutResult, onto: Sequence[Volume], *, timeout: float) -> None:
+    async def revert(
+        self,
+        cut: CutResult,
+        onto: Sequence[Volume],
+        *,
+        timeout: float,
+        stall: float | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> None:
         """Set the volumes back to the cut; repeatable."""
-        await self._call("revert", (cut, tuple(onto)), timeout)
+        await self._call("revert", (cut, tuple(onto)), timeout, stall, on_progress)
 
-    async def clone(self, cut: CutResult, name: str, *, timeout: float) -> Mapping[VolumeId, Layer]:
-        """Make new volumes from the cut."""
-        result: Mapping[VolumeId, Layer] = await self._call("clone", (cut, name), timeout)
-        return result
+    async def clone(
+        self,
+        cut: CutResult,
+        name: str,
+        *,
+        timeout: float,
+        stall: float | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> Mapping[VolumeId, Layer]:
+        """Make new volumes from the cut, held under `name` until they are kept.
+
+        Raises DriverError if the answer is not about exactly the volumes of the cut.
+        """
+        found: Mapping[VolumeId, Layer] = await self._call("clone", (cut, name), timeout, stall, on_progress)
+        if found.keys() != cut.handles.keys():
+            text = f"the driver answered with {len(found)} new volumes, not with those of the {len(cut.handles)} cut"
+            raise DriverError(self._setup.where("clone") + text)
+        return found
+
+    async def keep(self, name: str, *, timeout: float) -> None:
+        """Hand a clone's volumes over to the VM: they are neither listed nor deleted under the clone's name any more."""
+        await self._call("keep", (name,), timeout)
 
     async def delete(self, name: str, *, timeout: float) -> None:
         """Delete all that is held under a request name; missing is success."""
@@ -163,9 +203,16 @@ class DriverHost:
                     raise DriverError(process.setup.where("list") + text)
             return names
 
-    async def _call(self, operation: str, arguments: tuple[Any, ...], timeout: float) -> Any:
+    async def _call(
+        self,
+        operation: str,
+        arguments: tuple[Any, ...],
+        timeout: float,
+        stall: float | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> Any:
         async with self._process(operation, timeout) as (process, seconds):
-            return await process.call(operation, arguments, seconds)
+            return await process.call(operation, arguments, seconds, stall=stall, on_progress=on_progress)
 
     @asynccontextmanager
     async def _process(
@@ -175,9 +222,10 @@ class DriverHost:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout
         where = self._setup.where(operation)
+        permits = self._long_permits if operation in wire.LONG else self._permits
         try:
             async with asyncio.timeout_at(deadline):
-                await self._permits.acquire()
+                await permits.acquire()
         except TimeoutError:
             text = f"all {self._max_workers} processes were busy for {timeout:.3g} s; nothing was done"
             raise DriverTimeoutError(where + text) from None
@@ -190,7 +238,7 @@ class DriverHost:
         finally:
             if process is not None:
                 self._put_back(process)
-            self._permits.release()
+            permits.release()
 
     def _take(self, prepared: str | None) -> DriverProcess | None:
         """Take an idle process, if possible the one that prepared a request."""

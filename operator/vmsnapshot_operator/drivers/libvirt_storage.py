@@ -6,6 +6,7 @@ name commands and files and switch the verification of the other side off.
 
 from __future__ import annotations
 
+import logging
 import re
 import tempfile
 import time
@@ -23,7 +24,11 @@ from pydantic.alias_generators import to_camel
 from vmsnapshot_operator.core.volumes import Layer, SourceKind
 from vmsnapshot_operator.errors import DriverError, DriverUnavailableError
 
-_REFRESH_SECONDS = 20.0  # how long a pool may be busy with other volumes before a refresh is given up
+_log = logging.getLogger(__name__)
+
+_REFRESH_SECONDS = (
+    5.0  # clones are made in milliseconds; what keeps a pool busy for longer is a copy, which may take hours
+)
 _HOST = re.compile(r"^[A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?$|^[0-9A-Fa-f:]+$")
 _BUSY = frozenset({libvirt.VIR_ERR_INTERNAL_ERROR, libvirt.VIR_ERR_OPERATION_INVALID})
 _GONE = frozenset({libvirt.VIR_ERR_NO_STORAGE_VOL, libvirt.VIR_ERR_NO_STORAGE_POOL})
@@ -162,7 +167,7 @@ def find_source(pool: Any, layer: Layer) -> Any | None:
             return None
     found = find(pool, name)
     if found is None:
-        refresh(pool)
+        reread(pool)
         found = find(pool, name)
     return found
 
@@ -185,16 +190,23 @@ def directory_of(pool: Any) -> str:
     return (ET.fromstring(pool.XMLDesc(0)).findtext("target/path") or "").rstrip("/")  # noqa: S314 - libvirt's own
 
 
-def refresh(pool: Any) -> None:
-    """Let libvirt read the pool's directory again; waits while it is at work on volumes of the pool."""
+def reread(pool: Any) -> None:
+    """Let libvirt read the pool's directory again; waits while it is at work on volumes of the pool.
+
+    While it copies, it refuses for as long as that takes. Then what it knows has to do: it knows all that it made itself,
+    and only what another host put into a shared directory comes late.
+    """
     until = time.monotonic() + _REFRESH_SECONDS
     while True:
         try:
             pool.refresh(0)
         except libvirt.libvirtError as error:
             # "Has asynchronous jobs running" has no code of its own.
-            if error.get_error_code() not in _BUSY or not pool.isActive() or time.monotonic() > until:
+            if error.get_error_code() not in _BUSY or not pool.isActive():
                 raise
+            if time.monotonic() > until:
+                _log.info("the pool %s is at work and was not read again: %s", pool.name(), error)
+                return
             time.sleep(0.05)
         else:
             return

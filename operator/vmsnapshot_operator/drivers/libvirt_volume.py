@@ -7,30 +7,33 @@ copies them, while something keeps the base still.
 
 libvirt 9 reflinks raw volumes only (a qcow2 volume would be converted, that is copied): others are refused.
 
-Held under a request name N: one volume `N-<member>` per disk in the destination pool; while they are copied, none but
-`N.copied` tells that they are whole. A handle is the path of the clone. libvirt goes on with a clone when the process that
-asked for it is killed; `delete` therefore reads the directory again, and a clone still being made is an error to be retried.
+What is held under which name is said in `libvirt_names`; a handle is the path of the cut. libvirt goes on with a clone when the
+process that asked for it is killed; `delete` therefore reads the directory again, and a clone still being made is an error
+to be retried (`libvirt_copies`).
+
+Which domains use a volume the storage API does not know. `revert` replaces the volume by a new file of the same path: a QEMU
+that had the old one open would go on with that, and lose it. The caller sees to it that no domain uses the volume.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
 from typing import Any
 
 import libvirt
 from pydantic import Field
 
-from vmsnapshot_operator.core import names
-from vmsnapshot_operator.core.driver import Capabilities, CutKind, CutResult, Fit, Hold, SnapshotRequest
+from vmsnapshot_operator.core.driver import Capabilities, CutKind, CutResult, Fit, Hold, Progress, SnapshotRequest
 from vmsnapshot_operator.core.volumes import Handle, Layer, SourceKind, Volume, VolumeId
+from vmsnapshot_operator.drivers import libvirt_copies as copies
+from vmsnapshot_operator.drivers import libvirt_names as naming
+from vmsnapshot_operator.drivers import libvirt_restore as restore
 from vmsnapshot_operator.drivers import libvirt_storage as storage
 from vmsnapshot_operator.drivers import probes
 from vmsnapshot_operator.drivers.libvirt_storage import Endpoint, LibvirtCredentials, told
@@ -38,8 +41,6 @@ from vmsnapshot_operator.errors import AlreadyCutError, DriverError
 
 _log = logging.getLogger(__name__)
 
-_MEMBER = re.compile(r"(?P<request>.+)-[a-z2-7]{8}")
-_COPIED = ".copied"
 _SERVED = frozenset({SourceKind.FILE, SourceKind.VOLUME})
 _CALLS_PER_CONNECTION = 4  # libvirtd serves five requests of one connection at a time by default
 
@@ -81,6 +82,7 @@ class LibvirtVolumeDriver:
         self._credentials = credentials
         self._reflink: bool | None = None
         self._ready: dict[str, _Ready] = {}
+        self._work: copies.Work | None = None
 
     # ---------------------------------------------------------------- the contract
 
@@ -103,6 +105,7 @@ class LibvirtVolumeDriver:
     def prepare(self, request: SnapshotRequest) -> None:
         """Connect, find the volumes, see that there is room and that no clone has its name yet."""
         self.rest()
+        self._flags()
         count = -(-len(request.volumes) // _CALLS_PER_CONNECTION)
         connections: list[Any] = []
         threads = ThreadPoolExecutor(len(request.volumes))
@@ -115,15 +118,13 @@ class LibvirtVolumeDriver:
         except BaseException:
             self.rest()
             raise
-        if self._reflink is None:
-            self._reflink = self._probe()
 
     def cut(self, request: SnapshotRequest) -> CutResult:
         """Clone all volumes, or none; a driver that must copy only names the clones."""
         if request.name not in self._ready:
             self.prepare(request)
         ready = self._ready[request.name]
-        handles = {v.id: Handle(f"{ready.directory}/{_clone_name(request.name, v.id)}") for v in request.volumes}
+        handles = {v.id: Handle(f"{ready.directory}/{naming.cut_name(request.name, v.id)}") for v in request.volumes}
         if not self._reflink:
             return CutResult(handles=handles, atomic=len(handles) == 1, hold=Hold.BASE)
 
@@ -134,7 +135,7 @@ class LibvirtVolumeDriver:
                 try:
                     return pool.createXMLFrom(ready.descriptions[index], ready.sources[index], flags)
                 except libvirt.libvirtError:  # it has no code of its own for a name that is taken
-                    if storage.find(pool, _clone_name(request.name, volume.id)) is not None:
+                    if storage.find(pool, naming.cut_name(request.name, volume.id)) is not None:
                         raise _already_cut(request.name) from None
                     raise
 
@@ -142,88 +143,85 @@ class LibvirtVolumeDriver:
         return CutResult(handles=handles, atomic=len(handles) == 1)
 
     def wait_ready(self, request: SnapshotRequest, cut: CutResult) -> None:
-        """See that the clones are there; make them first if they are copies."""
+        """See that the cuts are there; copy them first where blocks cannot be shared. Copies that are whole stay."""
         with self._open() as connection, told(f"completing {request.name} in the pool {self._destination}"):
             pool = connection.storagePoolLookupByName(self._destination)
-            if cut.hold is Hold.BASE and storage.find(pool, f"{request.name}{_COPIED}") is None:
+            if cut.hold is Hold.BASE:
                 self._copy(connection, pool, request)
             for volume, handle in cut.handles.items():
-                if storage.find(pool, _clone_name(request.name, volume)) is None:
+                if storage.find(pool, naming.cut_name(request.name, volume)) is None:
                     raise DriverError(f"the clone {handle} does not exist (any more)", reason="SnapshotLost")
 
     def check_revert(self, cut: CutResult, onto: Sequence[Volume]) -> Sequence[Fit]:
-        """Say for each volume whether its clone is there and it lies in our pool."""
+        """Say for each volume whether its cut is there and whole, and whether the volume is still what was cut."""
         with self._open() as connection, told("looking at the clones"):
-            source = storage.directory_of(connection.storagePoolLookupByName(self._parameters.pool_name))
-            pool = connection.storagePoolLookupByName(self._destination)
-            return [self._revertible(pool, source, cut, volume) for volume in onto]
+            home, held = self._pools(connection)
+            storage.reread(home)
+            if held is not home:
+                storage.reread(held)
+            return [restore.check(home, held, cut, volume) for volume in onto]
 
     def revert(self, cut: CutResult, onto: Sequence[Volume]) -> None:
-        """Put a clone of the clone in the place of each volume: same path, same permissions. Nobody may have it open.
-
-        The storage API cannot rename, so the volume is deleted first; after a crash in between it is missing until this
-        is repeated. That the clone can be cloned is tried before, where that is quick.
-        """
+        """Put a clone of the cut in the place of each volume; see `libvirt_copies.replace`, and the module on who uses it."""
         for fit in self.check_revert(cut, onto):
             if not fit.ok:
                 raise DriverError(fit.message, reason=fit.reason)
-        if self._reflink is None:
-            self._reflink = self._probe()
-        flags = libvirt.VIR_STORAGE_VOL_CREATE_REFLINK if self._reflink else 0
-        with self._open() as connection:
-            pool = connection.storagePoolLookupByName(self._parameters.pool_name)
-            held = connection.storagePoolLookupByName(self._destination)
-            for volume in onto:
-                with told(f"reverting {volume.writable.source}"):
-                    clone = held.storageVolLookupByName(PurePosixPath(cut.handles[volume.id]).name)
-                    storage.must_be_raw(clone)
-                    self._replace(pool, clone, PurePosixPath(volume.writable.source).name, flags)
+        flags = self._flags()
+        with self._open() as connection, told("reverting"):
+            home, held = self._pools(connection)
+            restore.revert(home, held, cut, onto, flags, self._parameters.min_free_bytes, self._copying)
 
     def clone(self, cut: CutResult, name: str) -> Mapping[VolumeId, Layer]:
-        """Clone each clone to `<name>-<member>`, found and deleted like those of a cut. Repeatable."""
-        if self._reflink is None:
-            self._reflink = self._probe()
-        flags = libvirt.VIR_STORAGE_VOL_CREATE_REFLINK if self._reflink else 0
-        made = {}
-        with self._open() as connection:
-            pool = connection.storagePoolLookupByName(self._destination)
-            for volume, handle in cut.handles.items():
-                with told(f"cloning {handle}"):
-                    clone = pool.storageVolLookupByName(PurePosixPath(handle).name)
-                    storage.must_be_raw(clone)
-                    target = _clone_name(name, volume)
-                    new = storage.find(pool, target)
-                    if new is None:
-                        description = storage.describe(target, clone.info()[1], clone.XMLDesc(0))
-                        new = pool.createXMLFrom(description, clone, flags)
-                    path = str(new.path())
-                made[volume] = Layer(kind=SourceKind.FILE, source=path, format="raw", pool=self._destination)
-        return made
+        """Clone each cut to `<name>-<member>.img` in the destination pool; see `libvirt_names` on whose they are."""
+        flags = self._flags()
+        with self._open() as connection, told(f"cloning to {name} in the pool {self._destination}"):
+            _, held = self._pools(connection)
+            return restore.clone(held, cut, name, flags, self._parameters.min_free_bytes, self._copying)
+
+    def keep(self, name: str) -> None:
+        """Take away what leads from a clone's name to its volumes."""
+        with self._open() as connection, told(f"handing over {name} in the pool {self._destination}"):
+            restore.keep(self._pools(connection)[1], name)
+
+    def progress(self) -> Progress | None:
+        """Ask libvirt how far the copy under way is. None while nothing is copied: blocks are shared in milliseconds."""
+        work = self._work
+        if work is None:
+            return None
+        with told("looking at a copy"):
+            return work.progress()
 
     def delete(self, name: str) -> None:
-        """Delete the clones under a name; goes on after an error and then says what is left."""
+        """Delete what is held under a name; goes on after an error and then says what is left."""
         self.rest()
         left = []
         with self._open() as connection, told(f"deleting {name} from the pool {self._destination}"):
-            pool = connection.storagePoolLookupByName(self._destination)
-            storage.refresh(pool)
-            found = [v for v in pool.listAllVolumes(0) if _request_of(v.name()) == name]
-            for volume in found:
-                try:
-                    volume.delete(0)
-                except libvirt.libvirtError as error:
-                    if not storage.is_missing(error):
-                        left.append(f"{volume.name()}: {error}")
+            for pool in dict.fromkeys(self._pools(connection)):
+                storage.reread(pool)
+                volumes = {v.name(): v for v in pool.listAllVolumes(0)}
+                last = naming.new_mark(name)
+                found = [n for n in volumes if naming.holder(n) == name and n != last]
+                if last in volumes:
+                    found = [n for n in volumes if naming.is_clone_of(n, name)] + found
+                for each in found:
+                    try:
+                        volumes[each].delete(0)
+                    except libvirt.libvirtError as error:
+                        if not storage.is_missing(error):
+                            left.append(f"{each}: {error}")
+                if last in volumes and not left:
+                    volumes[last].delete(0)
         if left:
             raise DriverError(f"deleting {name} left {'; '.join(left)}", retryable=True)
 
     def list(self, prefix: str) -> Sequence[str]:
-        """Name the requests by their clones."""
+        """Name requests and clones by what is held for them."""
+        found: set[str | None] = set()
         with self._open() as connection, told(f"listing the pool {self._destination}"):
-            pool = connection.storagePoolLookupByName(self._destination)
-            storage.refresh(pool)
-            requests = {_request_of(v.name()) for v in pool.listAllVolumes(0)}
-        return sorted(r for r in requests if r and r.startswith(prefix))
+            for pool in dict.fromkeys(self._pools(connection)):
+                storage.reread(pool)
+                found |= {naming.holder(v.name()) for v in pool.listAllVolumes(0)}
+        return sorted(n for n in found if n and n.startswith(prefix))
 
     def rest(self) -> None:
         """Close what `prepare` opened."""
@@ -274,62 +272,63 @@ class LibvirtVolumeDriver:
                 raise DriverError(text, reason="VolumeNotFound")
             storage.must_be_raw(source)
             destination = connection.storagePoolLookupByName(self._destination)
-            name = _clone_name(request.name, volume.id)
+            name = naming.cut_name(request.name, volume.id)
             if storage.find(destination, name) is not None:
                 raise _already_cut(request.name)
             ready.sources.append(source)
             ready.destinations.append(destination)
             ready.descriptions.append(storage.describe(name, source.info()[1], source.XMLDesc(0)))
         ready.directory = storage.directory_of(ready.destinations[0])
-        wanted, free = self._parameters.min_free_bytes, ready.destinations[0].info()[3]
-        if (
-            free < wanted
-        ):  # libvirt counts the blocks of clones as if they were not shared, until it reads the pool again
-            storage.refresh(ready.destinations[0])
-            free = ready.destinations[0].info()[3]
-        if free < wanted:
-            text = f"the pool {self._destination} has {free} bytes left, less than {wanted} (minFreeBytes)"
-            raise DriverError(text, reason="NoSpace", retryable=True)
+        copied = 0 if self._reflink else sum(map(copies.occupied, ready.sources))
+        copies.must_have_room(ready.destinations[0], copied, self._parameters.min_free_bytes)
         # The threads of the cut are started now.
         list(ready.threads.map(lambda _: time.sleep(0.001), request.volumes))
 
     def _copy(self, connection: Any, pool: Any, request: SnapshotRequest) -> None:
-        """Copy all volumes. Copies that an earlier try left may be partial, and are made anew."""
-        source = connection.storagePoolLookupByName(self._parameters.pool_name)
-        for volume in request.volumes:
-            base = storage.find_source(source, volume.writable)
-            if base is None:
-                raise DriverError(f"{volume.writable.source} is gone", reason="VolumeNotFound")
-            name = _clone_name(request.name, volume.id)
-            partial = storage.find(pool, name)
-            if partial is not None:
-                partial.delete(0)
-            storage.must_be_raw(base)
-            pool.createXMLFrom(storage.describe(name, base.info()[1], base.XMLDesc(0)), base, 0)
-            storage.must_be_raw(base)  # again: the pool may have been read in between
-        pool.createXML(storage.describe(f"{request.name}{_COPIED}", 0), 0)
+        """Copy all volumes that are not copied yet."""
+        home = connection.storagePoolLookupByName(self._parameters.pool_name)
+        bases = {v.id: storage.find_source(home, v.writable) for v in request.volumes}
+        with self._copying(pool, [b for b in bases.values() if b is not None]) as begin:
+            for volume in request.volumes:
+                name, base = naming.cut_name(request.name, volume.id), bases[volume.id]
+                if base is None:
+                    raise DriverError(f"{volume.writable.source} is gone", reason="VolumeNotFound")
+                begin(name, base)
+                with told(f"copying {volume.writable.source}"):
+                    copies.make_whole(pool, storage.describe(name, base.info()[1], base.XMLDesc(0)), name, base, 0)
 
-    def _revertible(self, pool: Any, source: str, cut: CutResult, volume: Volume) -> Fit:
-        handle = cut.handles.get(volume.id)
-        path, layer = PurePosixPath(volume.writable.source), volume.writable
-        home = source if layer.kind is SourceKind.FILE else self._parameters.pool_name
-        if layer.kind not in _SERVED or layer.format != "raw" or str(path.parent) != home:
-            text = f"{path} is not a raw file of the pool {self._parameters.pool_name}"
-            return Fit(ok=False, reason="OtherVolume", message=text)
-        if handle is None or storage.find(pool, PurePosixPath(handle).name) is None:
-            return Fit(
-                ok=False, reason="SnapshotLost", message=f"the clone {handle or 'of ' + path.name} does not exist"
-            )
-        return Fit(ok=True, reason="Fits")
+    @contextmanager
+    def _copying(self, pool: Any, sources: Iterable[Any]) -> Iterator[Callable[[str, Any], None]]:
+        """Let others ask how far copies into a pool are, over a connection of its own; the caller says what comes next."""
+        if self._flags():  # nothing is copied
+            yield lambda _name, _source: None
+            return
+        before = 0
+        with self._open() as connection:
+            work = copies.Work(connection=connection, pool=pool.name(), total=sum(map(copies.occupied, sources)))
 
-    def _replace(self, pool: Any, clone: Any, name: str, flags: int) -> None:
-        old = storage.find(pool, name)
-        like = (clone if old is None else old).XMLDesc(0)
-        if flags:
-            pool.createXMLFrom(storage.describe(probes.new_name(), clone.info()[1], like), clone, flags).delete(0)
-        if old is not None:
-            old.delete(0)
-        pool.createXMLFrom(storage.describe(name, clone.info()[1], like), clone, flags)
+            def begin(name: str, source: Any) -> None:
+                nonlocal before
+                work.step(name, before)
+                before += copies.occupied(source)
+
+            self._work = work
+            try:
+                yield begin
+            finally:
+                self._work = None
+
+    def _pools(self, connection: Any) -> tuple[Any, Any]:
+        """Return the pool of the disks, which also holds the marks of reverts, and that of the clones (maybe the same)."""
+        home = connection.storagePoolLookupByName(self._parameters.pool_name)
+        same = self._destination == self._parameters.pool_name
+        return home, home if same else connection.storagePoolLookupByName(self._destination)
+
+    def _flags(self) -> int:
+        """Return the flag that shares blocks, or 0 where they cannot be shared; probed once."""
+        if self._reflink is None:
+            self._reflink = self._probe()
+        return int(libvirt.VIR_STORAGE_VOL_CREATE_REFLINK) if self._reflink else 0
 
     def _probe(self) -> bool:
         """Tell whether the destination can share blocks with the pool. Leaves nothing behind; see `_sweep_probes`."""
@@ -348,6 +347,7 @@ class LibvirtVolumeDriver:
                     if error.get_error_code() != libvirt.VIR_ERR_SYSTEM_ERROR:
                         raise
                     _log.info("no reflink from pool %s to %s: %s", pool.name(), destination.name(), error)
+                    made.append(destination.createXMLFrom(description, made[0], 0))
                     return False
                 return True
             finally:
@@ -362,17 +362,6 @@ def _sweep_probes(*pools: Any) -> None:
             if probes.is_stale(volume.name()):
                 with contextlib.suppress(libvirt.libvirtError):  # another process is at it
                     volume.delete(0)
-
-
-def _clone_name(request: str, volume: VolumeId) -> str:
-    return f"{request}-{names.member(volume)}"
-
-
-def _request_of(volume_name: str) -> str | None:
-    if volume_name.endswith(_COPIED):
-        return volume_name.removesuffix(_COPIED)
-    found = _MEMBER.fullmatch(volume_name)
-    return found["request"] if found else None
 
 
 def _already_cut(name: str) -> AlreadyCutError:

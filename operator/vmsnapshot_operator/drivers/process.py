@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from vmsnapshot_operator.core.driver import Progress
 from vmsnapshot_operator.drivers import wire
 from vmsnapshot_operator.drivers.redaction import printable, redactor
 from vmsnapshot_operator.errors import DriverCrashedError, DriverError, DriverTimeoutError, DriverUnavailableError
@@ -134,21 +135,45 @@ class DriverProcess:
             raise
         self.usable = True
 
-    async def call(self, operation: str, arguments: tuple[Any, ...], seconds: float) -> Any:
+    async def call(
+        self,
+        operation: str,
+        arguments: tuple[Any, ...],
+        seconds: float,
+        *,
+        stall: float | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> Any:
         """Ask the driver and return its answer. Only for the one who holds this process.
+
+        `seconds` is for the whole. With `stall`, in seconds, the process is also killed when the driver says nothing of its
+        progress for so long; each word of it is passed to `on_progress`.
 
         On the deadline and on cancellation the process is killed at once and not waited for; no answer of it can be
         used after that. Raises DriverTimeoutError, DriverCrashedError, or the driver's own DriverError.
         """
-        deadline = self._loop.time() + seconds
+        began = self._loop.time()
+        deadline = began + seconds
         self.calls += 1
         self.prepared = None
+        said: Progress | None = None
+
+        def heard(progress: Progress) -> None:
+            nonlocal said
+            said = progress
+            if on_progress is not None:
+                on_progress(progress)
+
         try:
-            answer = await self._exchange(wire.call(operation, arguments, seconds), deadline)
+            answer = await self._exchange(wire.call(operation, arguments, seconds), deadline, stall, heard)
             return wire.result(operation, answer)
         except TimeoutError:
             self.kill()
-            text = f"no answer within {seconds:.3g} s; its process {self.pid} was killed, what it did is unknown"
+            stalled = stall is not None and self._loop.time() < deadline
+            text = f"no progress for {stall:.3g} s" if stalled else f"no answer within {seconds:.3g} s"
+            if said is not None:
+                text += f", {said.done_bytes} of {said.total_bytes} bytes done"
+            text += f"; its process {self.pid} was killed, what it did is unknown"
             raise DriverTimeoutError(self.setup.where(operation) + text) from None
         except (EOFError, OSError):
             self.kill()
@@ -163,21 +188,37 @@ class DriverProcess:
             self.kill()
             raise
 
-    async def _exchange(self, request: bytes, deadline: float) -> dict[str, Any]:
-        """Send one frame and read one. Raises TimeoutError, EOFError or OSError; then the process is of no use."""
+    async def _exchange(
+        self,
+        request: bytes,
+        deadline: float,
+        stall: float | None = None,
+        on_progress: Callable[[Progress], None] = lambda _: None,
+    ) -> dict[str, Any]:
+        """Send one frame and read the answer. Raises TimeoutError, EOFError or OSError; then the process is of no use."""
         assert self._reader is not None  # noqa: S101 - opened by `greet`
         assert self._writer is not None  # noqa: S101
-        async with asyncio.timeout_at(deadline):
+
+        def next_deadline() -> float:
+            return deadline if stall is None else min(deadline, self._loop.time() + stall)
+
+        async with asyncio.timeout_at(next_deadline()) as limit:
             if self.killed:
                 raise EOFError
             self._writer.write(request)
             await self._writer.drain()
-            prefix = await self._reader.readexactly(wire.LENGTH.size)
-            try:
-                answer = wire.parse(await self._reader.readexactly(wire.body_length(prefix)))
-            except DriverError:
-                self.kill()  # out of step: nothing that follows can be trusted
-                raise
+            while True:
+                prefix = await self._reader.readexactly(wire.LENGTH.size)
+                try:
+                    answer = wire.parse(await self._reader.readexactly(wire.body_length(prefix)))
+                    progress = wire.reported(answer)
+                except DriverError:
+                    self.kill()  # out of step: nothing that follows can be trusted
+                    raise
+                if progress is None:
+                    break
+                limit.reschedule(next_deadline())
+                on_progress(progress)
         if self._loop.time() > deadline:  # this process itself stood still, and the answer came after the deadline
             raise TimeoutError
         return answer

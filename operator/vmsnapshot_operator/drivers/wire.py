@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 from pydantic import TypeAdapter, ValidationError
 
 from vmsnapshot_operator import errors
-from vmsnapshot_operator.core.driver import Capabilities, CutResult, Fit, SnapshotRequest
+from vmsnapshot_operator.core.driver import Capabilities, CutResult, Fit, Progress, SnapshotRequest
 from vmsnapshot_operator.core.volumes import Layer, Volume, VolumeId
 from vmsnapshot_operator.errors import DriverError
 
@@ -26,6 +26,8 @@ MAX_FRAME: Final = 16 * 1024 * 1024
 """Bytes: some ten thousand volumes; a longer frame is a broken driver, not a longer answer."""
 REST_SECONDS: Final = 120.0
 """More than any window takes: what was prepared for one is put away by a process that is asked nothing for so long."""
+REPORT_SECONDS: Final = 1.0
+"""How often a driver is asked how far it is with one of the `LONG` operations."""
 LENGTH: Final = struct.Struct(">I")
 
 
@@ -54,9 +56,15 @@ OPERATIONS: Final[Mapping[str, Operation]] = {
     "check_revert": _operation(tuple[Fit, ...], CutResult, _Volumes),
     "revert": _operation(None, CutResult, _Volumes),
     "clone": _operation(Mapping[VolumeId, Layer], CutResult, str),
+    "keep": _operation(None, str),
     "delete": _operation(None, str),
     "list": _operation(tuple[str, ...], str),
 }
+
+LONG: Final = frozenset({"wait_ready", "revert", "clone"})
+"""Operations that may copy: they last as long as they get on."""
+
+_PROGRESS: Final = TypeAdapter(Progress)
 
 # What a driver may raise on purpose. Timeouts and crashes are for the host alone to state: it saw them.
 _RAISED: Final[Mapping[str, type[DriverError]]] = {
@@ -109,6 +117,22 @@ def answer(operation: str, result: Any) -> bytes:
         return frame({"result": adapter.dump_python(adapter.validate_python(result), mode="json")})
     except ValidationError as error:
         msg = f"the driver answered {operation} with something else than the contract says: {_where(error)}"
+        raise DriverError(msg) from error
+
+
+def progress(found: Progress) -> bytes:
+    """Return the frame that tells, before the answer, how far a driver is."""
+    return frame({"progress": _PROGRESS.dump_python(_PROGRESS.validate_python(found), mode="json")})
+
+
+def reported(message: Mapping[str, Any]) -> Progress | None:
+    """Return the progress in a frame, or None if it is the answer. Raises DriverError if it cannot be read."""
+    if "progress" not in message:
+        return None
+    try:
+        return _PROGRESS.validate_python(message["progress"])
+    except ValidationError as error:
+        msg = f"the driver's process told of its progress something else than the contract says: {_where(error)}"
         raise DriverError(msg) from error
 
 

@@ -5,7 +5,8 @@ argument or environment, where `ps` and /proc show them. It ends when the operat
 killed, and at the deadline of a request even if nobody is left to kill it. Not responsible for the pool (`host`).
 
 A driver may have a method `rest()`: it is called when a cut has been answered, and when nothing was asked for a while after
-something was prepared, so that what `prepare` opened for the window (connections, images) does not stay open for ever.
+something was prepared, so that what `prepare` opened for the window (connections, images) does not stay open for ever. A
+method `progress()` is called by a thread of its own while a long operation is at work.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ import select
 import signal
 import socket
 import sys
+import threading
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from vmsnapshot_operator.core.driver import StorageDriver
@@ -56,6 +60,39 @@ def _call(driver: StorageDriver, message: dict[str, Any]) -> bytes:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
+@contextmanager
+def _reporting(driver: StorageDriver, operation: str, sock: socket.socket) -> Iterator[None]:
+    """Tell the operator how far a long operation is, as often as the driver can say; nothing more when this is left."""
+    ask = getattr(driver, "progress", None)
+    if ask is None or operation not in wire.LONG:
+        yield
+        return
+    over, sending = threading.Event(), threading.Lock()
+
+    def report() -> None:
+        failed = False
+        while not over.wait(wire.REPORT_SECONDS):
+            try:
+                found = ask()
+                told = b"" if found is None else wire.progress(found)
+            except Exception:  # noqa: BLE001 - the operation itself goes on; the trace goes to the operator's log, once
+                if not failed:
+                    traceback.print_exc()
+                failed = True
+                continue
+            with sending:
+                if not over.is_set():
+                    sock.sendall(told)
+
+    # Not waited for: a question that hangs must not hold the answer up.
+    threading.Thread(target=report, name="progress", daemon=True).start()
+    try:
+        yield
+    finally:
+        with sending:
+            over.set()
+
+
 def serve(sock: socket.socket) -> int:
     """Make the driver that the first frame describes, then answer requests until the socket is closed."""
     hello = wire.receive(sock)
@@ -77,7 +114,9 @@ def serve(sock: socket.socket) -> int:
         message = wire.receive(sock)
         if message is None:
             return 0
-        sock.sendall(_call(driver, message))
+        with _reporting(driver, str(message["operation"]), sock):
+            answer = _call(driver, message)
+        sock.sendall(answer)
         if message["operation"] == "prepare":
             prepared = True
         elif message["operation"] == "cut":

@@ -319,6 +319,47 @@ async def test_waiting_for_a_process_is_bounded(tmp_path):
     await host.close()
 
 
+async def test_a_copy_lives_as_long_as_it_tells_of_its_progress(host):
+    request = order("copy-8")  # 4 s
+    result = await cut(host, "copy-8")
+    told = []
+
+    await host.wait_ready(request, result, timeout=LONG, stall=3.0, on_progress=told.append)
+
+    assert [p.total_bytes for p in told] == [100] * len(told)
+    done = [p.done_bytes for p in told]
+    assert len(done) >= 2
+    assert done == sorted(set(done))
+    assert (await host.capabilities(timeout=LONG)).clone, "a late word was taken for the answer"
+
+
+async def test_a_copy_that_tells_of_no_progress_is_ended_before_its_time_is_up(host):
+    result = await cut(host, "stall")
+    pids = host.pids
+    with pytest.raises(DriverTimeoutError, match=r"wait_ready: no progress for 0\.2 s; its process \d+ was killed"):
+        await host.wait_ready(order("stall"), result, timeout=LONG, stall=0.2)
+    await gone(pids[0])
+    assert await cut(host, "after")
+
+
+async def test_a_copy_has_to_be_done_in_time_however_well_it_goes_on(host):
+    result = await cut(host, "copy-1000")
+    with pytest.raises(DriverTimeoutError, match=r"no answer within 3 s, \d of 100 bytes done"):
+        await host.wait_ready(order("copy-1000"), result, timeout=3.0, stall=LONG)
+
+
+async def test_copies_do_not_hold_up_cuts(tmp_path):
+    host = make(tmp_path, max_workers=1)
+    result = await cut(host, "stall")
+    copying = asyncio.create_task(host.wait_ready(order("stall"), result, timeout=LONG))
+    await asyncio.sleep(0)
+    assert await cut(host, "meanwhile")
+    assert not copying.done()
+    copying.cancel()
+    await asyncio.wait([copying])
+    await host.close()
+
+
 async def test_a_prepare_inside_of_a_reservation_is_bounded(host):
     await host.start()
     with pytest.raises(DriverTimeoutError, match="prepare: no answer"):

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmsnapshot_operator.core.driver import Capabilities, CutKind, CutResult, Fit, Hold, SnapshotRequest
+from vmsnapshot_operator.core.driver import Capabilities, CutKind, CutResult, Fit, Hold, Progress, SnapshotRequest
 from vmsnapshot_operator.core.volumes import Handle, Layer, Seconds, SourceKind, Volume, VolumeId
 from vmsnapshot_operator.drivers import registry, wire, worker
 from vmsnapshot_operator.errors import AlreadyCutError, DriverError, DriverTimeoutError, DriverUnavailableError
@@ -70,6 +70,14 @@ def test_an_answer_arrives_as_it_was_given(cut):
 )
 def test_each_operation_has_its_type(operation, given_):
     assert wire.result(operation, wire.parse(wire.answer(operation, given_)[4:])) == given_
+
+
+def test_progress_is_told_from_an_answer():
+    found = Progress(done_bytes=1, total_bytes=2)
+    assert wire.reported(wire.parse(wire.progress(found)[4:])) == found
+    assert wire.reported(wire.parse(wire.answer("delete", None)[4:])) is None
+    with pytest.raises(DriverError, match=r"of its progress something else.*total_bytes"):
+        wire.reported({"progress": {"done_bytes": 1}})
 
 
 def test_a_driver_that_answers_something_else_is_told_where():

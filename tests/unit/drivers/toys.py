@@ -10,8 +10,9 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from vmsnapshot_operator.core.driver import Capabilities, CutKind, CutResult, Fit
+from vmsnapshot_operator.core.driver import Capabilities, CutKind, CutResult, Fit, Progress
 from vmsnapshot_operator.core.volumes import Handle, Layer, SourceKind
+from vmsnapshot_operator.drivers import wire
 from vmsnapshot_operator.errors import AlreadyCutError, DriverError
 
 
@@ -35,6 +36,7 @@ class Toy:
         self.held = Path(parameters.held)
         self.password = credentials.password
         self.prepared = set()
+        self.copied = None
 
     def capabilities(self):
         return Capabilities(cut=CutKind.INSTANT, atomic=True, revert=False, clone=True)
@@ -84,7 +86,16 @@ class Toy:
         )
 
     def wait_ready(self, request, cut):
-        pass
+        how, _, steps = request.name.partition("-")
+        self.copied = 0
+        for self.copied in range(int(steps) if how == "copy" else 0):
+            time.sleep(wire.REPORT_SECONDS / 2)
+        if how == "stall":
+            self.copied = None
+            time.sleep(3600)
+
+    def progress(self):
+        return None if self.copied is None else Progress(done_bytes=self.copied, total_bytes=100)
 
     def check_revert(self, cut, onto):
         return [Fit(ok=True, reason="Fits") for _ in onto][: 1 if len(onto) == 3 else None]
@@ -94,6 +105,9 @@ class Toy:
 
     def clone(self, cut, name):
         return {v: Layer(kind=SourceKind.FILE, source=f"/{name}", format="raw") for v in cut.handles}
+
+    def keep(self, name):
+        pass
 
     def delete(self, name):
         (self.held / name).unlink(missing_ok=True)
