@@ -146,7 +146,7 @@ def _chain(connection: Any, top: Layer) -> tuple[Layer, ...]:
     """Find the layers beneath by the storage pools: the definition of a domain that is off names the writable one only."""
     layers = [top]
     while layers[-1].format != "raw" and len(layers) < _CHAIN_LIMIT:
-        volume = _volume(connection, layers[-1])
+        volume = volume_of(connection, layers[-1])
         backing = domain_xml.element(volume.XMLDesc()).find("backingStore") if volume is not None else None
         path = backing.findtext("path", "") if backing is not None else ""
         if backing is None or not path.startswith("/") or any(path == known.source for known in layers):
@@ -171,14 +171,15 @@ def _placed(connection: Any, layer: Layer, *, fingerprint: bool) -> Layer:
 
 def _fingerprint(connection: Any, layer: Layer) -> str:
     """What betrays a later change; empty if the pool does not know the layer: then nothing can be verified by it."""
-    volume = _volume(connection, layer)
+    volume = volume_of(connection, layer)
     if volume is None:
         return ""
     root = domain_xml.element(volume.XMLDesc())
     return f"{root.findtext('allocation')}/{root.findtext('target/timestamps/mtime')}"
 
 
-def _volume(connection: Any, layer: Layer) -> Any | None:
+def volume_of(connection: Any, layer: Layer) -> Any | None:
+    """Return the volume of a pool that a layer is, or None if no pool knows it."""
     try:
         if layer.kind is SourceKind.VOLUME:
             pool, _, name = layer.source.partition("/")

@@ -29,6 +29,7 @@ from vmsnapshot_operator.hypervisors import credentials, description, journals
 from vmsnapshot_operator.hypervisors.calls import Calls
 from vmsnapshot_operator.hypervisors.connection import Connection, Lane
 from vmsnapshot_operator.hypervisors.events import EventHub, EventWatch
+from vmsnapshot_operator.hypervisors.overlays import Overlays
 from vmsnapshot_operator.hypervisors.uri import compose
 from vmsnapshot_operator.hypervisors.window import ACT_TIMEOUT, DomainWindow, Handles, Outstanding
 
@@ -220,6 +221,21 @@ class Hypervisor:
         made = DomainWindow(ref.name, ref.uuid, self._outstanding, self._handles)
         await made.open()
         return made
+
+    def overlays(self, ref: Ref) -> Overlays:
+        """The overlays of a domain."""
+        return Overlays(self, ref)
+
+    def wait_for_switch(self, ref: Ref) -> None:
+        """Raise HypervisorError while a switch of ours to overlays has not returned: it may still come."""
+        if self._outstanding.any(f"switch {ref.uuid}"):
+            text = f"domain {ref.name}: a switch of ours to overlays has not returned, so it may still come"
+            raise HypervisorError(text, retryable=True)
+
+    @property
+    def endpoints(self) -> tuple[str, ...]:
+        """The names of all endpoints."""
+        return tuple(self._hosts)
 
     async def read_journal(self, ref: Ref) -> Journal | None:
         """Return the journal in the domain's metadata. Raises HypervisorError if there is one that cannot be read."""

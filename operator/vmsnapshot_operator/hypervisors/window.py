@@ -7,19 +7,28 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
+
+import libvirt
 
 from vmsnapshot_operator.core.machine import AgentState, PowerState
 from vmsnapshot_operator.core.volumes import Seconds
 from vmsnapshot_operator.errors import AgentError, CallTimeoutError, DomainGoneError, HypervisorError, NotPermittedError
-from vmsnapshot_operator.hypervisors import agent, description
+from vmsnapshot_operator.hypervisors import agent, description, domain_xml, overlays
 from vmsnapshot_operator.hypervisors.calls import Calls
 
 ACT_TIMEOUT = Seconds(10.0)
 GRACE = Seconds(2.0)
 """What a call may take longer than the deadline given to libvirt itself."""
+
+_SWITCH = (
+    libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY
+    | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_ATOMIC
+    | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA
+    | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_REUSE_EXT
+)
 
 T = TypeVar("T")
 
@@ -148,6 +157,31 @@ class DomainWindow:
         state = await self._free("freeze state", run, Seconds(seconds + GRACE), nothing=AgentState.THAWED)
         self._wait_for_ours("freeze")
         return state
+
+    async def prepare_switch(self, targets: Mapping[str, str]) -> str:
+        """Describe a switch of these disks to these overlays beforehand, so that nothing is looked up while the VM is held."""
+        here = self._known()
+
+        def run() -> str:
+            disks, _ = domain_xml.parse(here.holding.XMLDesc(0))
+            return overlays.snapshot_xml(targets, [d.target for d in disks if d.target not in targets])
+
+        return await here.calls.act(f"disks of {self._name}", run, timeout=ACT_TIMEOUT)
+
+    async def switch(self, described: str, timeout: Seconds, permit: Permit = always) -> None:  # noqa: ASYNC109 - of the call
+        """Switch disks to overlays, all at once or none. After any error it may still happen later: look at the chains.
+
+        Raises NotPermittedError as `freeze` does.
+        """
+        here = self._known()
+
+        def run() -> None:
+            with self._outstanding.holding(f"switch {self.uuid}"):
+                if why := permit():
+                    raise NotPermittedError(f"domain {self._name} was not switched to overlays: {why}")
+                here.holding.snapshotCreateXML(described, _SWITCH)
+
+        await here.calls.act(f"switch of {self._name} to overlays", run, timeout=timeout)
 
     async def pause(self, permit: Permit = always) -> None:
         """Pause the VM. After any error it may still happen later: resume. Raises NotPermittedError as `freeze` does."""

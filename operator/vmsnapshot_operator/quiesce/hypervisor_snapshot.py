@@ -58,6 +58,7 @@ class HypervisorSnapshotQuiescer:
     async def _switch(self, domain: DomainWindow, window: OpenWindow, journal: Journal, plan: Plan) -> None:
         """Freeze, switch and thaw, on every path; the VM is on its overlays when this returns."""
         frozen = False
+        described = await domain.prepare_switch({v.target: journal.overlays[v.volume.id] for v in plan.volumes})
         try:
             window.ask()
             if journal.holds:
@@ -65,11 +66,7 @@ class HypervisorSnapshotQuiescer:
                 await self._freeze(domain, window, journal, plan)
             async with step(Step.WINDOW_SWITCH, journal.owner_uid):
                 window.rest = True
-                await domain.switch(
-                    {v.target: journal.overlays[v.volume.id] for v in plan.volumes},
-                    timeout=SWITCH_TIMEOUT,
-                    permit=self._context.permit,
-                )
+                await domain.switch(described, timeout=SWITCH_TIMEOUT, permit=self._context.permit)
                 window.stands()
         except NotPermittedError as error:
             window.rest = False  # nothing was switched
@@ -131,7 +128,8 @@ class HypervisorSnapshotQuiescer:
         hypervisor, ref = self._context.hypervisor, self._context.ref
         try:
             async with step(Step.WINDOW_OVERLAID, journal.owner_uid):
-                bases = await hypervisor.fingerprints(ref, {v.volume.id: v.volume.writable for v in plan.volumes})
+                layers = {str(v.volume.id): v.volume.writable for v in plan.volumes}
+                bases = await hypervisor.overlays(ref).fingerprints(layers)
                 there = await hypervisor.update_journal(ref, replace(journal, phase=Phase.OVERLAID, bases=bases))
                 why = "" if there else "the journal is gone from the VM's metadata: somebody removed it"
         except HypervisorError as error:

@@ -528,7 +528,7 @@ async def _clone(
     sources = {v.target: made[v.volume.id] for v in record.plan.volumes if v.volume.id in made}
     identity = new_definition.Identity(name=request.new_name, seed=request.uid)
     new = new_definition.as_new_vm(record.plan.definition, identity, sources, marker)
-    endpoint = record.plan.endpoint if record.plan.endpoint in found.client.uris else found.client.endpoints[0]
+    endpoint = record.plan.endpoint if record.plan.endpoint in found.client.endpoints else found.client.endpoints[0]
     async with step(Step.CLONE_DEFINE, request.uid):
         await definitions.define(found.client, endpoint, new.xml)
 
