@@ -17,6 +17,7 @@ from vmsnapshot_operator.core.volumes import VolumeId
 
 MAX_ATTEMPT = 36 * 36 - 1
 _NAME = re.compile(r"^vms-([a-z0-9]{6})-([a-z2-7]{10})-([0-9a-z]{2})-([a-z2-7]{6})$")
+_OVERLAY = re.compile(r"^ovl-([a-z0-9]{6})-([a-z2-7]{10})-([0-9a-z]{2})-([a-z2-7]{6})$")
 _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 
 
@@ -52,14 +53,27 @@ def request_name(installation: str, uid: str, attempt: int, class_name: str, vol
     return f"{object_prefix(installation, uid)}{digits}-{group}"
 
 
+def overlay_name(installation: str, uid: str, attempt: int, volume: VolumeId) -> str:
+    """Return the name of the overlay of one volume in one attempt.
+
+    It is no request name: an overlay may hold what a VM wrote, and must never be taken for a cut that a driver may delete.
+    """
+    return "ovl" + request_name(installation, uid, attempt, "", (volume,)).removeprefix("vms")
+
+
+def overlay_prefix(installation: str, uid: str) -> str:
+    """Return the prefix of all overlays of one VMSnapshot."""
+    return "ovl" + object_prefix(installation, uid).removeprefix("vms")
+
+
 def member(volume: VolumeId) -> str:
     """Return the eight characters that a driver appends (after a hyphen) for one volume of a group."""
     return _hash(volume, 8)
 
 
 def attempt_of(name: str) -> int | None:
-    """Return the attempt that a request name belongs to, or None if it is not a request name."""
-    found = _NAME.match(name)
+    """Return the attempt that a request's or overlay's name belongs to, or None if it is neither."""
+    found = _NAME.match(name) or _OVERLAY.match(name)
     if found is None:
         return None
     digits = found.group(3)

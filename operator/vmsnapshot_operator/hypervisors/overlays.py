@@ -166,7 +166,7 @@ def _pristine(connection: Any, pool: str, prefix: str) -> tuple[str, ...]:
     home = connection.storagePoolLookupByName(pool)
     home.refresh(0)
     found = {v.name(): v for v in home.listAllVolumes() if v.name().startswith(prefix)}
-    used = _used(connection) if found else ""
+    used = _used(connection) if found else set()
     return tuple(n for n, v in found.items() if str(v.path()) not in used and _is_pristine(v))
 
 
@@ -190,8 +190,8 @@ def _remove(connection: Any, volume: Any | None) -> None:
             raise
 
 
-def _used(connection: Any) -> str:
-    """The definitions of all domains of a host, as they run and as they are saved, in one text."""
+def _used(connection: Any) -> set[str]:
+    """All images that the domains of a host have, as they run and as they are saved. Their metadata names overlays, too."""
     texts = []
     for domain in connection.listAllDomains():
         try:
@@ -201,7 +201,8 @@ def _used(connection: Any) -> str:
         except libvirt.libvirtError as error:
             if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
                 raise
-    return "\n".join(texts)
+    devices = (domain_xml.element(text).find("devices") for text in texts)
+    return {v for d in devices if d is not None for e in d.iter() for v in e.attrib.values()}
 
 
 def _look(domain: Any, overlays: Mapping[str, str]) -> Overlaid:

@@ -348,7 +348,7 @@ async def _held(
     trusted = record is not None and not record.problem
     known = {c.name for c in world.classes.all()}
     asked = tuple(record.groups) if record is not None and trusted else sorted(known | told)
-    await asyncio.gather(*(ask(c) for c in asked), _overlays(world, request, record, prefix, held, unlisted))
+    await asyncio.gather(*(ask(c) for c in asked), _overlays(world, request, record, held, unlisted))
     return held, unlisted
 
 
@@ -356,7 +356,6 @@ async def _overlays(
     world: World,
     request: Request,
     record: Record | None,
-    prefix: str,
     held: dict[str, frozenset[str]],
     unlisted: dict[str, str],
 ) -> None:
@@ -365,6 +364,7 @@ async def _overlays(
         return
     try:
         client, ref = await locate(world, request, record)
+        prefix = names.overlay_prefix(world.installation, request.uid)
         found = await overlays.held(client, ref, record.plan.quiesce.overlay_pool, prefix)
     except DomainGoneError:
         return

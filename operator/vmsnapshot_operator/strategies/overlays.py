@@ -49,7 +49,7 @@ async def make(
     overlays, made = client.overlays(ref), {}
     async with step(Step.PREPARE_OVERLAYS, uid):
         for volume in (v.volume for v in plan.volumes):
-            name = names.request_name(installation, uid, attempt, CLASS, (volume.id,))
+            name = names.overlay_name(installation, uid, attempt, volume.id)
             made[volume.id] = await overlays.create(plan.quiesce.overlay_pool, name, volume)
     return made
 
