@@ -6,10 +6,10 @@ leaves the laboratory as a new fault expects it; the operator runs again afterwa
 
 from __future__ import annotations
 
-from tests.chaos.faults import api, guest, operator, storage
-from tests.chaos.faults.base import Fault, Scene
+from tests.chaos.faults import api, guest, neighbours, operator, storage
+from tests.chaos.faults.base import At, Fault, NoEffectError, Scene
 
-__all__ = ["FAULTS", "Fault", "Scene"]
+__all__ = ["FAULTS", "At", "Fault", "NoEffectError", "Scene"]
 
-FAULTS: tuple[Fault, ...] = (*operator.FAULTS, *api.FAULTS, *guest.FAULTS, *storage.FAULTS)
+FAULTS: tuple[Fault, ...] = (*operator.FAULTS, *api.FAULTS, *guest.FAULTS, *storage.FAULTS, *neighbours.FAULTS)
 """Every kind of fault. Where a fault is met, the step says."""
