@@ -292,14 +292,18 @@ class Stack:
 
     def snapshot(self, name: str, domain: str = "demo", *, namespace: str = TENANT, **spec: Any) -> str:
         """Create a VMSnapshot and return its name."""
-        body = {
+        self._apply(self.body(name, domain, namespace=namespace, **spec))
+        return name
+
+    @staticmethod
+    def body(name: str, domain: str, *, namespace: str = TENANT, **spec: Any) -> dict[str, Any]:
+        """A VMSnapshot as a user writes it."""
+        return {
             "apiVersion": "vmsnapshot.io/v1alpha1",
             "kind": "VMSnapshot",
             "metadata": {"name": name, "namespace": namespace},
             "spec": {"source": {"hypervisorName": "lab", "domain": domain}, **spec},
         }
-        self._apply(body)
-        return name
 
     def patch(self, name: str, change: dict[str, Any], *, namespace: str = TENANT) -> None:
         """Change a VMSnapshot by a merge patch."""

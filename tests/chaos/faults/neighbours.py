@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 from tests.chaos import judge
 from tests.chaos.faults.base import Fault, NoEffectError, Scene
 from tests.chaos.seen import Finding
 from tests.lab import LabError
+from tests.lab.guests import Guest
 from tests.stack import Stack, conditions, until
 
 END_SECONDS = 240.0
@@ -74,27 +77,31 @@ def _prepare_six(scene: Scene) -> None:
 def _hang_six(scene: Scene) -> None:
     """Three hang before anybody asks them, three when their snapshots are under way."""
     six = scene.annex.six()
-    for guest in six[:3]:
-        guest.hang_agent()
-    for number, guest in enumerate(six):
-        name = f"{scene.name}-six-{number}"
-        quiesce = {"policy": "Require", "maxFrozenSeconds": 5}
-        scene.beside[scene.stack.snapshot(name, guest.name, namespace=scene.namespace, quiesce=quiesce)] = guest
-    for guest in six[3:]:
-        guest.hang_agent()
-    if any(guest.agent_answers() for guest in six[:1]):
-        raise NoEffectError(f"the agent of {six[0].name} answers, and shall hang")
+    scene.beside = {f"{scene.name}-six-{number}": guest for number, guest in enumerate(six)}
+    quiesce = {"policy": "Require", "maxFrozenSeconds": 5}
+    wanted = [
+        scene.stack.body(name, guest.name, namespace=scene.namespace, quiesce=quiesce)
+        for name, guest in scene.beside.items()
+    ]
+    with ThreadPoolExecutor(len(six)) as threads:
+        list(threads.map(Guest.hang_agent, six[:3]))
+        applied = threads.submit(scene.stack.apply, {"apiVersion": "v1", "kind": "List", "items": wanted})
+        list(threads.map(Guest.hang_agent, six[3:]))
+        applied.result()
 
 
 def _unhang_six(scene: Scene) -> None:
     """The VM under test is done while the six still hang; then they may go on."""
     try:
+        if (answering := scene.annex.six()[0]).agent_answers():
+            raise NoEffectError(f"the agent of {answering.name} answers, and shall hang")
         until(f"{scene.name} has ended while six agents hang", lambda: is_over(scene.stack, scene.name), ALONE_SECONDS)
     except LabError as error:
         scene.findings.append(Finding("stuck", scene.name, str(error)))
     finally:
-        for guest in scene.annex.six():
-            guest.hang_agent(hang=False)
+        six = scene.annex.six()
+        with ThreadPoolExecutor(len(six)) as threads:
+            list(threads.map(lambda guest: guest.hang_agent(hang=False), six))
 
 
 FAULTS = (
