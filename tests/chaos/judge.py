@@ -40,11 +40,13 @@ def judge_now(lab: Lab, stack: Stack, guests: Sequence[Guest], allowed: Allowed 
     return rules.findings(look(lab, stack, guests, allowed), allowed)
 
 
-def settled(lab: Lab, stack: Stack, guests: Sequence[Guest], seconds: float = 30.0) -> list[Finding]:
+def settled(
+    lab: Lab, stack: Stack, guests: Sequence[Guest], seconds: float = 30.0, allowed: Allowed = NOTHING
+) -> list[Finding]:
     """What is still wrong after a while: a thaw or a clearing of traces may be under way."""
     end = time.monotonic() + seconds
     while True:
-        found = judge_now(lab, stack, guests)
+        found = judge_now(lab, stack, guests, allowed)
         if not found or time.monotonic() > end:
             return found
         time.sleep(0.5)

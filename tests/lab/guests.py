@@ -151,6 +151,12 @@ class Guest:
         """Stop the agent's process, or let it go on: a question asked meanwhile is answered late."""
         self.control(["killall", "-STOP" if hang else "-CONT", "qemu-ga-main"])
 
+    def hang_agent_at_freeze(self, *, hang: bool = True) -> None:
+        """Let the agent stop in the middle of its next freeze; or no longer, and let it go on if it did."""
+        self.control(["touch" if hang else "rm", *([] if hang else ["-f"]), "/run/hook-hang"])
+        if not hang:
+            self.hang_agent(hang=False)
+
     def end_agent(self, *, end: bool = True) -> None:
         """End the agent, or let it start again."""
         if end:

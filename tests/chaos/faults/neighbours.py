@@ -75,7 +75,7 @@ def _prepare_six(scene: Scene) -> None:
 
 
 def _hang_six(scene: Scene) -> None:
-    """Three hang before anybody asks them, three when their snapshots are under way."""
+    """Three hang before anybody asks them, three in the middle of their freeze."""
     six = scene.annex.six()
     scene.beside = {f"{scene.name}-six-{number}": guest for number, guest in enumerate(six)}
     quiesce = {"policy": "Require", "maxFrozenSeconds": 5}
@@ -85,23 +85,32 @@ def _hang_six(scene: Scene) -> None:
     ]
     with ThreadPoolExecutor(len(six)) as threads:
         list(threads.map(Guest.hang_agent, six[:3]))
-        applied = threads.submit(scene.stack.apply, {"apiVersion": "v1", "kind": "List", "items": wanted})
-        list(threads.map(Guest.hang_agent, six[3:]))
-        applied.result()
+        list(threads.map(Guest.hang_agent_at_freeze, six[3:]))
+    scene.stack.apply({"apiVersion": "v1", "kind": "List", "items": wanted})
 
 
 def _unhang_six(scene: Scene) -> None:
     """The VM under test is done while the six still hang; then they may go on."""
     try:
-        if (answering := scene.annex.six()[0]).agent_answers():
-            raise NoEffectError(f"the agent of {answering.name} answers, and shall hang")
+        _must_hang(scene.annex.six())
         until(f"{scene.name} has ended while six agents hang", lambda: is_over(scene.stack, scene.name), ALONE_SECONDS)
     except LabError as error:
         scene.findings.append(Finding("stuck", scene.name, str(error)))
     finally:
         six = scene.annex.six()
         with ThreadPoolExecutor(len(six)) as threads:
-            list(threads.map(lambda guest: guest.hang_agent(hang=False), six))
+            list(threads.map(lambda guest: guest.hang_agent_at_freeze(hang=False), six))
+
+
+def _must_hang(six: list[Guest]) -> None:
+    def hanging() -> list[Guest]:
+        with ThreadPoolExecutor(len(six)) as threads:
+            return [g for g, answers in zip(six, threads.map(Guest.agent_answers, six), strict=True) if not answers]
+
+    try:
+        until("all six agents hang", lambda: len(hanging()) == len(six), 20)
+    except LabError as error:
+        raise NoEffectError(f"{error}: it is {', '.join(g.name for g in hanging())}") from error
 
 
 FAULTS = (

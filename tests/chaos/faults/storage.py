@@ -169,7 +169,7 @@ FAULTS = (
         hold=8.0,
     ),
     Fault(name="pool-full", strike=_fill, heal=_empty, hold=3.0),
-    Fault(name="pool-refuses", strike=_lock_pool, heal=_unlock_pool, hold=3.0),
+    Fault(name="pool-refuses", strike=_lock_pool, heal=_unlock_pool, hold=3.0, sure=_BEFORE_CUT),
     Fault(name="ceph-fences-its-driver", strike=_fence_driver, heal=_readmit_driver, hold=3.0, sure=_BEFORE_CUT),
     Fault(
         name="ceph-group-left-incomplete",
