@@ -123,10 +123,11 @@ class Suite:
                 trap.go()
                 time.sleep(scene.random.uniform(0.0, 0.08))
             try:
-                return _hurt(case.fault, scene, trap)
+                hurt(case.fault, scene, trap)
             except NoEffectError as error:
                 print(f"{case.name} had no effect: {error}", file=sys.stderr, flush=True)
                 return False
+        return True
 
     def _reached(self, trap: Trap, scene: Scene, case: Case) -> bool:
         """Wait for the step, but not for one that can no longer come. Some steps come only after the snapshot's end."""
@@ -186,14 +187,14 @@ class Suite:
         return findings
 
 
-def _hurt(fault: Fault, scene: Scene, trap: Trap) -> bool:
+def hurt(fault: Fault, scene: Scene, trap: Trap) -> None:
+    """Strike, let the operator go on, and mend whatever came of it. Raises NoEffectError if the fault did nothing."""
     try:
         fault.strike(scene)
         trap.go()
         time.sleep(fault.hold)
     finally:
         fault.heal(scene)
-    return True
 
 
 def _longest_freeze(guest: Guest) -> int:
