@@ -70,22 +70,23 @@ def _nothing_of_other(scene: Scene) -> None:
 
 
 def _prepare_six(scene: Scene) -> None:
-    for guest in scene.annex.six():
-        guest.up()
-
-
-def _hang_six(scene: Scene) -> None:
-    """Three hang before anybody asks them, three in the middle of their freeze."""
+    """Three hang before anybody asks them, three will in the middle of their freeze."""
     six = scene.annex.six()
-    scene.beside = {f"{scene.name}-six-{number}": guest for number, guest in enumerate(six)}
+    for guest in six:
+        guest.up()
+    with ThreadPoolExecutor(len(six)) as threads:
+        list(threads.map(Guest.hang_agent, six[:3]))
+        list(threads.map(Guest.hang_agent_at_freeze, six[3:]))
+
+
+def _snapshot_six(scene: Scene) -> None:
+    """All at once, and quickly: the VM under test may be frozen now."""
+    scene.beside = {f"{scene.name}-six-{number}": guest for number, guest in enumerate(scene.annex.six())}
     quiesce = {"policy": "Require", "maxFrozenSeconds": 5}
     wanted = [
         scene.stack.body(name, guest.name, namespace=scene.namespace, quiesce=quiesce)
         for name, guest in scene.beside.items()
     ]
-    with ThreadPoolExecutor(len(six)) as threads:
-        list(threads.map(Guest.hang_agent, six[:3]))
-        list(threads.map(Guest.hang_agent_at_freeze, six[3:]))
     scene.stack.apply({"apiVersion": "v1", "kind": "List", "items": wanted})
 
 
@@ -97,9 +98,13 @@ def _unhang_six(scene: Scene) -> None:
     except LabError as error:
         scene.findings.append(Finding("stuck", scene.name, str(error)))
     finally:
-        six = scene.annex.six()
-        with ThreadPoolExecutor(len(six)) as threads:
-            list(threads.map(lambda guest: guest.hang_agent_at_freeze(hang=False), six))
+        _let_six_go_on(scene)
+
+
+def _let_six_go_on(scene: Scene) -> None:
+    six = scene.annex.six()
+    with ThreadPoolExecutor(len(six)) as threads:
+        list(threads.map(lambda guest: guest.hang_agent_at_freeze(hang=False), six))
 
 
 def _must_hang(six: list[Guest]) -> None:
@@ -108,7 +113,7 @@ def _must_hang(six: list[Guest]) -> None:
             return [g for g, answers in zip(six, threads.map(Guest.agent_answers, six), strict=True) if not answers]
 
     try:
-        until("all six agents hang", lambda: len(hanging()) == len(six), 20)
+        until("all six agents hang", lambda: len(hanging()) == len(six), 60)
     except LabError as error:
         raise NoEffectError(f"{error}: it is {', '.join(g.name for g in hanging())}") from error
 
@@ -120,6 +125,14 @@ FAULTS = (
         strike=_snapshot_by_other,
         heal=_end_of_other,
         leave=_nothing_of_other,
+        slow=True,
     ),
-    Fault(name="six-agents-hung", prepare=_prepare_six, strike=_hang_six, heal=_unhang_six),
+    Fault(
+        name="six-agents-hung",
+        prepare=_prepare_six,
+        strike=_snapshot_six,
+        heal=_unhang_six,
+        leave=_let_six_go_on,
+        slow=True,
+    ),
 )
