@@ -100,8 +100,8 @@ def at(steps: Iterable[Step], moments: Iterable[At] = At) -> frozenset[Place]:
 _PREPARING = (Step.PREPARE, Step.PREPARE_INTENT, Step.PREPARE_RESERVE, Step.PREPARE_DRIVER, Step.ADOPT)
 WINDOW = at(s for s in Step if s.value.startswith("TakeWindow"))
 TAKING = WINDOW | at(_PREPARING)
-FROZEN = at([Step.WINDOW_CUT]) | {(Step.WINDOW_QUIESCE, At.AFTER), (Step.WINDOW_FREE, At.BEFORE)}
-"""Where the guest's file systems are frozen while the operator stands there."""
+FROZEN = at([Step.WINDOW_CUT], [At.BEFORE, At.AFTER]) | {(Step.WINDOW_QUIESCE, At.AFTER), (Step.WINDOW_FREE, At.BEFORE)}
+"""Where the guest's file systems are frozen while the operator stands there; once it goes on they are not for long."""
 
 
 def kill(component: str) -> Callable[[Scene], None]:
