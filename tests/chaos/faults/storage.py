@@ -154,7 +154,7 @@ def _image(scene: Scene, handle: str) -> Iterator[tuple[Any, str]]:
         yield image, name
 
 
-_DELETING = at([Step.ROLL_BACK, Step.EXPIRE], [At.BEFORE, At.DURING]) | {(Step.ROLL_BACK_DRIVER, At.BEFORE)}
+_DELETING = at([Step.ROLL_BACK, Step.ROLL_BACK_DRIVER, Step.EXPIRE], [At.BEFORE])  # a moment later it is done
 _TAKEN = at([Step.WINDOW_DISARM, Step.WINDOW_CLEAR, Step.KEEP, Step.SETTLE, Step.SETTLE_DRIVER])
 _BEFORE_CUT = (Step.WINDOW_QUIESCE, At.AFTER)
 
