@@ -49,6 +49,19 @@ def write(domain: Any, journal: Journal) -> None:
             )
 
 
+def another(domain: Any, nonce: str) -> Journal | None:
+    """Return the journal that a running domain bears if it can be read and is another than this one.
+
+    Never raises: who cannot see whose it is frees the VM, which harms a snapshot at most.
+    """
+    try:
+        text = _text(domain, _LIVE)
+    except libvirt.libvirtError:
+        return None
+    there = _or_none(text) if text is not None else None
+    return there if there is not None and there.nonce != nonce else None
+
+
 def clear(domain: Any, nonce: str) -> None:
     """Remove the journal with this nonce, and no other, wherever it stands."""
     for place in _places(domain):

@@ -108,6 +108,12 @@ class OpenWindow:
         asked = self.asked if self.asked is not None else clock()
         self.evidence = replace(self.evidence, thawed_time=wall(), frozen_milliseconds=round((clock() - asked) * 1000))
 
+    def superseded(self, why: str) -> None:
+        """Note that somebody else found the VM free and holds it by now: it is theirs to free, and ours no more."""
+        self.learn(freed_by_other=True)
+        self.note(why)
+        self.ended()
+
     def learn(self, **facts: object) -> None:
         """Add facts to the evidence."""
         self.evidence = replace(self.evidence, **facts)  # type: ignore[arg-type]  # the callers name fields of Evidence
