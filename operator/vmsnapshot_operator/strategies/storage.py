@@ -306,8 +306,11 @@ class StorageStrategy:
         memory = self._memory(seen)
         await memory.drop_prepared()
         outcome = memory.outcome or seen.record.outcome
-        await self._write(replace(seen.record, outcome=outcome, failure=effect.failure), seen, create=False)
+        record = replace(seen.record, outcome=outcome, failure=effect.failure, ready=False, ready_time=None)
+        await self._write(record, seen, create=False)
         memory.outcome = memory.broken = None
+        if seen.deleting:
+            return  # nothing failed: what was taken is given up on request
         self._world.metrics.snapshot(consistency="Unknown", outcome="failed")
         await self._world.events.emit(body, "Warning", effect.failure.reason, effect.failure.message)
 
