@@ -15,8 +15,7 @@ import pytest
 
 from vmsnapshot_operator.core.driver import CutKind, SnapshotRequest
 from vmsnapshot_operator.core.volumes import Handle, Layer, Seconds, SourceKind, Volume, VolumeId
-from vmsnapshot_operator.drivers import registry
-from vmsnapshot_operator.drivers import wire
+from vmsnapshot_operator.drivers import registry, wire
 from vmsnapshot_operator.drivers.host import DriverHost
 from vmsnapshot_operator.errors import (
     AlreadyCutError,
