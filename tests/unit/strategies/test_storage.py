@@ -32,6 +32,7 @@ class Host(fakes.FakeHost):
 
     error: DriverError | None = None
     late: float = 0.0
+    reserved: int = 0
     log: list[str] = field(default_factory=list)
 
     async def wait_ready(self, *_: object, timeout: float) -> None:  # noqa: ASYNC109 - as the real one
@@ -46,9 +47,14 @@ class Host(fakes.FakeHost):
     @asynccontextmanager
     async def reserve(self, *, timeout: float) -> AsyncIterator[Host]:  # noqa: ASYNC109 - as the real one
         await asyncio.sleep(self.late)
-        yield self
+        self.reserved += 1
+        try:
+            yield self
+        finally:
+            self.reserved -= 1
 
     async def prepare(self, _request: SnapshotRequest) -> None:
+        await asyncio.sleep(0)
         self.log.append("prepare")
 
 
@@ -124,6 +130,23 @@ async def test_who_lost_the_lease_while_it_waited_for_a_process_prepares_nothing
         await task
     asked = [h.log for h in lab.hosts.values()]
     assert asked == ([[], []] if lost else [["prepare"], ["prepare"]])
+
+
+@pytest.mark.parametrize("turns", range(12))
+async def test_a_prepare_that_is_cancelled_anywhere_gives_its_processes_back(turns: int) -> None:
+    record = records.intent(records.example().plan, 1)
+    lab = Lab(record)
+    requests = {c: g.request for c, g in record.groups.items()}
+    task = asyncio.create_task(lab.strategy.apply(Prepare(1, record.plan, requests), lab.seen, {}))
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    memory = lab.world.memory(records.REQUEST.uid)
+    assert sum(h.reserved for h in lab.hosts.values()) == (2 if memory.prepared is not None else 0)
+    assert task.cancelled() or memory.prepared is not None
+    await lab.world.forget(records.REQUEST.uid)
+    assert sum(h.reserved for h in lab.hosts.values()) == 0
 
 
 class Stack:
