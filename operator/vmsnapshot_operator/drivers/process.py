@@ -134,17 +134,21 @@ class DriverProcess:
             raise
         self.usable = True
 
-    async def call(self, operation: str, arguments: tuple[Any, ...], seconds: float) -> Any:
+    async def call(self, operation: str, arguments: tuple[Any, ...], seconds: float, until: float | None = None) -> Any:
         """Ask the driver and return its answer. Only for the one who holds this process.
 
+        `until`: a reading of CLOCK_BOOTTIME at which nothing may be begun any more, if that is sooner than in `seconds`.
         On the deadline and on cancellation the process is killed at once and not waited for; no answer of it can be
         used after that. Raises DriverTimeoutError, DriverCrashedError, or the driver's own DriverError.
         """
         deadline = self._loop.time() + seconds
+        latest = wire.boottime() + seconds
         self.calls += 1
         self.prepared = None
         try:
-            answer = await self._exchange(wire.call(operation, arguments, seconds), deadline)
+            answer = await self._exchange(
+                wire.call(operation, arguments, seconds, min(latest, until or latest)), deadline
+            )
             return wire.result(operation, answer)
         except TimeoutError:
             self.kill()

@@ -103,15 +103,26 @@ class Hypervisors:
             swept = await self.sweep(body, client, world)
             about = {**await client.about(), "guardianLayers": await _layers(client, world)}
             await _report(body, world, about, swept, None)
-        except (HypervisorError, RefusedError) as error:
+        except (HypervisorError, RefusedError, KubeError) as error:
             before = self._live.get(name)
             # Connections mend themselves, with their own back-off: another one for each try would leave a thread in each.
             client_before = before.client if before is not None else None
             rules = before.access if before is not None else ()
             self._live[name] = LiveHypervisor(name=name, access=rules, client=client_before, problem=error.message)
-            await _report(body, world, None, Swept(), error)
+            swept = (
+                await self._sweep_all_the_same(body, client_before, world) if isinstance(error, KubeError) else Swept()
+            )
+            await _report(body, world, None, swept, error)
             return RETRY_EVERY
         return RETRY_EVERY if swept.held or not world.leadership.is_leader() else LOOK_EVERY
+
+    async def _sweep_all_the_same(self, body: Mapping[str, Any], client: Hypervisor | None, world: World) -> Swept:
+        """Sweep by the connection that stands: a Secret that was deleted must leave no VM held."""
+        try:
+            return await self.sweep(body, client, world) if client is not None else Swept()
+        except HypervisorError as error:
+            log.warning("hypervisor %s was not swept: %s", body["metadata"]["name"], error.message)
+            return Swept()
 
     async def _credentials(self, name: str, secret_name: str, world: World) -> Mapping[str, str]:
         """Read the Secret; those that a connection was made with do while the API server does not answer.

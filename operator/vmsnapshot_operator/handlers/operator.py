@@ -28,6 +28,7 @@ from vmsnapshot_operator.hypervisors.guardian_link import GuardianLink
 from vmsnapshot_operator.kube.cluster import Cluster
 from vmsnapshot_operator.kube.events import Events
 from vmsnapshot_operator.kube.lease import Leadership
+from vmsnapshot_operator.quiesce import base as quiesce
 from vmsnapshot_operator.strategies import registry
 from vmsnapshot_operator.strategies.world import World
 from vmsnapshot_operator.telemetry import logs
@@ -117,6 +118,7 @@ class Operator:
             wake=lambda n: self._add(Key(CONTENTS, "", n, "")),
         )
         self._world.strategies = registry.load(self._world)
+        await asyncio.to_thread(quiesce.load)
         self._reconciler = Reconciler(self._world, lambda ns, n, uid: self._add(Key(SNAPSHOTS, ns, n, uid)))
         # Ended after the reconciler, whose windows need the lease to the last.
         self._keep(asyncio.create_task(leadership.run()))

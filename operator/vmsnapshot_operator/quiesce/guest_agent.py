@@ -17,7 +17,13 @@ from vmsnapshot_operator.core.machine import AgentState
 from vmsnapshot_operator.core.planning import Method
 from vmsnapshot_operator.core.steps import Step, step
 from vmsnapshot_operator.core.volumes import Seconds
-from vmsnapshot_operator.errors import DomainGoneError, HypervisorError, NotPermittedError, QuiesceError
+from vmsnapshot_operator.errors import (
+    DomainGoneError,
+    ForeignJournalError,
+    HypervisorError,
+    NotPermittedError,
+    QuiesceError,
+)
 from vmsnapshot_operator.hypervisors.domains import DomainWindow
 from vmsnapshot_operator.quiesce.base import RELEASE_PATIENCE, Context, OpenWindow, insist, undisturbed
 
@@ -60,7 +66,7 @@ class GuestAgentQuiescer:
                 raise
             window.ending()
             window.note(f"freeze: {error.message}")
-            await undisturbed(self._free(domain, window))
+            await undisturbed(self._free(domain, window, journal))
             raise QuiesceError(
                 f"the guest's file systems could not be frozen: {error.message}",
                 reason="FreezeFailed",
@@ -75,7 +81,7 @@ class GuestAgentQuiescer:
         """Thaw until the agent says `thawed`."""
         domain = await self._context.hypervisor.window(self._context.ref)
         window = OpenWindow(Evidence(method=journal.method))
-        await undisturbed(self._free(domain, window))
+        await undisturbed(self._free(domain, window, journal, late=True))
         if not window.free:
             raise QuiesceError(
                 f"domain {self._context.ref.name} could not be thawed yet: its agent does not answer; trying again",
@@ -85,18 +91,24 @@ class GuestAgentQuiescer:
 
     async def _free_as_step(self, domain: DomainWindow, window: OpenWindow, journal: Journal) -> None:
         async with step(Step.WINDOW_FREE, journal.owner_uid):
-            await self._free(domain, window)
+            await self._free(domain, window, journal)
 
-    async def _free(self, domain: DomainWindow, window: OpenWindow) -> None:
+    async def _free(self, domain: DomainWindow, window: OpenWindow, journal: Journal, *, late: bool = False) -> None:
+        """Thaw. `late`, or once nothing may be done any more: another one may hold the VM by now, who must not be disturbed."""
         counted = False
 
         async def attempt() -> bool:
             nonlocal counted
             thawed = 0
+            ours = journal.nonce if late or self._context.permit() else ""
             try:
-                thawed = await domain.thaw(timeout=THAW_TIMEOUT)
+                thawed = await domain.thaw(timeout=THAW_TIMEOUT, ours=ours)
             except DomainGoneError:
                 raise
+            except ForeignJournalError as error:
+                domain.must_have_returned("freeze")
+                window.superseded(error.message)
+                return True
             except HypervisorError as error:
                 # A hook that fails at thaw makes it raise though it thawed: only the state tells. The count is lost.
                 log.warning("thaw of domain %s: %s", self._context.ref.name, error.message)

@@ -75,7 +75,7 @@ class Prepared:
 
 @dataclass(slots=True)
 class Memory:
-    """What this process remembers of one VMSnapshot between two looks."""
+    """What this process remembers of one VMSnapshot between two looks, while it is the leader (`term`, see `kube.lease`)."""
 
     since: Seconds
     prepared: Prepared | None = None
@@ -86,6 +86,14 @@ class Memory:
     retry_at: Seconds | None = None
     failures: int = 0
     claimed: str = ""
+    term: int = 0
+
+    async def enter(self, term: int) -> None:
+        """Forget what was prepared or taken in an earlier term: the leader of the meantime may have rolled it back."""
+        if term != self.term:
+            await self.drop_prepared()
+            self.outcome = None
+            self.term = term
 
     async def drop_prepared(self) -> None:
         """Give the reserved driver processes back."""
@@ -134,6 +142,8 @@ class World:
         """Take the one operation that a domain may have; True if it is this object's now."""
         holder = self.claims.setdefault(domain, uid)
         if holder == uid:
+            if self.memory(uid).claimed != domain:
+                self.release(uid)  # the VM was defined anew since the last attempt: another UUID
             self.memory(uid).claimed = domain
         return holder == uid
 

@@ -28,6 +28,7 @@ class FakeEvents:
 @dataclass
 class FakeLeadership:
     leader: bool = True
+    term: int = 1
 
     def is_leader(self, _margin_seconds: float = 0.0) -> bool:
         return self.leader

@@ -10,7 +10,7 @@ import pytest
 
 from tests.unit.handlers import fakes
 from vmsnapshot_operator.core.journal import Journal
-from vmsnapshot_operator.errors import HypervisorUnreachableError, QuiesceError
+from vmsnapshot_operator.errors import HypervisorUnreachableError, KubeError, QuiesceError
 from vmsnapshot_operator.handlers import hypervisors
 from vmsnapshot_operator.handlers.hypervisors import LOOK_EVERY, RETRY_EVERY, Hypervisors
 from vmsnapshot_operator.hypervisors.domains import Hypervisor, Ref, Sighting
@@ -177,6 +177,20 @@ async def test_vms_are_freed_while_the_api_server_is_gone(lab: Lab) -> None:
     await lab.look(body)
     assert lab.tries == ["vm1"]
     assert not lab.client.closed
+
+
+async def test_vms_are_freed_though_the_secret_is_gone(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = {**BODY, "spec": {"libvirt": {**BODY["spec"]["libvirt"], "credentialsSecretName": "key"}}}  # type: ignore[dict-item]
+    await lab.look(body)
+
+    async def secret(_name: str) -> dict[str, str]:
+        raise KubeError("it does not exist", reason="SecretNotFound", retryable=True)
+
+    monkeypatch.setattr(lab.cluster, "secret", secret)
+    lab.client.sightings = [sighting(1)]
+    assert await lab.look(body) == RETRY_EVERY
+    assert lab.tries == ["vm1"]
+    assert lab.status["conditions"][0]["reason"] == "SecretNotFound"
 
 
 async def test_what_was_seen_last_stands_while_nobody_answers(lab: Lab) -> None:
