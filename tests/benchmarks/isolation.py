@@ -9,6 +9,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
@@ -24,12 +25,14 @@ from tests.stack import TENANT, Stack, conditions, until
 
 GOAL = 1.15
 OTHERS = 15
+_BOOTS = 4
 GUARD_SECONDS = 300.0
 _DISKS = {"vda": GuestDisk(kind="file", size_mib=16), "vdb": GuestDisk(kind="rbd", size_mib=16)}
 _MEMORY_MIB = 96
 _FIRST, _SECOND = "lab", "lab-hung"
 _CLASS = "hung-files"
-_LOOK_SECONDS = 0.1
+_LOOK_SECONDS = 0.3
+"""Less than a driver process takes to start."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +58,9 @@ class _Sample:
 def isolation(stack: Stack, pairs: int) -> tuple[Result, ...]:
     """For each kind of hang: seconds to Ready and milliseconds of standstill of fifteen VMs, with the hang and without, by turns."""
     with ExitStack() as owned:
-        guests = [owned.enter_context(_guest(stack.lab, f"demo-bench-{n}")) for n in range(OTHERS)]
+        with ThreadPoolExecutor(_BOOTS) as threads:
+            names = [f"demo-bench-{n}" for n in range(OTHERS)]
+            guests = list(threads.map(lambda name: owned.enter_context(_guest(stack.lab, name)), names))
         kinds = [owned.enter_context(make(stack)) for make in (_agent, _driver, _host)]
         results = [_measured(stack, guests, kind, max(4, pairs // 4)) for kind in kinds]
     return tuple(r for both in results for r in both)
@@ -230,13 +235,12 @@ def _keep_stopped(stack: Stack, ended: threading.Event) -> None:
 
 def _signal_workers(stack: Stack, number: int) -> None:
     """Signal the driver processes of the class that hangs, children of this very operator."""
-    operator = stack.programs["operator"].pid
-    for children in Path(f"/proc/{operator}/task").glob("*/children"):
-        with suppress(OSError):
-            for pid in children.read_text().split():
-                words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-                if b"vmsnapshot_operator.drivers.worker" in words and _CLASS.encode() in words:
-                    os.kill(int(pid), number)
+    # A driver process names the operator that started it, and its class.
+    wanted = {b"vmsnapshot_operator.drivers.worker", str(stack.programs["operator"].pid).encode(), _CLASS.encode()}
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it ended meanwhile
+            if wanted <= set((entry / "cmdline").read_bytes().split(b"\0")):
+                os.kill(int(entry.name), number)
 
 
 # --- the host --------------------------------------------------------------------------------------------------------------------
