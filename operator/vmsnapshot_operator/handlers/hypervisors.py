@@ -101,7 +101,10 @@ class Hypervisors:
             await client.reach()
             self._live[name] = replace(live, access=spec.access, problem="")
             swept = await self.sweep(body, client, world)
-            about = {**await client.about(), "guardianLayers": await _layers(client, world)}
+            guardians = await _layers(client, world)
+            world.metrics.guardian(answers=guardians is not None, hypervisor=name)
+            world.metrics.hypervisor_ready(ready=True, hypervisor=name)
+            about = {**await client.about(), "guardianLayers": guardians}
             await _report(body, world, about, swept, None)
         except (HypervisorError, RefusedError) as error:
             before = self._live.get(name)
@@ -109,6 +112,7 @@ class Hypervisors:
             client_before = before.client if before is not None else None
             rules = before.access if before is not None else ()
             self._live[name] = LiveHypervisor(name=name, access=rules, client=client_before, problem=error.message)
+            world.metrics.hypervisor_ready(ready=False, hypervisor=name)
             await _report(body, world, None, Swept(), error)
             return RETRY_EVERY
         return RETRY_EVERY if swept.held or not world.leadership.is_leader() else LOOK_EVERY
@@ -167,6 +171,8 @@ class Hypervisors:
         overlays = [s.ref.name for s, _ in rulings if s.journal is not None and self._overlay(s.journal, world)]
         world.metrics.frozen_vms(len(held), hypervisor=name)
         world.metrics.strange_journals(len(left), hypervisor=name)
+        ours = [s for s in sightings if s.journal is not None and s.journal.installation == world.installation]
+        world.metrics.journals(len(ours), overlays=len(overlays), hypervisor=name)
         for domain, why in sorted(left.items()):
             if self._told.get((name, domain)) != why:
                 log.warning("hypervisor %s: domain %s: %s", name, domain, why)

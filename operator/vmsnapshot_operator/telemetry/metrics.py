@@ -53,6 +53,30 @@ class Metrics:
             ("hypervisor",),
             registry=self.registry,
         )
+        self._journals = Gauge(
+            "vmsnapshot_journal_vms",
+            "VMs that bear a journal of this installation: held now, or not yet back on their own disks",
+            ("hypervisor",),
+            registry=self.registry,
+        )
+        self._overlays = Gauge(
+            "vmsnapshot_overlay_vms",
+            "VMs that run on overlays of ours until these are merged back",
+            ("hypervisor",),
+            registry=self.registry,
+        )
+        self._guardian = Gauge(
+            "vmsnapshot_guardian_answers",
+            "1 while a guardian answers that reaches this hypervisor; nothing is frozen there otherwise",
+            ("hypervisor",),
+            registry=self.registry,
+        )
+        self._hypervisor_ready = Gauge(
+            "vmsnapshot_hypervisor_ready",
+            "1 while all endpoints of a hypervisor answer; nobody sweeps it otherwise",
+            ("hypervisor",),
+            registry=self.registry,
+        )
         self._orphans = Gauge(
             "vmsnapshot_orphans",
             "Names that storage holds under our prefix and that no VMSnapshot or VMSnapshotContent knows",
@@ -81,6 +105,17 @@ class Metrics:
             "vmsnapshot_snapshots_total",
             "VMSnapshots that came to an end, by what is claimed of them and how they ended",
             ("consistency", "outcome"),
+            registry=self.registry,
+        )
+        self._unfinished = Gauge(
+            "vmsnapshot_oldest_unfinished_seconds",
+            "Age of the oldest VMSnapshot that is still being taken, or deleted; 0 if there is none",
+            ("doing",),
+            registry=self.registry,
+        )
+        self._leftovers = Gauge(
+            "vmsnapshot_leftovers",
+            "Names on storage that failed or deleted VMSnapshots left and that are not removed yet, and storage that cannot say",
             registry=self.registry,
         )
         self._queue = Gauge("vmsnapshot_queue_depth", "Objects that wait for a worker", registry=self.registry)
@@ -118,6 +153,19 @@ class Metrics:
         """So many VMs bear a journal that is not ours to act on."""
         self._strange_journals.labels(hypervisor).set(count)
 
+    def journals(self, count: int, *, overlays: int, hypervisor: str) -> None:
+        """So many VMs bear a journal of ours, and so many of them run on overlays."""
+        self._journals.labels(hypervisor).set(count)
+        self._overlays.labels(hypervisor).set(overlays)
+
+    def guardian(self, *, answers: bool, hypervisor: str) -> None:
+        """Whether a guardian answered that reaches a hypervisor."""
+        self._guardian.labels(hypervisor).set(answers)
+
+    def hypervisor_ready(self, *, ready: bool, hypervisor: str) -> None:
+        """Whether a hypervisor answered."""
+        self._hypervisor_ready.labels(hypervisor).set(ready)
+
     def orphans(self, count: int, *, class_name: str) -> None:
         """So many orphans were found at the last scan of a class."""
         self._orphans.labels(class_name).set(count)
@@ -153,15 +201,28 @@ class Metrics:
 
     def forget_hypervisor(self, hypervisor: str) -> None:
         """A Hypervisor object is gone, and its series with it."""
-        self._frozen.remove_by_labels({"hypervisor": hypervisor})
-        self._frozen_vms.remove_by_labels({"hypervisor": hypervisor})
-        self._swept.remove_by_labels({"hypervisor": hypervisor})
-        self._strange_journals.remove_by_labels({"hypervisor": hypervisor})
-        self._thaw_failures.remove_by_labels({"hypervisor": hypervisor})
+        for metric in (
+            self._frozen,
+            self._frozen_vms,
+            self._swept,
+            self._strange_journals,
+            self._journals,
+            self._overlays,
+            self._guardian,
+            self._hypervisor_ready,
+            self._thaw_failures,
+        ):
+            metric.remove_by_labels({"hypervisor": hypervisor})
 
     def watch_queue(self, depth: Callable[[], int]) -> None:
         """Ask this function for the depth of the queue at each scrape."""
         self._queue.set_function(depth)
+
+    def watch_unfinished(self, oldest: Mapping[str, Callable[[], float]], leftovers: Callable[[], int]) -> None:
+        """Ask at each scrape, for each thing that may be under way, the age of the oldest; and the number of leftovers."""
+        for doing, age in oldest.items():
+            self._unfinished.labels(doing).set_function(age)
+        self._leftovers.set_function(leftovers)
 
     def watch_threads(self, running: Callable[[], int]) -> None:
         """Ask this function at each scrape for the number of threads in a call to a hypervisor."""

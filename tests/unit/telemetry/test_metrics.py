@@ -47,6 +47,16 @@ def test_what_is_asked_at_each_scrape(metrics: Metrics) -> None:
     assert _value(metrics, "vmsnapshot_leader") == 0
 
 
+def test_what_has_not_come_to_an_end(metrics: Metrics) -> None:
+    ages = {"taking": 7.5, "deleting": 0.0}
+    metrics.watch_unfinished({d: (lambda d=d: ages[d]) for d in ages}, leftovers=lambda: 3)
+    assert _value(metrics, "vmsnapshot_oldest_unfinished_seconds", doing="taking") == 7.5
+    ages["taking"], ages["deleting"] = 0.0, 2.0
+    assert _value(metrics, "vmsnapshot_oldest_unfinished_seconds", doing="taking") == 0
+    assert _value(metrics, "vmsnapshot_oldest_unfinished_seconds", doing="deleting") == 2
+    assert _value(metrics, "vmsnapshot_leftovers") == 3
+
+
 def test_series_go_with_their_objects(metrics: Metrics) -> None:
     metrics.driver_workers({"fast": 2, "slow": 1})
     metrics.driver_workers({"fast": 1})
@@ -54,6 +64,11 @@ def test_series_go_with_their_objects(metrics: Metrics) -> None:
     assert _value(metrics, "vmsnapshot_driver_workers", class_name="slow") is None
     for hypervisor in ("lab", "other"):
         metrics.frozen_vms(1, hypervisor=hypervisor)
+        metrics.journals(3, overlays=2, hypervisor=hypervisor)
+        metrics.guardian(answers=True, hypervisor=hypervisor)
+        metrics.hypervisor_ready(ready=True, hypervisor=hypervisor)
+        metrics.strange_journals(1, hypervisor=hypervisor)
+        metrics.swept(hypervisor=hypervisor)
         metrics.frozen(seconds=1, method="Pause", hypervisor=hypervisor)
         metrics.thaw_failed(hypervisor=hypervisor)
     metrics.forget_hypervisor("lab")
