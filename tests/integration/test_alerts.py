@@ -223,6 +223,7 @@ CASES = (
             },
             {'kube_deployment_status_replicas_available{deployment="vmsnapshot-operator-guardian"}': "1 0+0x3 1+0x20"},
         ),
+        labels={"deployment": "vmsnapshot-operator-guardian"},
         summary="The guardian on another node is not there, or does not reach all hypervisors",
     ),
 )
