@@ -103,49 +103,63 @@ def _measured(stack: Stack, guests: list[Guest], kind: _Kind, rounds: int) -> tu
 
 def _round(stack: Stack, guests: list[Guest], kind: _Kind, number: int, *, hang: bool) -> list[_Sample]:
     """Sixteen snapshots at once; what the fifteen took, in the guests' order."""
-    names = {g.name: f"iso-{kind.name}-{number}-{'h' if hang else 'n'}-{g.name}" for g in (kind.guest, *guests)}
-    wanted = {names[g.name] for g in guests}
-    with kind.hang() if hang else ExitStack():
-        start = time.monotonic()
-        _apply(
-            stack,
-            {names[g.name]: (kind.hypervisor if g is kind.guest else _FIRST, g.name) for g in (kind.guest, *guests)},
-        )
-        found: dict[str, _Sample] = {}
-        while wanted - set(found):
-            if time.monotonic() - start > GUARD_SECONDS:
-                raise LabError(f"not Ready after {GUARD_SECONDS:g} s: {', '.join(sorted(wanted - set(found)))}")
-            for body in stack.all("vmsnapshots.vmsnapshot.io"):
-                name, said = body["metadata"]["name"], conditions(body)
-                if name in wanted and said.get("Stalled", {}).get("status") == "True":
-                    raise LabError(f"{name}: {said['Stalled'].get('message')}")
-                if name in wanted - set(found) and said.get("Ready", {}).get("status") == "True":
-                    held = float(body["status"]["quiesce"]["frozenMilliseconds"])
-                    found[name] = _Sample(time.monotonic() - start, held)
-        if hang and _is(stack, names[kind.guest.name], "Ready"):
-            raise LabError(f"the snapshot of {kind.guest.name} is Ready: its {kind.says} did not hang")
-    stack.lab.kubectl("-n", TENANT, "delete", "vmsnapshots.vmsnapshot.io", "--wait=false", *names.values())
-    until("all are gone", lambda: not stack.all("vmsnapshots.vmsnapshot.io"), GUARD_SECONDS)
+    stem = f"iso-{os.getpid()}-{kind.name}-{number}-{'h' if hang else 'n'}"
+    names = {g.name: f"{stem}-{g.name}" for g in (kind.guest, *guests)}
+    try:
+        with kind.hang() if hang else ExitStack():
+            start = time.monotonic()
+            _apply(stack, kind, {g.name: names[g.name] for g in (kind.guest, *guests)})
+            found = _until_ready(stack, {names[g.name] for g in guests}, start)
+            last = conditions(stack.get(names[kind.guest.name]) or {})
+            if hang and last.get("Ready", {}).get("status") == "True":
+                raise LabError(f"the snapshot of {kind.guest.name} is Ready: its {kind.says} did not hang")
+    finally:
+        _delete(stack, set(names.values()))
     until(f"all is well again after the {kind.says} hung", kind.well, GUARD_SECONDS)
     return [found[names[g.name]] for g in guests]
 
 
-def _apply(stack: Stack, wanted: Mapping[str, tuple[str, str]]) -> None:
-    """Ask for all snapshots at once, by name: of which Hypervisor's which domain."""
-    items = [
-        {
-            "apiVersion": "vmsnapshot.io/v1alpha1",
-            "kind": "VMSnapshot",
-            "metadata": {"name": name, "namespace": TENANT},
-            "spec": {"source": {"hypervisorName": hypervisor, "domain": domain}},
-        }
-        for name, (hypervisor, domain) in wanted.items()
-    ]
+def _until_ready(stack: Stack, wanted: set[str], start: float) -> dict[str, _Sample]:
+    found: dict[str, _Sample] = {}
+    while missing := wanted - set(found):
+        if time.monotonic() - start > GUARD_SECONDS:
+            raise LabError(f"not Ready after {GUARD_SECONDS:g} s: {', '.join(sorted(missing))}")
+        for body in stack.all("vmsnapshots.vmsnapshot.io"):
+            name, said = body["metadata"]["name"], conditions(body)
+            if name in missing and said.get("Stalled", {}).get("status") == "True":
+                raise LabError(f"{name}: {said['Stalled'].get('message')}")
+            if name in missing and said.get("Ready", {}).get("status") == "True":
+                held = float(body["status"]["quiesce"]["frozenMilliseconds"])
+                found[name] = _Sample(time.monotonic() - start, held)
+    return found
+
+
+def _delete(stack: Stack, names: set[str]) -> None:
+    stack.lab.kubectl(
+        "-n", TENANT, "delete", "vmsnapshots.vmsnapshot.io", "--wait=false", "--ignore-not-found", *sorted(names)
+    )
+
+    def gone() -> bool:
+        return names.isdisjoint(b["metadata"]["name"] for b in stack.all("vmsnapshots.vmsnapshot.io"))
+
+    until("the snapshots of this round are gone", gone, GUARD_SECONDS)
+
+
+def _apply(stack: Stack, kind: _Kind, names: Mapping[str, str]) -> None:
+    """Ask for all snapshots at once, by domain. That of the one that hangs may not fall back to less than a freeze."""
+    items = []
+    for domain, name in names.items():
+        last = domain == kind.guest.name
+        source = {"hypervisorName": kind.hypervisor if last else _FIRST, "domain": domain}
+        items.append(
+            {
+                "apiVersion": "vmsnapshot.io/v1alpha1",
+                "kind": "VMSnapshot",
+                "metadata": {"name": name, "namespace": TENANT},
+                "spec": {"source": source, "quiesce": {"policy": "Require" if last else "Prefer"}},
+            }
+        )
     stack.apply({"apiVersion": "v1", "kind": "List", "items": items})
-
-
-def _is(stack: Stack, name: str, condition: str) -> bool:
-    return conditions(stack.get(name) or {}).get(condition, {}).get("status") == "True"
 
 
 def _object_is_ready(stack: Stack, resource: str, name: str) -> bool:
