@@ -163,10 +163,10 @@ CASES = (
     Case(
         alert="VMSnapshotHypervisorHangs",
         at=20,
-        fires=({"vmsnapshot_hypervisor_threads": "0 3+0x30"},),
+        fires=({"vmsnapshot_hypervisor_calls_left_behind": "0 3+0x30"},),
         silent=(
-            {"vmsnapshot_hypervisor_threads": "3+0x14 0 3+0x30"},
-            {"vmsnapshot_hypervisor_threads": "_x19 3+0x9"},
+            {"vmsnapshot_hypervisor_calls_left_behind": "3+0x14 0 3+0x30"},
+            {"vmsnapshot_hypervisor_calls_left_behind": "_x19 3+0x9"},
         ),
         summary="Calls to a hypervisor have not returned for 10 minutes: 3",
     ),
@@ -198,8 +198,8 @@ CASES = (
     Case(
         alert="VMSnapshotHypervisorDown",
         at=10,
-        fires=({'vmsnapshot_hypervisor_ready{hypervisor="kvm"}': "1 0+0x20"},),
-        silent=({'vmsnapshot_hypervisor_ready{hypervisor="kvm"}': "1 0+0x3 1 0+0x20"}, {}),
+        fires=({'vmsnapshot_hypervisor_answers{hypervisor="kvm"}': "1 0+0x20"},),
+        silent=({'vmsnapshot_hypervisor_answers{hypervisor="kvm"}': "1 0+0x3 1 0+0x20"}, {}),
         labels=_KVM,
         summary="Hypervisor kvm does not answer: its VMs are not snapshotted, and nobody sees whether one is held",
     ),

@@ -103,17 +103,17 @@ class Hypervisors:
             swept = await self.sweep(body, client, world)
             guardians = await _layers(client, world)
             world.metrics.guardian(answers=guardians is not None, hypervisor=name)
-            world.metrics.hypervisor_ready(ready=True, hypervisor=name)
             about = {**await client.about(), "guardianLayers": guardians}
-            await _report(body, world, about, swept, None)
+            world.metrics.hypervisor_answers(answers=not client.problems, hypervisor=name)
+            await _report(body, world, about, swept, None, client.problems)
         except (HypervisorError, RefusedError) as error:
             before = self._live.get(name)
             # Connections mend themselves, with their own back-off: another one for each try would leave a thread in each.
             client_before = before.client if before is not None else None
             rules = before.access if before is not None else ()
             self._live[name] = LiveHypervisor(name=name, access=rules, client=client_before, problem=error.message)
-            world.metrics.hypervisor_ready(ready=False, hypervisor=name)
-            await _report(body, world, None, Swept(), error)
+            world.metrics.hypervisor_answers(answers=False, hypervisor=name)
+            await _report(body, world, None, Swept(), error, {})
             return RETRY_EVERY
         return RETRY_EVERY if swept.held or not world.leadership.is_leader() else LOOK_EVERY
 
@@ -289,6 +289,7 @@ async def _report(
     about: Mapping[str, Any] | None,
     swept: Swept,
     error: SnapshotError | None,
+    problems: Mapping[str, str],
 ) -> None:
     """Write status if there is news. Only the leader does: instances that see different things would write in turn."""
     if not world.leadership.is_leader():
@@ -296,7 +297,7 @@ async def _report(
     generation = body["metadata"].get("generation", 0)
     ready = error is None
     reason = "Ready" if error is None else error.reason
-    parts = ["all endpoints answer" if error is None else error.message]
+    parts = [error.message] if error is not None else sorted(problems.values()) or ["all endpoints answer"]
     if swept.held:
         parts.append(f"still held by us: {', '.join(swept.held)}")
     parts += [f"domain {domain}: {why}" for domain, why in sorted(swept.left.items())]

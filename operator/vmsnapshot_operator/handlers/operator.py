@@ -25,7 +25,7 @@ from vmsnapshot_operator.handlers.orphans import Known, OrphanScan
 from vmsnapshot_operator.handlers.queue import WorkQueue
 from vmsnapshot_operator.handlers.reconcile import Reconciler
 from vmsnapshot_operator.handlers.unfinished import Doing, Unfinished
-from vmsnapshot_operator.hypervisors.calls import threads_running
+from vmsnapshot_operator.hypervisors.calls import left_behind
 from vmsnapshot_operator.hypervisors.guardian_link import GuardianLink
 from vmsnapshot_operator.kube.cluster import Cluster
 from vmsnapshot_operator.kube.events import Events
@@ -128,7 +128,7 @@ class Operator:
         self._queue = WorkQueue(self._work, workers=WORKERS, resync=self._all)
         metrics.watch_queue(lambda: self._queue.depth if self._queue is not None else 0)
         metrics.watch_leadership(leadership.is_leader)
-        metrics.watch_threads(threads_running)
+        metrics.watch_left_behind(left_behind)
         metrics.watch_unfinished(
             {doing: partial(self._oldest, doing) for doing in Doing}, leftovers=self._unfinished.leftovers
         )

@@ -71,9 +71,9 @@ class Metrics:
             ("hypervisor",),
             registry=self.registry,
         )
-        self._hypervisor_ready = Gauge(
-            "vmsnapshot_hypervisor_ready",
-            "1 while all endpoints of a hypervisor answer; nobody sweeps it otherwise",
+        self._hypervisor_answers = Gauge(
+            "vmsnapshot_hypervisor_answers",
+            "1 while all endpoints of a hypervisor answer; otherwise VMs there are not swept",
             ("hypervisor",),
             registry=self.registry,
         )
@@ -119,9 +119,9 @@ class Metrics:
             registry=self.registry,
         )
         self._queue = Gauge("vmsnapshot_queue_depth", "Objects that wait for a worker", registry=self.registry)
-        self._threads = Gauge(
-            "vmsnapshot_hypervisor_threads",
-            "Threads in a call to a hypervisor; one left behind at its deadline counts until the call returns, if ever",
+        self._left_behind = Gauge(
+            "vmsnapshot_hypervisor_calls_left_behind",
+            "Calls to a hypervisor that have not returned although their deadline is over",
             registry=self.registry,
         )
         self._workers = Gauge(
@@ -162,9 +162,9 @@ class Metrics:
         """Whether a guardian answered that reaches a hypervisor."""
         self._guardian.labels(hypervisor).set(answers)
 
-    def hypervisor_ready(self, *, ready: bool, hypervisor: str) -> None:
-        """Whether a hypervisor answered."""
-        self._hypervisor_ready.labels(hypervisor).set(ready)
+    def hypervisor_answers(self, *, answers: bool, hypervisor: str) -> None:
+        """Whether all endpoints of a hypervisor answered."""
+        self._hypervisor_answers.labels(hypervisor).set(answers)
 
     def orphans(self, count: int, *, class_name: str) -> None:
         """So many orphans were found at the last scan of a class."""
@@ -209,7 +209,7 @@ class Metrics:
             self._journals,
             self._overlays,
             self._guardian,
-            self._hypervisor_ready,
+            self._hypervisor_answers,
             self._thaw_failures,
         ):
             metric.remove_by_labels({"hypervisor": hypervisor})
@@ -224,9 +224,9 @@ class Metrics:
             self._unfinished.labels(doing).set_function(age)
         self._leftovers.set_function(leftovers)
 
-    def watch_threads(self, running: Callable[[], int]) -> None:
-        """Ask this function at each scrape for the number of threads in a call to a hypervisor."""
-        self._threads.set_function(running)
+    def watch_left_behind(self, calls: Callable[[], int]) -> None:
+        """Ask this function at each scrape for the number of calls to hypervisors that hang."""
+        self._left_behind.set_function(calls)
 
     def watch_leadership(self, leader: Callable[[], bool]) -> None:
         """Ask this function at each scrape whether this instance holds the lease."""

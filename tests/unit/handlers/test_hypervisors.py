@@ -171,7 +171,7 @@ async def test_journals_and_overlays_of_ours_are_counted(lab: Lab) -> None:
 
 async def test_it_is_told_whether_hypervisor_and_guardian_answer(lab: Lab) -> None:
     await lab.look()
-    assert lab.metric("vmsnapshot_hypervisor_ready") == 1
+    assert lab.metric("vmsnapshot_hypervisor_answers") == 1
     assert lab.metric("vmsnapshot_guardian_answers") == 0, "there is none"
     guardian = fakes.FakeGuardian()
     lab.world.guardian = guardian  # type: ignore[assignment]  # a stand-in
@@ -179,9 +179,16 @@ async def test_it_is_told_whether_hypervisor_and_guardian_answer(lab: Lab) -> No
         guardian.followed = followed
         await lab.look()
         assert lab.metric("vmsnapshot_guardian_answers") == answers
+    lab.client.problems = {"second": "second: connection refused"}
+    await lab.look()
+    assert lab.metric("vmsnapshot_hypervisor_answers") == 0, "VMs on the second one are not seen"
+    assert lab.status["conditions"][0]["message"] == "second: connection refused"
+    lab.client.problems = {}
+    await lab.look()
+    assert lab.metric("vmsnapshot_hypervisor_answers") == 1
     lab.client.error = HypervisorUnreachableError("connection refused")
     await lab.look()
-    assert lab.metric("vmsnapshot_hypervisor_ready") == 0
+    assert lab.metric("vmsnapshot_hypervisor_answers") == 0
 
 
 async def test_a_standby_leaves_the_leaders_windows_and_writes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
