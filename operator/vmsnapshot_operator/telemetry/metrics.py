@@ -43,7 +43,7 @@ class Metrics:
         )
         self._swept = Counter(
             "vmsnapshot_swept_vms_total",
-            "VMs that a sweep found held by us without a living owner, and freed",
+            "VMs that a sweep found with a journal of ours without a living owner, and saw free",
             ("hypervisor",),
             registry=self.registry,
         )
@@ -146,7 +146,7 @@ class Metrics:
         self._frozen_vms.labels(hypervisor).set(count)
 
     def swept(self, *, hypervisor: str) -> None:
-        """A VM that nobody alive held any more was freed."""
+        """A VM that nobody alive held any more is free; a guardian may have freed it before."""
         self._swept.labels(hypervisor).inc()
 
     def strange_journals(self, count: int, *, hypervisor: str) -> None:
