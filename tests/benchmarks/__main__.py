@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import click
 from rich.console import Console
@@ -12,7 +12,7 @@ from tests.benchmarks.result import Result, table
 from tests.lab import Lab
 from tests.stack import Stack, stack
 
-ALL: dict[str, Callable[[Stack, int], Result | tuple[Result, ...]]] = {
+ALL: dict[str, Callable[[Stack, int], Result | Iterator[Result]]] = {
     **measurements.ALL,
     **protection.ALL,
     **isolation.ALL,
@@ -34,7 +34,7 @@ def main(only: str | None, pairs: int) -> None:
             if only in (None, name):
                 console.print(f"measuring {name} …")
                 made = measure(running, pairs)
-                for result in made if isinstance(made, tuple) else (made,):
+                for result in (made,) if isinstance(made, Result) else made:
                     results.append(result)
                     result.write()
     console.print(table(results))

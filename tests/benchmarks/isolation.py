@@ -55,15 +55,15 @@ class _Sample:
     frozen: float
 
 
-def isolation(stack: Stack, pairs: int) -> tuple[Result, ...]:
+def isolation(stack: Stack, pairs: int) -> Iterator[Result]:
     """For each kind of hang: seconds to Ready and milliseconds of standstill of fifteen VMs, with the hang and without, by turns."""
     with ExitStack() as owned:
         with ThreadPoolExecutor(_BOOTS) as threads:
             names = [f"demo-bench-{n}" for n in range(OTHERS)]
             guests = list(threads.map(lambda name: owned.enter_context(_guest(stack.lab, name)), names))
         kinds = [owned.enter_context(make(stack)) for make in (_agent, _driver, _host)]
-        results = [_measured(stack, guests, kind, max(4, pairs // 4)) for kind in kinds]
-    return tuple(r for both in results for r in both)
+        for kind in kinds:
+            yield from _measured(stack, guests, kind, max(4, pairs // 4))
 
 
 def _measured(stack: Stack, guests: list[Guest], kind: _Kind, rounds: int) -> tuple[Result, Result]:
@@ -316,4 +316,4 @@ def _guest_on(lab: Lab, host: Host, name: str) -> Guest:
     return guest
 
 
-ALL: dict[str, Callable[[Stack, int], tuple[Result, ...]]] = {"isolation": isolation}
+ALL: dict[str, Callable[[Stack, int], Iterator[Result]]] = {"isolation": isolation}
