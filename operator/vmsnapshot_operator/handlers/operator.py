@@ -11,6 +11,7 @@ import os
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +24,8 @@ from vmsnapshot_operator.handlers.hypervisors import Hypervisors
 from vmsnapshot_operator.handlers.orphans import Known, OrphanScan
 from vmsnapshot_operator.handlers.queue import WorkQueue
 from vmsnapshot_operator.handlers.reconcile import Reconciler
-from vmsnapshot_operator.hypervisors.calls import threads_running
+from vmsnapshot_operator.handlers.unfinished import Doing, Unfinished
+from vmsnapshot_operator.hypervisors.calls import left_behind
 from vmsnapshot_operator.hypervisors.guardian_link import GuardianLink
 from vmsnapshot_operator.kube.cluster import Cluster
 from vmsnapshot_operator.kube.events import Events
@@ -82,6 +84,7 @@ class Operator:
         self._classes: Classes | None = None
         self._contents: Contents | None = None
         self._hypervisors = Hypervisors()
+        self._unfinished = Unfinished()
         self.heartbeats = Heartbeats()
 
     async def start(self) -> None:
@@ -127,7 +130,10 @@ class Operator:
         self._queue = WorkQueue(self._work, workers=WORKERS, resync=self._all)
         metrics.watch_queue(lambda: self._queue.depth if self._queue is not None else 0)
         metrics.watch_leadership(leadership.is_leader)
-        metrics.watch_threads(threads_running)
+        metrics.watch_left_behind(left_behind)
+        metrics.watch_unfinished(
+            {doing: partial(self._oldest, doing) for doing in Doing}, leftovers=self._unfinished.leftovers
+        )
         scan = OrphanScan(
             self._world, self._classes, known=self._known, proven=self._hypervisors.proven, told=self._look_at_class
         )
@@ -159,6 +165,7 @@ class Operator:
                 return
         elif kind == SNAPSHOTS:
             (self._snapshots.discard if gone else self._snapshots.add)(key)
+            (self._unfinished.gone(key.uid) if gone else self._unfinished.seen(body))
             if gone:
                 self._add(Key(CONTENTS, "", content_name(key.uid), ""))
         elif gone:
@@ -179,6 +186,9 @@ class Operator:
     def _known(self) -> Known:
         kept = self._contents.kept() if self._contents is not None else ()
         return Known(contents=kept, snapshots=frozenset(k.uid for k in self._snapshots))
+
+    def _oldest(self, doing: Doing) -> float:
+        return self._unfinished.oldest(doing, self._world.now()) if self._world is not None else 0.0
 
     def _look_at_class(self, name: str) -> None:
         if (body := self._bodies.get((CLASSES, name))) is not None:

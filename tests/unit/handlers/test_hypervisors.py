@@ -156,6 +156,41 @@ async def test_what_is_not_ours_or_not_readable_is_left_and_said_once(lab: Lab) 
     assert lab.metric("vmsnapshot_strange_journals") == 2
 
 
+async def test_journals_and_overlays_of_ours_are_counted(lab: Lab) -> None:
+    overlay = {"vda": "file:/pool/overlay"}
+    lab.never = {"vm2": GONE}
+    lab.client.sightings = [
+        sighting(1),
+        sighting(2, overlays=overlay),
+        sighting(3, installation="zzzzzz", overlays=overlay),
+    ]
+    await lab.look()
+    assert lab.metric("vmsnapshot_journal_vms") == 2
+    assert lab.metric("vmsnapshot_overlay_vms") == 1
+
+
+async def test_it_is_told_whether_hypervisor_and_guardian_answer(lab: Lab) -> None:
+    await lab.look()
+    assert lab.metric("vmsnapshot_hypervisor_answers") == 1
+    assert lab.metric("vmsnapshot_guardian_answers") == 0, "there is none"
+    guardian = fakes.FakeGuardian()
+    lab.world.guardian = guardian  # type: ignore[assignment]  # a stand-in
+    for followed, answers in (({}, 1), ({"test:///host": True}, 1), ({"test:///host": False}, 0), (None, 0)):
+        guardian.followed = followed
+        await lab.look()
+        assert lab.metric("vmsnapshot_guardian_answers") == answers
+    lab.client.problems = {"second": "second: connection refused"}
+    await lab.look()
+    assert lab.metric("vmsnapshot_hypervisor_answers") == 0, "VMs on the second one are not seen"
+    assert lab.status["conditions"][0]["message"] == "second: connection refused"
+    lab.client.problems = {}
+    await lab.look()
+    assert lab.metric("vmsnapshot_hypervisor_answers") == 1
+    lab.client.error = HypervisorUnreachableError("connection refused")
+    await lab.look()
+    assert lab.metric("vmsnapshot_hypervisor_answers") == 0
+
+
 async def test_a_standby_leaves_the_leaders_windows_and_writes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     lab = Lab(monkeypatch, leader=False)
     lab.client.sightings = [sighting(1)]
