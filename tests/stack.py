@@ -14,7 +14,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,7 @@ from typing import Any, Self
 import yaml
 
 from tests.lab import Lab, LabError
+from tests.lab.hypervisor import Host
 from tests.lab.supervisor import die_with_parent
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -250,6 +251,20 @@ class Stack:
             document["spec"]["parameters"]["socketPath"] = str(self.lab.libvirt_socket)
         return document
 
+    def spread(self, hosts: Sequence[Host]) -> None:
+        """Make these hosts the endpoints of the Hypervisor, and wait until the operator has looked at all of them."""
+        (document,) = self.example("hypervisor.yaml")
+        document["spec"]["libvirt"]["endpoints"] = [self.endpoint(host) for host in hosts]
+        self._apply(document)
+        name = document["metadata"]["name"]
+
+        def seen() -> bool:
+            body = json.loads(self.lab.kubectl("get", "hypervisors.vmsnapshot.io", name, "-o", "json"))
+            ready = conditions(body).get("Ready", {})
+            return ready.get("status") == "True" and ready.get("observedGeneration") == body["metadata"]["generation"]
+
+        until(f"the operator knows the hosts {', '.join(h.name for h in hosts)}", seen)
+
     def observed(self) -> None:
         """Wait until the operator knows the classes and hypervisors: until it could plan a snapshot of the guest."""
         self.delete("warm-up")
@@ -257,9 +272,9 @@ class Stack:
         self.wait("warm-up", "Planned")
         self.delete("warm-up")
 
-    def endpoint(self) -> dict[str, Any]:
-        """The laboratory's libvirt as an endpoint of a Hypervisor."""
-        return {"driver": "qemu", "transport": "unix", "socketPath": str(self.lab.libvirt_socket)}
+    def endpoint(self, host: Host | None = None) -> dict[str, Any]:
+        """The libvirt of a host, by default the laboratory's first, as an endpoint of a Hypervisor."""
+        return {"driver": "qemu", "transport": "unix", "socketPath": str((host or self.lab.host).socket)}
 
     @staticmethod
     def example(name: str) -> list[dict[str, Any]]:
@@ -277,14 +292,18 @@ class Stack:
 
     def snapshot(self, name: str, domain: str = "demo", *, namespace: str = TENANT, **spec: Any) -> str:
         """Create a VMSnapshot and return its name."""
-        body = {
+        self._apply(self.body(name, domain, namespace=namespace, **spec))
+        return name
+
+    @staticmethod
+    def body(name: str, domain: str, *, namespace: str = TENANT, **spec: Any) -> dict[str, Any]:
+        """A VMSnapshot as a user writes it."""
+        return {
             "apiVersion": "vmsnapshot.io/v1alpha1",
             "kind": "VMSnapshot",
             "metadata": {"name": name, "namespace": namespace},
             "spec": {"source": {"hypervisorName": "lab", "domain": domain}, **spec},
         }
-        self._apply(body)
-        return name
 
     def patch(self, name: str, change: dict[str, Any], *, namespace: str = TENANT) -> None:
         """Change a VMSnapshot by a merge patch."""

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import click
 from rich.console import Console
 
-from tests.benchmarks import measurements, protection
+from tests.benchmarks import isolation, measurements, protection
 from tests.benchmarks.result import Result, table
 from tests.lab import Lab
-from tests.stack import stack
+from tests.stack import Stack, stack
 
-ALL = measurements.ALL | protection.ALL
+ALL: dict[str, Callable[[Stack, int], Result | Iterator[Result]]] = {
+    **measurements.ALL,
+    **protection.ALL,
+    **isolation.ALL,
+}
 
 console = Console(highlight=False)
 
@@ -27,8 +33,10 @@ def main(only: str | None, pairs: int) -> None:
         for name, measure in ALL.items():
             if only in (None, name):
                 console.print(f"measuring {name} …")
-                results.append(measure(running, pairs))
-                results[-1].write()
+                made = measure(running, pairs)
+                for result in (made,) if isinstance(made, Result) else made:
+                    results.append(result)
+                    result.write()
     console.print(table(results))
     for result in results:
         for what, value in result.details.items():

@@ -1,4 +1,4 @@
-"""What protecting a held VM costs, how soon one is freed whose holder died, and what one VM that hangs does to others."""
+"""What protecting a held VM costs, and how soon one is freed whose holder died."""
 
 from __future__ import annotations
 
@@ -6,26 +6,18 @@ import asyncio
 import signal
 import statistics
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from tests.benchmarks.result import Result
 from tests.integration.hypervisor_support import Guardian, Holder, connect, is_state, journal
-from tests.lab import Lab, LabError
-from tests.lab.definition import GuestDisk
-from tests.lab.guests import Guest
-from tests.stack import NAMESPACE, Stack, conditions, until
+from tests.stack import NAMESPACE, Stack, until
 from vmsnapshot_operator.core.journal import Journal
 from vmsnapshot_operator.core.machine import AgentState
 from vmsnapshot_operator.hypervisors.guardian_link import GuardianLink
 from vmsnapshot_operator.kube.cluster import Cluster
 
 GUARDIAN_SECONDS, SWEEPER_SECONDS = 2.0, 5.0
-ISOLATION_GOAL = 1.15
-FLEET = 16
-_DISKS = {"vda": GuestDisk(kind="file", size_mib=16), "vdb": GuestDisk(kind="rbd", size_mib=16)}
-GUARD_SECONDS = 300.0
 
 T = TypeVar("T")
 
@@ -166,76 +158,4 @@ def costs(stack: Stack, pairs: int) -> Result:
     )
 
 
-@contextmanager
-def _fleet(lab: Lab) -> Iterator[list[Guest]]:
-    made = [lab.guest(f"demo-bench-{n}", _DISKS, writer=False, memory_mib=96) for n in range(FLEET)]
-    try:
-        yield made
-    finally:
-        for guest in made:
-            guest.remove()
-
-
-def isolation(stack: Stack, pairs: int) -> Result:
-    """Snapshots of 15 VMs while the 16th's agent hangs (ours), and while it does not (against), in turns."""
-    ready: dict[bool, list[float]] = {True: [], False: []}
-    frozen: dict[bool, list[float]] = {True: [], False: []}
-    with _fleet(stack.lab) as guests:
-        rounds = max(4, pairs // 4)
-        for number in range(rounds + 1):
-            for hang in (True, False):
-                times, held = _round(stack, guests, number, hang=hang)
-                if number:  # the first round warms up
-                    ready[hang].append(statistics.median(times))
-                    frozen[hang].append(statistics.median(held))
-    ratio = statistics.median(a / b for a, b in zip(ready[True], ready[False], strict=True))
-    still = statistics.median(a / b for a, b in zip(frozen[True], frozen[False], strict=True))
-    return Result(
-        name="isolation",
-        unit="s from apply to Ready (median of 15)",
-        ours=[round(x, 3) for x in ready[True]],
-        against=[round(x, 3) for x in ready[False]],
-        ours_is="the 16th VM's agent hangs",
-        against_is="nothing hangs",
-        goal=f"median ratio of both at most {ISOLATION_GOAL:.2f}",
-        met=ratio <= ISOLATION_GOAL and still <= ISOLATION_GOAL,
-        details={
-            "median ratio of apply to Ready": round(ratio, 3),
-            "median ratio of frozen time": round(still, 3),
-            "frozen, ms (hang, without)": [round(statistics.median(frozen[h])) for h in (True, False)],
-        },
-    )
-
-
-def _round(stack: Stack, guests: list[Guest], number: int, *, hang: bool) -> tuple[list[float], list[float]]:
-    last = guests[-1]
-    names = {g.name: f"iso-{number}-{'h' if hang else 'n'}-{g.name}" for g in guests}
-    if hang:
-        last.hang_agent()
-    try:
-        start = time.monotonic()
-        stack.snapshot(names[last.name], last.name)
-        for guest in guests[:-1]:
-            stack.snapshot(names[guest.name], guest.name)
-        wanted = {names[g.name] for g in guests[:-1]}
-        took: dict[str, float] = {}
-        held: dict[str, float] = {}
-        while wanted - set(took):
-            assert time.monotonic() - start < GUARD_SECONDS, wanted - set(took)
-            for body in stack.all("vmsnapshots.vmsnapshot.io"):
-                name, found = body["metadata"]["name"], conditions(body)
-                if name in wanted and found.get("Stalled", {}).get("status") == "True":
-                    raise LabError(f"{name}: {found['Stalled'].get('message')}")
-                if name in wanted and name not in took and found.get("Ready", {}).get("status") == "True":
-                    took[name] = time.monotonic() - start
-                    held[name] = float(body["status"]["quiesce"]["frozenMilliseconds"])
-    finally:
-        if hang:
-            last.hang_agent(hang=False)
-    for name in names.values():
-        stack.delete(name, wait=False)
-    until("all are gone", lambda: not any(stack.get(n) for n in names.values()), GUARD_SECONDS)
-    return list(took.values()), list(held.values())
-
-
-ALL: dict[str, Callable[[Stack, int], Result]] = {"recovery": recovery, "costs": costs, "isolation": isolation}
+ALL: dict[str, Callable[[Stack, int], Result]] = {"recovery": recovery, "costs": costs}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,11 @@ class Result:
         """Median of the ratios pair by pair, which a drifting machine does not disturb."""
         pairs = [a / b for a, b in zip(self.ours, self.against, strict=False) if b]
         return statistics.median(pairs) if pairs else None
+
+    def judged(self, most: float) -> Result:
+        """The same, met if the ratio is at most this; without any pair it is not met."""
+        ratio = self.ratio
+        return replace(self, met=ratio is not None and ratio <= most)
 
     def write(self) -> Path:
         """Write build/bench/NAME.json."""

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from random import Random
 
-from tests.chaos.faults import FAULTS, Fault
-from vmsnapshot_operator.core.steps import Moment, Step
+from tests.chaos.faults import FAULTS, At, Fault
+from vmsnapshot_operator.core.steps import Step
 
 
 class Way(StrEnum):
@@ -57,19 +57,6 @@ if set(WAYS) != set(Step):
     raise AssertionError(f"steps that no way leads to: {set(Step) - set(WAYS)}")
 
 
-class At(StrEnum):
-    """When a fault strikes: `DURING` is a moment after the operator was let go on into the step."""
-
-    BEFORE = "before"
-    DURING = "during"
-    AFTER = "after"
-
-    @property
-    def moment(self) -> Moment:
-        """The side of the step at which the operator is met."""
-        return Moment.AFTER if self is At.AFTER else Moment.BEFORE
-
-
 @dataclass(frozen=True, slots=True)
 class Case:
     """One fault at one step."""
@@ -96,14 +83,14 @@ def every() -> list[Case]:
         for fault in FAULTS
         for step in Step
         for at in At
-        if (fault.only is None or step in fault.only)
+        if (fault.only is None or (step, at) in fault.only)
         and not (fault.ends_operator and step is Step.RECOVER and at is At.AFTER)
     ]
 
 
 def instead(case: Case) -> Case:
     """The same fault where it can always be met, for a case whose step was not reached: no kind of fault is left out."""
-    return Case(case.fault, Step.WINDOW_CUT, At.BEFORE)
+    return Case(case.fault, *case.fault.sure)
 
 
 def parse(name: str) -> Case:

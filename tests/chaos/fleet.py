@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from random import Random
 
 from tests.chaos import judge
-from tests.chaos.faults import FAULTS, Fault, Scene
+from tests.chaos.faults import FAULTS, Fault, NoEffectError, Scene
 from tests.chaos.judge import Finding
 from tests.chaos.runner import Result, Suite
 from tests.lab import Lab, LabError
@@ -42,6 +42,7 @@ _OF_ONE = (
     "agent-hangs",
     "agent-ended",
     "agent-hook-fails",
+    "agent-fails-at-thaw",
     "thawed-inside-the-guest",
     "guest-reset",
     "guest-destroyed",
@@ -76,19 +77,7 @@ def _guests(lab: Lab) -> Iterator[list[Guest]]:
 
 def _batch(suite: Suite, guests: list[Guest], random: Random, first: int, size: int) -> list[Result]:
     faults = {f.name: f for f in FAULTS}
-    scenes = [
-        Scene(
-            lab=suite.lab,
-            stack=suite.stack,
-            proxy=suite.proxy,
-            injector=suite.injector,
-            guest=guests[(first + n) % len(guests)],
-            random=random,
-            namespace=TENANT,
-            name=f"fleet-{first + n}",
-        )
-        for n in range(size)
-    ]
+    scenes = [suite.scene(guests[(first + n) % len(guests)], random, f"fleet-{first + n}") for n in range(size)]
     chosen = [faults[random.choice(_OF_ONE if random.random() < 0.85 else _OF_ALL)] for _ in scenes]
     start = time.monotonic()
     with ThreadPoolExecutor(4) as pool:
@@ -125,7 +114,7 @@ def _strike(scene: Scene, fault: Fault) -> None:
     try:
         fault.strike(scene)
         time.sleep(min(fault.hold, 1.5) * scene.random.random())
-    except LabError:
+    except (LabError, NoEffectError):
         pass  # what it would hurt is already gone
     finally:
         fault.heal(scene)
@@ -139,11 +128,11 @@ def _look(suite: Suite, guests: list[Guest], scenes: list[Scene], findings: dict
         left = [s for s in scenes if suite.stack.get(s.name, TENANT) is not None]
         for scene in left:
             findings[scene.name] += judge.judge_snapshot(suite.lab, suite.stack, scene.name, TENANT)
-        world += suite.settled(guests)
+        world += judge.settled(suite.lab, suite.stack, guests)
         for scene in left:
             suite.stack.delete(scene.name, namespace=TENANT, wait=False)
         until("all are gone", lambda: not any(suite.stack.get(s.name, TENANT) for s in left), END_SECONDS)
-        world += suite.settled(guests)
+        world += judge.settled(suite.lab, suite.stack, guests)
     except LabError as error:
         world.append(Finding("stuck", "fleet", str(error)))
     return world

@@ -32,6 +32,11 @@ class Trap:
         """Let the operator go on."""
         self._going.set()
 
+    @property
+    def going(self) -> bool:
+        """Whether the operator was let go on."""
+        return self._going.is_set()
+
     def matches(self, step: str, moment: str) -> bool:
         """Whether this is it, for the first time."""
         return (step, moment) == (self.step, self.moment) and not self._reached.is_set()

@@ -24,7 +24,7 @@ from tests.lab.ceph import bindings
 from tests.lab.guests import Guest
 from tests.stack import TENANT, Stack
 
-__all__ = ["Allowed", "Finding", "Kind", "judge_now", "judge_snapshot", "look"]
+__all__ = ["Allowed", "Finding", "Kind", "judge_now", "judge_snapshot", "look", "settled"]
 
 NOTHING = Allowed()
 
@@ -40,9 +40,21 @@ def judge_now(lab: Lab, stack: Stack, guests: Sequence[Guest], allowed: Allowed 
     return rules.findings(look(lab, stack, guests, allowed), allowed)
 
 
+def settled(
+    lab: Lab, stack: Stack, guests: Sequence[Guest], seconds: float = 30.0, allowed: Allowed = NOTHING
+) -> list[Finding]:
+    """What is still wrong after a while: a thaw or a clearing of traces may be under way."""
+    end = time.monotonic() + seconds
+    while True:
+        found = judge_now(lab, stack, guests, allowed)
+        if not found or time.monotonic() > end:
+            return found
+        time.sleep(0.5)
+
+
 def look(lab: Lab, stack: Stack, guests: Sequence[Guest], allowed: Allowed = NOTHING) -> World:
     """See everything at one moment. Raises LabError where the laboratory does not answer."""
-    places = [lab.host, *sorted({g.host for g in guests} - {lab.host}, key=lambda h: h.name)]
+    places = [*lab.hosts, *sorted({g.host for g in guests} - set(lab.hosts), key=lambda h: h.name)]
     with _answering(), ThreadPoolExecutor(4) as threads:
         before = hosts.writes(guests)
         listed = threads.submit(storage.look, lab)
@@ -88,7 +100,7 @@ def judge_snapshot(
         return _lied(subject, ["it is Ready, and no VMSnapshotContent holds anything of it"])
     source = body["spec"]["source"]["domain"]
     with _answering(), tempfile.TemporaryDirectory(dir=lab.state, prefix="judge-") as folder:
-        vm = hosts.definition(lab.host, source)
+        vm = next((d for host in lab.hosts if (d := hosts.definition(host, source)) is not None), None)
         # One that was counted while it was written may be on the disks already.
         counted = None if records is None else (records[0], records[1] + 1)
         expected = Expected(records=counted)

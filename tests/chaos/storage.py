@@ -63,9 +63,13 @@ def _groups(rbd: Any, ioctx: Any) -> Iterator[tuple[str, Group]]:
 
 def _users(cluster: Any) -> dict[str, str]:
     """The cephx user of each client that is connected, by the name that it has in locks."""
-    status, out, said = cluster.mon_command(
-        json.dumps({"prefix": "sessions", "format": "json"}), b"", _SECONDS, target="a"
-    )
+    return {f"client.{s['global_id']}": str(s["entity_name"]) for s in ask(cluster, "sessions", target="a")}
+
+
+def ask(cluster: Any, command: str, *, target: str | None = None, **arguments: object) -> Any:
+    """Give a monitor a command and return its answer; raises LabError if it refuses."""
+    question = json.dumps({"prefix": command, "format": "json", **arguments})
+    status, out, said = cluster.mon_command(question, b"", _SECONDS, target=target)
     if status:
-        raise LabError(f"Ceph's monitor does not list its sessions: {said} ({status})")
-    return {f"client.{s['global_id']}": str(s["entity_name"]) for s in json.loads(out)}
+        raise LabError(f"Ceph's monitor was told `{command}`: {said} ({status})")
+    return json.loads(out) if out.strip() else None

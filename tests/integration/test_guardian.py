@@ -36,6 +36,8 @@ from vmsnapshot_operator.errors import GuardianError
 from vmsnapshot_operator.hypervisors.domains import Hypervisor, Ref
 from vmsnapshot_operator.hypervisors.guardian_link import GuardianLink
 
+pytestmark = pytest.mark.usefixtures("alone")
+
 MEMORY_LIMIT_MB = 40
 
 

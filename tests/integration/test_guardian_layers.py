@@ -42,7 +42,6 @@ from tests.lab import Lab
 from tests.lab.errors import LabError
 from tests.lab.guests import Guest
 from tests.lab.wait import until
-from tests.stack import Stack
 from vmsnapshot_operator.core import journal as journals
 from vmsnapshot_operator.core.journal import Journal
 from vmsnapshot_operator.core.machine import AgentState, PowerState
@@ -51,6 +50,8 @@ from vmsnapshot_operator.hypervisors.domains import Hypervisor, Ref
 ROOT = Path(__file__).resolve().parents[2]
 CONTRIB = ROOT / "contrib"
 GRACE = 2.0
+pytestmark = pytest.mark.usefixtures("alone")
+
 BACK_SECONDS = 5.0
 """How soon a VM is free after everything that is needed for it answers again."""
 LIVE_AND_CONFIG = libvirt.VIR_DOMAIN_AFFECT_LIVE | libvirt.VIR_DOMAIN_AFFECT_CONFIG
@@ -155,14 +156,6 @@ class Network:
                 target.sendall(data)
         with contextlib.suppress(OSError):
             target.shutdown(socket.SHUT_WR)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def alone(stack: Stack) -> Iterator[None]:
-    """No guardian but those of the tests: the operator's own follows the same libvirt and would free at the budget's end."""
-    stack.stop()
-    yield
-    stack.start()
 
 
 @pytest.fixture(scope="module")

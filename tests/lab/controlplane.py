@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import ssl
 import urllib.request
 from collections.abc import Callable
@@ -42,6 +43,13 @@ class ControlPlane:
     """The control plane at `folder`; its ports are chosen once and kept."""
 
     folder: Path
+    suffix: str = ""
+    """Of the names of its components: a second control plane of one laboratory has another one."""
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """Names of its programs."""
+        return tuple(name + self.suffix for name in COMPONENTS)
 
     @property
     def kubeconfig(self) -> Path:
@@ -71,20 +79,26 @@ class ControlPlane:
             for user in ("admin", "kcm"):
                 self.write_kubeconfig(self.folder / f"{user}.kubeconfig", self._certificate_of(user))
         (self.folder / "audit-policy.json").write_text(json.dumps(_AUDIT))
-        control.start("etcd", [_bin("etcd"), *_flags(self._etcd())])
-        control.start("kube-apiserver", [_bin("kube-apiserver"), *_flags(self._apiserver())])
-        for name in COMPONENTS[:2]:
+        etcd, apiserver, manager = self.components
+        control.start(etcd, [_bin("etcd"), *_flags(self._etcd())])
+        control.start(apiserver, [_bin("kube-apiserver"), *_flags(self._apiserver())])
+        for name in (etcd, apiserver):
             control.healthy(name, partial(self.check, name))
             tell(name)
-        name = COMPONENTS[2]
-        control.start(name, [_bin(name), *_flags(self._controller_manager())])
-        control.healthy(name, partial(self.check, name))
-        tell(name)
+        control.start(manager, [_bin("kube-controller-manager"), *_flags(self._controller_manager())])
+        control.healthy(manager, partial(self.check, manager))
+        tell(manager)
+
+    def down(self, control: Control) -> None:
+        """End its programs and delete what they wrote."""
+        for name in reversed(self.components):
+            control.stop(name)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def check(self, name: str) -> bool:
         """Whether a component does its work: etcd and the API server say so; the controller manager has made a ServiceAccount."""
         try:
-            match name:
+            match name.removesuffix(self.suffix):
                 case "etcd":
                     return b"true" in self._get(f"{self.etcd}/health")
                 case "kube-apiserver":

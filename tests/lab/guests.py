@@ -6,10 +6,11 @@ import contextlib
 import json
 import os
 import signal
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from xml.etree import ElementTree as ET
 
 import libvirt
@@ -19,12 +20,20 @@ from tests.lab.ceph import Ceph
 from tests.lab.channel import Channel
 from tests.lab.definition import GuestDisk, Spec
 from tests.lab.errors import LabError
-from tests.lab.hypervisor import Host
+from tests.lab.hypervisor import FIRST_HOST, Host
 from tests.lab.locks import locked
 from tests.lab.run import run
 from tests.lab.wait import until
 
 BOOT_SECONDS = 60
+MIGRATION_SECONDS = 60
+_MIGRATE = (
+    libvirt.VIR_MIGRATE_LIVE
+    | libvirt.VIR_MIGRATE_PEER2PEER
+    | libvirt.VIR_MIGRATE_PERSIST_DEST
+    | libvirt.VIR_MIGRATE_UNDEFINE_SOURCE
+    | libvirt.VIR_MIGRATE_UNSAFE
+)
 _UNDEFINE = (
     libvirt.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE
     | libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA
@@ -97,6 +106,41 @@ class Guest:
         for disk in self.disks.values():
             self._delete(disk.path, disk.image)
 
+    def migrate(self, to: Host, seconds: float = MIGRATION_SECONDS) -> None:
+        """Live-migrate it to another host of this laboratory, definition and all. Raises LabError if that is refused or takes longer;
+        it is then where it was.
+        """
+        domain, last = self.domain(), threading.Timer(seconds, self._give_up)
+        last.start()
+        try:
+            # The disks are files and images that both hosts see under the same names: safe, though libvirt cannot know.
+            domain.migrateToURI3(to.uri, self._fitted(domain, to), _MIGRATE)
+        except libvirt.libvirtError as error:
+            raise LabError(f"guest {self.name} cannot migrate to {to.name}: {error}") from error
+        finally:
+            last.cancel()
+        self.host, self._connection = to, None
+
+    def _fitted(self, domain: Any, to: Host) -> dict[str, str]:
+        """The definition with another socket of our channel: a QEMU that ends removes its own."""
+        here, there = str(self._channel(self.host)), str(self._channel(to))
+        secure = libvirt.VIR_DOMAIN_XML_SECURE
+        running = domain.XMLDesc(libvirt.VIR_DOMAIN_XML_MIGRATABLE | secure)
+        stored = domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE | secure)
+        return {
+            libvirt.VIR_MIGRATE_PARAM_URI: "tcp://127.0.0.1",
+            libvirt.VIR_MIGRATE_PARAM_DEST_XML: running.replace(here, there),
+            libvirt.VIR_MIGRATE_PARAM_PERSIST_XML: stored.replace(here, there),
+        }
+
+    def _channel(self, host: Host) -> Path:
+        """Our channel's socket on a host: the first one has the name that the spec gives."""
+        return self.spec.channel if host.name == FIRST_HOST else self.spec.channel.with_suffix(f".{host.name}.sock")
+
+    def _give_up(self) -> None:
+        with contextlib.suppress(libvirt.libvirtError):  # it just ended
+            self.domain().abortJob()
+
     def kill(self, sig: int = signal.SIGKILL) -> None:
         """Send its QEMU process a signal; SIGSTOP and SIGCONT, too."""
         os.kill(self.pid, sig)
@@ -107,6 +151,12 @@ class Guest:
         """Stop the agent's process, or let it go on: a question asked meanwhile is answered late."""
         self.control(["killall", "-STOP" if hang else "-CONT", "qemu-ga-main"])
 
+    def hang_agent_at_freeze(self, *, hang: bool = True) -> None:
+        """Let the agent stop in the middle of its next freeze; or no longer, and let it go on if it did."""
+        self.control(["touch" if hang else "rm", *([] if hang else ["-f"]), "/run/hook-hang"])
+        if not hang:
+            self.hang_agent(hang=False)
+
     def end_agent(self, *, end: bool = True) -> None:
         """End the agent, or let it start again."""
         if end:
@@ -116,9 +166,10 @@ class Guest:
             self.control(["rm", "-f", "/run/agent-off"])
             until(f"the agent of guest {self.name} answers", self.agent_answers, BOOT_SECONDS)
 
-    def fail_hook(self, *, fail: bool = True) -> None:
-        """Let the agent's freeze hook fail, at freeze and at thaw: the agent answers with an error."""
-        self.control(["touch" if fail else "rm", *([] if fail else ["-f"]), "/run/hook-fail"])
+    def fail_hook(self, *, fail: bool = True, when: Literal["", "freeze", "thaw"] = "") -> None:
+        """Let the agent's freeze hook fail, at freeze and at thaw or at one of them: the agent answers with an error."""
+        path = f"/run/hook-fail-{when}" if when else "/run/hook-fail"
+        self.control(["touch" if fail else "rm", *([] if fail else ["-f"]), path])
 
     # --- asking ------------------------------------------------------------------------------------------------------
 
@@ -188,7 +239,7 @@ class Guest:
         """Run a program in the guest by the laboratory's own agent and return what it wrote: works while the other agent hangs and
         while the file systems are frozen. Raises LabError if it fails or does not end in time.
         """
-        with Channel(self.spec.channel) as channel:
+        with Channel(self._channel(self.host)) as channel:
             return channel.execute(list(argv), timeout)
 
     def records(self) -> int:

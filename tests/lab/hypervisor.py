@@ -19,6 +19,7 @@ from tests.lab.control import Control
 from tests.lab.wait import free_ports
 
 SECRET = "5d3c1a1e-3f0e-4c59-9a50-7c6f0f6f1a01"  # noqa: S105 - the name of a libvirt secret, not its value
+FIRST_HOST = "libvirtd"
 _PLACES = {
     "etc": "/etc/libvirt",
     "run": "/run/libvirt",
@@ -35,7 +36,7 @@ class Host:
     """One hypervisor host. `name` is its component, too; a second one is another name."""
 
     state: Path
-    name: str = "libvirtd"
+    name: str = FIRST_HOST
 
     @property
     def folder(self) -> Path:
@@ -75,6 +76,15 @@ class Host:
         try:
             with self.connection() as connection:
                 connection.getLibVersion()
+        except libvirt.libvirtError:
+            return False
+        return True
+
+    def has(self, domain: str) -> bool:
+        """Whether it knows a domain of this name; false if it does not answer."""
+        try:
+            with self.connection() as connection:
+                connection.lookupByName(domain)
         except libvirt.libvirtError:
             return False
         return True

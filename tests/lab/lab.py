@@ -28,6 +28,7 @@ from tests.lab.supervisor import MARKER
 
 LAYOUT = 2
 """Raised when a laboratory that runs cannot be used by code of another layout: it is ended and started anew."""
+SECOND_HOST = "libvirtd-2"
 Report = Callable[[str], None]
 
 
@@ -110,7 +111,8 @@ class Lab:
     def service_account_kubeconfig(self, namespace: str, name: str) -> Path:
         """A kubeconfig with a fresh token, good for a day, of a ServiceAccount that exists."""
         token = self.kubectl("-n", namespace, "create", "token", name, "--duration=24h").strip()
-        path = self.state / f"{namespace}-{name}.kubeconfig"
+        folder = self.given.parent if self.given and self.given.is_relative_to(self.state) else self.state
+        path = folder / f"{namespace}-{name}.kubeconfig"
         if self.given is None:
             return self.control_plane.write_kubeconfig(path, {"token": token})
         config = json.loads(self.kubectl("config", "view", "--raw", "--minify", "--flatten", "-o", "json"))
@@ -119,12 +121,48 @@ class Lab:
         path.write_text(json.dumps(config))
         return path
 
+    @property
+    def second_control_plane(self) -> ControlPlane:
+        """A second one, whether it runs or not."""
+        return ControlPlane(self.state / "control-plane-2", suffix="-2")
+
+    def second_cluster(self) -> Lab:
+        """This very laboratory as another cluster sees it: same host, same storage, a control plane of its own, started if need be."""
+        self.second_control_plane.up(self.control, lambda _name: None)
+        return Lab(self.state, self.second_control_plane.kubeconfig)
+
+    def end_second_cluster(self) -> None:
+        """End the second control plane, and forget all that it held."""
+        self.second_control_plane.down(self.control)
+
     # --- hypervisor and storage --------------------------------------------------------------------------------------
 
     @property
     def host(self) -> Host:
         """The hypervisor host."""
         return Host(self.state)
+
+    @property
+    def hosts(self) -> tuple[Host, ...]:
+        """The hypervisor hosts that run or shall run: the first, and the second while it is there."""
+        second = Host(self.state, SECOND_HOST)
+        return (self.host, second) if second.name in self.control.pids() else (self.host,)
+
+    def second_host(self) -> Host:
+        """A second hypervisor host, to which guests can migrate; started if it does not run. It sees the same pools and Ceph."""
+        host = Host(self.state, SECOND_HOST)
+        host.up(self.control, lambda _name: None)
+        host.give_key(self.ceph.key("libvirt"))
+        return host
+
+    def end_second_host(self) -> None:
+        """End the second host. Its guests must have left it: raises LabError if one has not."""
+        host = Host(self.state, SECOND_HOST)
+        if host.name not in self.control.pids():
+            return
+        if left := host.pids():
+            raise LabError(f"the second host still runs {', '.join(sorted(left))}")
+        self.control.stop(host.name)
 
     @property
     def libvirt_socket(self) -> Path:
@@ -191,7 +229,7 @@ class Lab:
             mon_host=self.ceph.mon_host,
             **options,
         )
-        return Guest(spec, self.host, self.ceph)
+        return Guest(spec, next((h for h in self.hosts if h.has(name)), self.host), self.ceph)
 
     # --- components ------------------------------------------------------------------------------------------------------
 
@@ -212,6 +250,8 @@ class Lab:
 
     def component(self, name: str) -> Component:
         """One program of the laboratory, to be hurt; raises LabError if it has none of this name."""
+        if name == SECOND_HOST:
+            return Component(name, self.control, Host(self.state, SECOND_HOST).check)
         if name not in self.components:
             raise LabError(f"there is no component {name}; there are {', '.join(self.components)}")
         checks: dict[str, Callable[[str], bool]] = dict.fromkeys(controlplane.COMPONENTS, self.control_plane.check)

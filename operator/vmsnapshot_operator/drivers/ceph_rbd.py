@@ -143,11 +143,17 @@ class CephRbdDriver:
         images = [_image_of(v.writable.source) for v in request.volumes]
         group = None
         with self._pool() as (rbd, io), told(f"snapshot {request.name} of {', '.join(images)}"):
-            if len(images) > 1:
-                ceph_snapshots.cut_group(rbd, io, request.name, images)
-                group = Handle(f"{self._place}/{request.name}@{request.name}")
-            else:
-                ceph_snapshots.cut_single(rbd, request.name, self._warm[request.name])
+            try:
+                if len(images) > 1:
+                    ceph_snapshots.cut_group(rbd, io, request.name, images)
+                    group = Handle(f"{self._place}/{request.name}@{request.name}")
+                else:
+                    ceph_snapshots.cut_single(rbd, request.name, self._warm[request.name])
+            except Exception:
+                # `delete` puts whom it finds recorded on the blocklist: this process must not go on under that address, perhaps
+                # with another VM's snapshot.
+                self._disconnect()
+                raise
         handles = {
             v.id: Handle(f"{self._place}/{i}@{request.name}") for v, i in zip(request.volumes, images, strict=True)
         }
@@ -310,9 +316,13 @@ class CephRbdDriver:
             yield ceph_cluster.binding("rbd"), io
         except DriverUnavailableError as error:
             if ceph_cluster.number_of(error.__cause__ or error) in ceph_cluster.FENCED:
-                self._connected = None
+                self._disconnect()
                 self._warm.clear()
             raise
+
+    def _disconnect(self) -> None:
+        """Have the next use connect anew, under another address."""
+        self._connected = None
 
     def _connect(self) -> tuple[Any, Any]:
         with self._lock:

@@ -300,14 +300,17 @@ class Slot:
         """Let this very process prepare a request, within the request's timeout."""
         await _prepare(self._process, request, request.timeout)
 
-    async def cut(self, request: SnapshotRequest) -> CutResult:
+    async def cut(self, request: SnapshotRequest, until: float | None = None) -> CutResult:
         """Cut, within the request's timeout. Nothing is started, imported or looked up here.
+
+        `until`, a reading of CLOCK_BOOTTIME: from then on the process begins nothing, even if this one was stopped after it had
+        last looked at the clock and asks for it all the same.
 
         At the deadline and on cancellation the process is killed without being waited for, and whatever it may still
         answer is never used. Raises DriverError if the answer is not about exactly the volumes that were asked for.
         """
         process = self._process
-        result: CutResult = await process.call("cut", (request,), request.timeout)
+        result: CutResult = await process.call("cut", (request,), request.timeout, until)
         missing = {v.id for v in request.volumes} - result.handles.keys()
         strange = result.handles.keys() - {v.id for v in request.volumes}
         if missing or strange:

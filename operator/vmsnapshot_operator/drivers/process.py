@@ -140,6 +140,7 @@ class DriverProcess:
         operation: str,
         arguments: tuple[Any, ...],
         seconds: float,
+        until: float | None = None,
         *,
         stall: float | None = None,
         on_progress: Callable[[Progress], None] | None = None,
@@ -147,13 +148,15 @@ class DriverProcess:
         """Ask the driver and return its answer. Only for the one who holds this process.
 
         `seconds` is for the whole. With `stall`, in seconds, the process is also killed when the driver says nothing of its
-        progress for so long; each word of it is passed to `on_progress`.
+        progress for so long; each word of it is passed to `on_progress`. `until`: a reading of CLOCK_BOOTTIME at which nothing
+        may be begun any more, if that is sooner than in `seconds`.
 
         On the deadline and on cancellation the process is killed at once and not waited for; no answer of it can be
         used after that. Raises DriverTimeoutError, DriverCrashedError, or the driver's own DriverError.
         """
         began = self._loop.time()
         deadline = began + seconds
+        latest = wire.boottime() + seconds
         self.calls += 1
         self.prepared = None
         said: Progress | None = None
@@ -165,7 +168,8 @@ class DriverProcess:
                 on_progress(progress)
 
         try:
-            answer = await self._exchange(wire.call(operation, arguments, seconds), deadline, stall, heard)
+            order = wire.call(operation, arguments, seconds, min(latest, until or latest))
+            answer = await self._exchange(order, deadline, stall, heard)
             return wire.result(operation, answer)
         except TimeoutError:
             self.kill()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -103,10 +104,18 @@ def parse(body: bytes) -> dict[str, Any]:
     return message
 
 
-def call(operation: str, arguments: tuple[Any, ...], seconds: float) -> bytes:
-    """Return the frame that asks for an operation, to be finished within so many seconds."""
+def boottime() -> float:
+    """Read CLOCK_BOOTTIME: the processes of one machine share it, and it goes on while they are stopped or the machine sleeps."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def call(operation: str, arguments: tuple[Any, ...], seconds: float, until: float) -> bytes:
+    """Return the frame that asks for an operation, to be finished within so many seconds, and not after `until` (`boottime`).
+
+    Both, since the request may lie unread for as long as both processes are stopped.
+    """
     dumped = OPERATIONS[operation].arguments.dump_python(arguments, mode="json")
-    return frame({"operation": operation, "arguments": dumped, "seconds": seconds})
+    return frame({"operation": operation, "arguments": dumped, "seconds": seconds, "until": until})
 
 
 def answer(operation: str, result: Any) -> bytes:

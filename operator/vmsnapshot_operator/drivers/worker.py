@@ -46,9 +46,13 @@ def _end_with(parent: int, name: str) -> None:
 def _call(driver: StorageDriver, message: dict[str, Any]) -> bytes:
     operation = str(message["operation"])
     arguments = wire.OPERATIONS[operation].arguments.validate_python(message["arguments"])
+    left = float(message["until"]) - wire.boottime()
+    if left <= 0:
+        text = "it was asked for so late that its time was over; nothing was done"
+        return wire.failure(DriverError(text, reason="DriverTimeout", retryable=True))
     # The default action of SIGALRM ends the process inside of any C call, also while the operator itself is stopped:
     # a cut must not be finished after its deadline by a process that nobody could kill in time.
-    signal.setitimer(signal.ITIMER_REAL, max(float(message["seconds"]), 0.001))
+    signal.setitimer(signal.ITIMER_REAL, max(min(float(message["seconds"]), left), 0.001))
     try:
         return wire.answer(operation, getattr(driver, operation)(*arguments))
     except DriverError as error:

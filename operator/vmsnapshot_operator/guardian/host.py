@@ -32,6 +32,7 @@ class Host:
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._unreadable: dict[str, str] = {}
+        self._why = ""
 
     def start(self) -> None:
         """Begin to follow."""
@@ -47,15 +48,15 @@ class Host:
             else:
                 if not self.answers:
                     say("following", uri=self.uri)
-                self.answers = True
+                self.answers, self._why = True, ""
                 self._seen(self.uri, found)
             self._wake.wait(POLL_SECONDS)
             self._wake.clear()
 
     def _lost(self, why: str) -> None:
-        if self.answers or self._connection is None:
+        if why != self._why:  # a host that was taken away for good would be told of each second
             say("libvirt does not answer", uri=self.uri, why=why)
-        self.answers = False
+        self.answers, self._why = False, why
         self._replace(None)
 
     def _replace(self, connection: tuple[libvirt.virConnect, int] | None) -> None:

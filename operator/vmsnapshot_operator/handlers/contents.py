@@ -171,6 +171,12 @@ class Contents:
         turn = self._turns.setdefault(tuple(sorted(seen.record.groups)), asyncio.Semaphore(1))
         try:
             async with turn:
+                # The wait for its turn may have been long: another one's storage hung, and a person may have chosen otherwise.
+                known = self._known.get(name)
+                again, fresh = await self._look(name, known) if known is not None else (None, None)
+                if again is None or fresh is None:
+                    return
+                body, seen = again, fresh
                 while self._world.leadership.is_leader():
                     decision = unbound.decide(seen)
                     await self._tell(body, decision)

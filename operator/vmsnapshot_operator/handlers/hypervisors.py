@@ -103,15 +103,31 @@ class Hypervisors:
             await client.reach()
             self._live[name] = replace(live, access=spec.access, overlay=spec.overlay, problem="")
             swept = await self.sweep(body, client, world)
-            about = {**await client.about(), "guardianLayers": await _layers(client, world)}
-            await _report(body, world, about, swept, None)
-        except (HypervisorError, RefusedError) as error:
+            guardians = await _layers(client, world)
+            world.metrics.guardian(answers=guardians is not None, hypervisor=name)
+            about = {**await client.about(), "guardianLayers": guardians}
+            world.metrics.hypervisor_answers(answers=not client.problems, hypervisor=name)
+            await _report(body, world, about, swept, None, client.problems)
+        except (HypervisorError, RefusedError, KubeError) as error:
             before = self._live.get(name)
             # Connections mend themselves, with their own back-off: another one for each try would leave a thread in each.
+            client_before = before.client if before is not None else None
             self._live[name] = replace(before or LiveHypervisor(name=name), problem=error.message)
-            await _report(body, world, None, Swept(), error)
+            world.metrics.hypervisor_answers(answers=False, hypervisor=name)
+            swept = (
+                await self._sweep_all_the_same(body, client_before, world) if isinstance(error, KubeError) else Swept()
+            )
+            await _report(body, world, None, swept, error, {})
             return RETRY_EVERY
         return RETRY_EVERY if swept.held or not world.leadership.is_leader() else LOOK_EVERY
+
+    async def _sweep_all_the_same(self, body: Mapping[str, Any], client: Hypervisor | None, world: World) -> Swept:
+        """Sweep by the connection that stands: a Secret that was deleted must leave no VM held."""
+        try:
+            return await self.sweep(body, client, world) if client is not None else Swept()
+        except HypervisorError as error:
+            log.warning("hypervisor %s was not swept: %s", body["metadata"]["name"], error.message)
+            return Swept()
 
     async def _credentials(self, name: str, secret_name: str, world: World) -> Mapping[str, str]:
         """Read the Secret; those that a connection was made with do while the API server does not answer.
@@ -167,6 +183,8 @@ class Hypervisors:
         overlays = [s.ref.name for s, _ in rulings if s.journal is not None and self._overlay(s.journal, world)]
         world.metrics.frozen_vms(len(held), hypervisor=name)
         world.metrics.strange_journals(len(left), hypervisor=name)
+        ours = [s for s in sightings if s.journal is not None and s.journal.installation == world.installation]
+        world.metrics.journals(len(ours), overlays=len(overlays), hypervisor=name)
         for domain, why in sorted(left.items()):
             if self._told.get((name, domain)) != why:
                 log.warning("hypervisor %s: domain %s: %s", name, domain, why)
@@ -277,6 +295,7 @@ async def _report(
     about: Mapping[str, Any] | None,
     swept: Swept,
     error: SnapshotError | None,
+    problems: Mapping[str, str],
 ) -> None:
     """Write status if there is news. Only the leader does: instances that see different things would write in turn."""
     if not world.leadership.is_leader():
@@ -284,7 +303,7 @@ async def _report(
     generation = body["metadata"].get("generation", 0)
     ready = error is None
     reason = "Ready" if error is None else error.reason
-    parts = ["all endpoints answer" if error is None else error.message]
+    parts = [error.message] if error is not None else sorted(problems.values()) or ["all endpoints answer"]
     if swept.held:
         parts.append(f"still held by us: {', '.join(swept.held)}")
     parts += [f"domain {domain}: {why}" for domain, why in sorted(swept.left.items())]

@@ -11,6 +11,7 @@ import os
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,11 +25,13 @@ from vmsnapshot_operator.handlers.orphans import Known, OrphanScan
 from vmsnapshot_operator.handlers.queue import WorkQueue
 from vmsnapshot_operator.handlers.reconcile import Reconciler
 from vmsnapshot_operator.handlers.restores import Restores
-from vmsnapshot_operator.hypervisors.calls import threads_running
+from vmsnapshot_operator.handlers.unfinished import Doing, Unfinished
+from vmsnapshot_operator.hypervisors.calls import left_behind
 from vmsnapshot_operator.hypervisors.guardian_link import GuardianLink
 from vmsnapshot_operator.kube.cluster import Cluster
 from vmsnapshot_operator.kube.events import Events
 from vmsnapshot_operator.kube.lease import Leadership
+from vmsnapshot_operator.quiesce import base as quiesce
 from vmsnapshot_operator.strategies import registry
 from vmsnapshot_operator.strategies.world import World
 from vmsnapshot_operator.telemetry import logs
@@ -84,6 +87,7 @@ class Operator:
         self._classes: Classes | None = None
         self._contents: Contents | None = None
         self._hypervisors = Hypervisors()
+        self._unfinished = Unfinished()
         self.heartbeats = Heartbeats()
 
     async def start(self) -> None:
@@ -120,6 +124,7 @@ class Operator:
             wake=lambda n: self._add(Key(CONTENTS, "", n, "")),
         )
         self._world.strategies = registry.load(self._world)
+        await asyncio.to_thread(quiesce.load)
         self._reconciler = Reconciler(self._world, lambda ns, n, uid: self._add(Key(SNAPSHOTS, ns, n, uid)))
         self._restores = Restores(self._world, lambda ns, n, uid: self._add(Key(RESTORES, ns, n, uid)))
         # Ended after the reconciler, whose windows need the lease to the last.
@@ -130,7 +135,10 @@ class Operator:
         self._queue = WorkQueue(self._work, workers=WORKERS, resync=self._all)
         metrics.watch_queue(lambda: self._queue.depth if self._queue is not None else 0)
         metrics.watch_leadership(leadership.is_leader)
-        metrics.watch_threads(threads_running)
+        metrics.watch_left_behind(left_behind)
+        metrics.watch_unfinished(
+            {doing: partial(self._oldest, doing) for doing in Doing}, leftovers=self._unfinished.leftovers
+        )
         scan = OrphanScan(
             self._world, self._classes, known=self._known, proven=self._hypervisors.proven, told=self._look_at_class
         )
@@ -164,6 +172,7 @@ class Operator:
             (self._restoring.discard if gone else self._restoring.add)(key)
         elif kind == SNAPSHOTS:
             (self._snapshots.discard if gone else self._snapshots.add)(key)
+            (self._unfinished.gone(key.uid) if gone else self._unfinished.seen(body))
             if gone:
                 self._add(Key(CONTENTS, "", content_name(key.uid), ""))
         elif gone:
@@ -184,6 +193,9 @@ class Operator:
     def _known(self) -> Known:
         kept = self._contents.kept() if self._contents is not None else ()
         return Known(contents=kept, snapshots=frozenset(k.uid for k in (*self._snapshots, *self._restoring)))
+
+    def _oldest(self, doing: Doing) -> float:
+        return self._unfinished.oldest(doing, self._world.now()) if self._world is not None else 0.0
 
     def _look_at_class(self, name: str) -> None:
         if (body := self._bodies.get((CLASSES, name))) is not None:

@@ -53,11 +53,17 @@ _RETRYABLE = frozenset({libvirt.VIR_ERR_OPERATION_TIMEOUT, libvirt.VIR_ERR_SYSTE
 
 _lock = threading.Lock()
 _running = 0
+_left = 0
 
 
 def threads_running() -> int:
     """Number of calls of this process that have not returned, those left behind included."""
     return _running
+
+
+def left_behind() -> int:
+    """Number of calls of this process that nobody waits for any more and that have not returned."""
+    return _left
 
 
 def sanitised(text: str) -> str:
@@ -78,6 +84,27 @@ def translate(error: libvirt.libvirtError, what: str) -> HypervisorError:
     if code in _UNREACHABLE or error.get_error_domain() == libvirt.VIR_FROM_RPC:
         return HypervisorUnreachableError(text)
     return HypervisorError(text, retryable=code in _RETRYABLE)
+
+
+class _Call:
+    """One call, as its thread and the one who waits for it leave it: counted while the thread alone is there."""
+
+    def __init__(self) -> None:
+        self._returned = self._left = False
+
+    def returned(self) -> None:
+        """Its thread is at its end."""
+        global _left  # noqa: PLW0603 - a process-wide count
+        with _lock:
+            self._returned = True
+            _left -= self._left
+
+    def abandoned(self) -> None:
+        """Nobody waits for it any more."""
+        global _left  # noqa: PLW0603 - a process-wide count
+        with _lock:
+            self._left = not self._returned
+            _left += self._left
 
 
 class Calls:
@@ -102,6 +129,7 @@ class Calls:
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
+        call = _Call()
 
         def deliver(result: T | None, error: BaseException | None) -> None:
             if future.done():
@@ -120,6 +148,7 @@ class Calls:
                 failure = translate(error, what)
             except BaseException as error:  # noqa: BLE001 - handed to the one who waits
                 failure = error
+            call.returned()
             self._add(-1)
             with contextlib.suppress(RuntimeError):  # the loop has ended: nobody waits any more
                 loop.call_soon_threadsafe(deliver, result, failure)
@@ -134,6 +163,8 @@ class Calls:
             return await asyncio.wait_for(future, timeout)
         except TimeoutError:
             raise CallTimeoutError(f"{what}: no answer within {timeout:g} s") from None
+        finally:
+            call.abandoned()
 
     def _add(self, number: int) -> None:
         global _running  # noqa: PLW0603 - a process-wide count

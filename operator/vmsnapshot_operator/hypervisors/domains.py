@@ -31,7 +31,7 @@ from vmsnapshot_operator.hypervisors.connection import Connection, Lane
 from vmsnapshot_operator.hypervisors.events import EventHub, EventWatch
 from vmsnapshot_operator.hypervisors.overlays import Overlays
 from vmsnapshot_operator.hypervisors.uri import compose
-from vmsnapshot_operator.hypervisors.window import ACT_TIMEOUT, DomainWindow, Handles, Outstanding
+from vmsnapshot_operator.hypervisors.window import ACT_TIMEOUT, DomainWindow, Handles, Outstanding, Permit, always
 
 __all__ = ["DomainWindow", "EventWatch", "Hypervisor", "Ref", "Sighting"]
 
@@ -244,9 +244,12 @@ class Hypervisor:
         except UnreadableJournalError as error:
             raise HypervisorError(f"domain {ref.name}: {error}", reason="JournalUnreadable", retryable=True) from error
 
-    async def write_journal(self, ref: Ref, journal: Journal) -> None:
-        """Write the journal and read it back. Raises ForeignJournalError if another one is there."""
-        await self._at(ref, f"journal of {ref.name}", lambda domain: journals.write(domain, journal))
+    async def write_journal(self, ref: Ref, journal: Journal, permit: Permit = always) -> None:
+        """Write the journal and read it back.
+
+        Raises ForeignJournalError if another one is there, and NotPermittedError if `permit` says no: then nothing was written.
+        """
+        await self._at(ref, f"journal of {ref.name}", lambda domain: journals.write(domain, journal, permit))
 
     async def update_journal(self, ref: Ref, journal: Journal) -> bool:
         """Have the journal with this nonce say something else; False if it is not there any more."""

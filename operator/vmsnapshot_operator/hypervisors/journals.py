@@ -5,14 +5,14 @@ Not what it says (`core.journal`) nor when it is written (`strategies`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import libvirt
 
 from vmsnapshot_operator.core import journal as journals
 from vmsnapshot_operator.core.journal import Journal, UnreadableJournalError
-from vmsnapshot_operator.errors import ForeignJournalError
+from vmsnapshot_operator.errors import ForeignJournalError, NotPermittedError
 
 _ELEMENT = libvirt.VIR_DOMAIN_METADATA_ELEMENT
 _LIVE, _CONFIG = libvirt.VIR_DOMAIN_AFFECT_LIVE, libvirt.VIR_DOMAIN_AFFECT_CONFIG
@@ -28,8 +28,12 @@ def read(domain: Any) -> Journal | None:
     return None
 
 
-def write(domain: Any, journal: Journal) -> None:
-    """Write a journal and read it back. Raises ForeignJournalError if another one is there, then or at once after."""
+def write(domain: Any, journal: Journal, permit: Callable[[], str]) -> None:
+    """Write a journal and read it back. Raises ForeignJournalError if another one is there, then or at once after.
+
+    `permit` is asked right before: why it may not be written any more, or nothing. Raises NotPermittedError: a process that was
+    stopped since it looked would write over the journal of the one who took over.
+    """
     try:
         there = read(domain)
     except UnreadableJournalError as error:
@@ -39,6 +43,8 @@ def write(domain: Any, journal: Journal) -> None:
             f"domain {domain.name()} is held by installation {there.installation}, object {there.owner_uid}"
         )
     places = _places(domain)
+    if why := permit():
+        raise NotPermittedError(f"the journal of domain {domain.name()} was not written: {why}")
     domain.setMetadata(_ELEMENT, journals.to_xml(journal), journals.PREFIX, journals.NAMESPACE, sum(places))
     for place in places:
         text = _text(domain, place)
@@ -59,6 +65,19 @@ def update(domain: Any, journal: Journal) -> bool:
             domain.setMetadata(_ELEMENT, journals.to_xml(journal), journals.PREFIX, journals.NAMESPACE, place)
             found = True
     return found
+
+
+def another(domain: Any, nonce: str) -> Journal | None:
+    """Return the journal that a running domain bears if it can be read and is another than this one.
+
+    Never raises: who cannot see whose it is frees the VM, which harms a snapshot at most.
+    """
+    try:
+        text = _text(domain, _LIVE)
+    except libvirt.libvirtError:
+        return None
+    there = _or_none(text) if text is not None else None
+    return there if there is not None and there.nonce != nonce else None
 
 
 def clear(domain: Any, nonce: str) -> None:

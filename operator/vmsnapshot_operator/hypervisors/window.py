@@ -9,14 +9,22 @@ import asyncio
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from enum import Enum, auto
 from typing import Any, NamedTuple, TypeVar
 
 import libvirt
 
 from vmsnapshot_operator.core.machine import AgentState, PowerState
 from vmsnapshot_operator.core.volumes import Seconds
-from vmsnapshot_operator.errors import AgentError, CallTimeoutError, DomainGoneError, HypervisorError, NotPermittedError
-from vmsnapshot_operator.hypervisors import agent, description, domain_xml, overlays
+from vmsnapshot_operator.errors import (
+    AgentError,
+    CallTimeoutError,
+    DomainGoneError,
+    ForeignJournalError,
+    HypervisorError,
+    NotPermittedError,
+)
+from vmsnapshot_operator.hypervisors import agent, description, domain_xml, journals, overlays
 from vmsnapshot_operator.hypervisors.calls import Calls
 
 ACT_TIMEOUT = Seconds(10.0)
@@ -29,8 +37,30 @@ _SWITCH = (
     | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA
     | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_REUSE_EXT
 )
+_BY_A_CALL = frozenset({libvirt.VIR_DOMAIN_PAUSED_USER, libvirt.VIR_DOMAIN_PAUSED_UNKNOWN})
+"""A pause like ours; a libvirtd that was restarted may have forgotten why, and our journal says that it was us."""
+_BY_A_JOB = frozenset(
+    {
+        libvirt.VIR_DOMAIN_PAUSED_MIGRATION,
+        libvirt.VIR_DOMAIN_PAUSED_POSTCOPY,
+        libvirt.VIR_DOMAIN_PAUSED_SAVE,
+        libvirt.VIR_DOMAIN_PAUSED_DUMP,
+        libvirt.VIR_DOMAIN_PAUSED_SNAPSHOT,
+        libvirt.VIR_DOMAIN_PAUSED_STARTING_UP,
+    }
+)
+"""libvirt holds the VM for something of its own, after which it may be found paused by us again."""
 
 T = TypeVar("T")
+
+
+class Resume(Enum):
+    """What became of a resume."""
+
+    DONE = auto()
+    LATER = auto()
+    NOT_OURS = auto()
+
 
 Permit = Callable[[], str]
 """Asked in the very thread that is about to hold a VM, right before it does: why it may not any more, or nothing. A process
@@ -129,12 +159,17 @@ class DomainWindow:
         finally:
             here.freezes.release()
 
-    async def thaw(self, timeout: Seconds) -> int:  # noqa: ASYNC109 - given to libvirt
-        """Thaw everything; return how many file systems were. What does not run holds nothing, hence 0."""
+    async def thaw(self, timeout: Seconds, ours: str = "") -> int:  # noqa: ASYNC109 - given to libvirt
+        """Thaw everything; return how many file systems were. What does not run holds nothing, hence 0.
+
+        `ours`: the nonce of the journal under which it was frozen, from one who may come late. Raises ForeignJournalError, and
+        nothing is sent, if the VM bears another one: whoever wrote that has seen the VM free, and holds it himself by now.
+        """
         self._releases += 1
         seconds = max(1, int(timeout))
 
         def run(domain: Any) -> int:
+            self._must_be(ours, domain)
             domain.agentSetResponseTimeout(seconds, 0)
             return int(domain.fsThaw(None, 0))
 
@@ -153,9 +188,9 @@ class DomainWindow:
                 raise DomainGoneError(f"domain {self._name} does not run here")
             return state
 
-        self._wait_for_ours("freeze")
+        self.must_have_returned("freeze")
         state = await self._free("freeze state", run, Seconds(seconds + GRACE), nothing=AgentState.THAWED)
-        self._wait_for_ours("freeze")
+        self.must_have_returned("freeze")
         return state
 
     async def prepare_switch(self, targets: Mapping[str, str]) -> str:
@@ -184,7 +219,11 @@ class DomainWindow:
         await here.calls.act(f"switch of {self._name} to overlays", run, timeout=timeout)
 
     async def pause(self, permit: Permit = always) -> None:
-        """Pause the VM. After any error it may still happen later: resume. Raises NotPermittedError as `freeze` does."""
+        """Pause the VM. After any error it may still happen later: resume.
+
+        Raises NotPermittedError as `freeze` does, and for a VM that somebody has paused already: it would be resumed afterwards,
+        and they did not ask for that.
+        """
         here, releases = self._known(), self._releases
 
         def run() -> None:
@@ -193,14 +232,32 @@ class DomainWindow:
                     raise HypervisorError("the pause was given up before it was sent")
                 if why := permit():
                     raise NotPermittedError(f"domain {self._name} was not paused: {why}")
+                if description.power_of(here.holding)[0] is PowerState.PAUSED:
+                    text = f"domain {self._name} was paused by somebody else meanwhile"
+                    raise NotPermittedError(text, reason="VMPaused")
                 here.holding.suspend()
 
         await here.calls.act(f"pause of {self._name}", run, timeout=ACT_TIMEOUT)
 
-    async def resume(self) -> None:
-        """Resume the VM."""
+    async def resume(self, ours: str = "") -> Resume:
+        """Resume the VM if it is paused as we pause. `ours` and ForeignJournalError: as for `thaw`.
+
+        LATER: libvirt itself holds it for a moment. NOT_OURS: it is paused for another reason (an error of its storage, say), hence
+        it has gone on since we paused it.
+        """
         self._releases += 1
-        await self._free("resume", lambda domain: domain.resume(), ACT_TIMEOUT, nothing=None)
+
+        def run(domain: Any) -> Resume:
+            self._must_be(ours, domain)
+            power, reason = description.power_of(domain)
+            if power is PowerState.PAUSED and reason in _BY_A_JOB:
+                return Resume.LATER
+            if power is PowerState.PAUSED and reason not in _BY_A_CALL:
+                return Resume.NOT_OURS
+            domain.resume()
+            return Resume.DONE
+
+        return await self._free("resume", run, ACT_TIMEOUT, nothing=Resume.DONE)
 
     async def state(self) -> PowerState:
         """Return the VM's power state; SHUT_OFF if it is gone.
@@ -214,9 +271,9 @@ class DomainWindow:
                 raise DomainGoneError(f"domain {self._name} does not run here")
             return power
 
-        self._wait_for_ours("pause")
+        self.must_have_returned("pause")
         power = await self._free("state", run, ACT_TIMEOUT, nothing=PowerState.SHUT_OFF)
-        self._wait_for_ours("pause")
+        self.must_have_returned("pause")
         return power
 
     async def _free(self, what: str, act: Callable[[Any], T], timeout: Seconds, *, nothing: T) -> T:  # noqa: ASYNC109 - handed on
@@ -224,8 +281,8 @@ class DomainWindow:
         before = self._known()
         try:
             return await before.calls.act(f"{what} of {self._name}", act, before.freeing, timeout=timeout)
-        except (AgentError, CallTimeoutError):
-            raise  # it is there, and does not answer
+        except (AgentError, CallTimeoutError, ForeignJournalError):
+            raise  # it is there
         except HypervisorError as error:
             try:
                 now = await self._look_up(self)
@@ -238,12 +295,20 @@ class DomainWindow:
             self._handles = now
             return await now.calls.act(f"{what} of {self._name}", act, now.freeing, timeout=timeout)
 
+    def _must_be(self, ours: str, domain: Any) -> None:
+        """In the very thread that is about to free it: raise ForeignJournalError if another one's journal is in it by now."""
+        if ours and (other := journals.another(domain, ours)) is not None:
+            raise ForeignJournalError(
+                f"domain {self._name} is held by attempt {other.attempt} of {other.owner_uid} by now, which frees it itself"
+            )
+
     def _known(self) -> Handles:
         if self._handles is None:
             raise HypervisorError(f"domain {self._name}: the window was not opened")
         return self._handles
 
-    def _wait_for_ours(self, what: str) -> None:
+    def must_have_returned(self, what: str) -> None:
+        """Raise HypervisorError while a call of ours that holds the VM has not returned: it may come after any answer."""
         if self._outstanding.any(self.uuid):
             text = f"domain {self._name}: a {what} of ours has not returned, so it may still come"
             raise HypervisorError(text, retryable=True)

@@ -175,7 +175,8 @@ class Client:
         answer = await api.call_api(
             method, url, headers, body, _request_timeout=aiohttp.ClientTimeout(total=None, sock_connect=REQUEST_TIMEOUT)
         )
-        self.clock.note(answer.getheader("Date"))
+        if answer.status < _SERVER_ERROR:  # else it may be a proxy's own answer, by its own clock
+            self.clock.note(answer.getheader("Date"))
         return int(answer.status), await answer.read()
 
     async def _renew(self) -> None:

@@ -76,7 +76,10 @@ def boottime() -> float:
 
 
 class Leadership:
-    """One instance's share in the lease. `run` is its only writer; `is_leader` may be asked at any moment."""
+    """One instance's share in the lease. `run` is its only writer; `is_leader` may be asked at any moment.
+
+    `term`: how often this instance has come to hold it. Between two terms somebody else may have acted.
+    """
 
     def __init__(
         self,
@@ -97,6 +100,7 @@ class Leadership:
         self._promises: dict[object, float] = {}
         self._turn = asyncio.Lock()
         self._trouble = ""
+        self.term = 0
 
     def is_leader(self, margin_seconds: float = 0.0) -> bool:
         """Tell whether nobody else can hold the lease for at least `margin_seconds` from now."""
@@ -170,6 +174,8 @@ class Leadership:
         else:
             self._lease = await self._cluster.client.request("PUT", self._path, body)
         self._valid_until = sent + duration
+        if step is not Step.RENEW:
+            self.term += 1
 
     def _held(self) -> bool:
         return ((self._lease or {}).get("spec") or {}).get("holderIdentity") == self._identity

@@ -337,6 +337,9 @@ def _delete(seen: Observation) -> Decision:
             return _say(seen, Amend(), "Deleting")
         return _say(seen, Forget(), "Deleting", "deletionPolicy Retain: the VMSnapshotContent and the storage keep it")
     if (left := _roll_back(seen, "")) is not None:
+        if isinstance(left.effect, RollBack) and record is not None and record.taken:
+            # Written down first: once a part of it is gone, a deletionPolicy that is changed now can keep the rest no more.
+            return _say(seen, Fail(Failure(reason="Deleting", message="what it holds is being deleted")), "Deleting")
         return left
     if why := _in_the_way(seen):
         return _say(seen, Wait(_LATER), "OverlayInUse", why)

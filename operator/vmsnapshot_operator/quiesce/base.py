@@ -6,6 +6,7 @@ Not: which way is taken (`plan.quiescing`), who may hold a VM (`strategies.windo
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -46,8 +47,12 @@ class Context:
 QuiescerFactory = Callable[[Context], Quiescer]
 
 
+@functools.cache
 def find(method: str) -> QuiescerFactory:
-    """Return the quiesce method of this name; raises QuiesceError if it is not installed."""
+    """Return the quiesce method of this name; raises QuiesceError if it is not installed.
+
+    The first look reads the metadata of all that is installed, some 10 ms: `load` does it before anything is held.
+    """
     for point in entry_points(group=ENTRY_POINTS, name=method):
         factory: QuiescerFactory = point.load()
         return factory
@@ -55,6 +60,15 @@ def find(method: str) -> QuiescerFactory:
     raise QuiesceError(
         f'quiesce method "{method}" is not installed; installed are {known}', reason="QuiesceMethodUnknown"
     )
+
+
+def load() -> None:
+    """Find every installed method, so that no window waits for it. Blocking. One that does not load is logged and left out."""
+    for point in entry_points(group=ENTRY_POINTS):
+        try:
+            find(point.name)
+        except Exception:  # importing foreign code may raise anything
+            log.exception("quiesce method %s (%s) does not load", point.name, point.value)
 
 
 def clock() -> Seconds:
@@ -95,6 +109,12 @@ class OpenWindow:
         self.free = True
         asked = self.asked if self.asked is not None else clock()
         self.evidence = replace(self.evidence, thawed_time=wall(), frozen_milliseconds=round((clock() - asked) * 1000))
+
+    def superseded(self, why: str) -> None:
+        """Note that somebody else found the VM free and holds it by now: it is theirs to free, and ours no more."""
+        self.learn(freed_by_other=True)
+        self.note(why)
+        self.ended()
 
     def learn(self, **facts: object) -> None:
         """Add facts to the evidence."""

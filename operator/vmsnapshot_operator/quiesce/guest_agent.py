@@ -17,7 +17,13 @@ from vmsnapshot_operator.core.machine import AgentState
 from vmsnapshot_operator.core.planning import Method
 from vmsnapshot_operator.core.steps import Step, step
 from vmsnapshot_operator.core.volumes import Seconds
-from vmsnapshot_operator.errors import DomainGoneError, HypervisorError, NotPermittedError, QuiesceError
+from vmsnapshot_operator.errors import (
+    DomainGoneError,
+    ForeignJournalError,
+    HypervisorError,
+    NotPermittedError,
+    QuiesceError,
+)
 from vmsnapshot_operator.hypervisors.domains import DomainWindow
 from vmsnapshot_operator.quiesce.base import RELEASE_PATIENCE, Context, OpenWindow, insist, undisturbed
 
@@ -60,7 +66,7 @@ class GuestAgentQuiescer:
                 raise
             window.ending()
             window.note(f"freeze: {error.message}")
-            await undisturbed(thaw(self._context, domain, window))
+            await undisturbed(thaw(self._context, domain, window, journal))
             raise QuiesceError(
                 f"the guest's file systems could not be frozen: {error.message}",
                 reason="FreezeFailed",
@@ -73,19 +79,19 @@ class GuestAgentQuiescer:
 
     async def let_go(self, journal: Journal) -> Journal | None:
         """Thaw until the agent says `thawed`."""
-        await let_thaw(self._context, journal.method)
+        await let_thaw(self._context, journal)
         return None
 
     async def _free_as_step(self, domain: DomainWindow, window: OpenWindow, journal: Journal) -> None:
         async with step(Step.WINDOW_FREE, journal.owner_uid):
-            await thaw(self._context, domain, window)
+            await thaw(self._context, domain, window, journal)
 
 
-async def let_thaw(context: Context, method: str) -> None:
-    """Free a guest that may be frozen, by whomever; raises QuiesceError while nobody can say that it is thawed."""
+async def let_thaw(context: Context, journal: Journal) -> None:
+    """Free a guest that a journal says may be frozen; raises QuiesceError while nobody can say that it is thawed."""
     domain = await context.hypervisor.window(context.ref)
-    window = OpenWindow(Evidence(method=method))
-    await undisturbed(thaw(context, domain, window))
+    window = OpenWindow(Evidence(method=journal.method))
+    await undisturbed(thaw(context, domain, window, journal, late=True))
     if not window.free:
         raise QuiesceError(
             f"domain {context.ref.name} could not be thawed yet: its agent does not answer; trying again",
@@ -94,17 +100,27 @@ async def let_thaw(context: Context, method: str) -> None:
         )
 
 
-async def thaw(context: Context, domain: DomainWindow, window: OpenWindow) -> None:
-    """Thaw until the agent says `thawed`, or for RELEASE_PATIENCE; what it counted goes into the window's evidence."""
+async def thaw(
+    context: Context, domain: DomainWindow, window: OpenWindow, journal: Journal, *, late: bool = False
+) -> None:
+    """Thaw until the agent says `thawed`, or for RELEASE_PATIENCE; what it counted goes into the window's evidence.
+
+    `late`, or once nothing may be done any more: another one may hold the VM by now, who must not be disturbed.
+    """
     counted = False
 
     async def attempt() -> bool:
         nonlocal counted
         thawed = 0
+        ours = journal.nonce if late or context.permit() else ""
         try:
-            thawed = await domain.thaw(timeout=THAW_TIMEOUT)
+            thawed = await domain.thaw(timeout=THAW_TIMEOUT, ours=ours)
         except DomainGoneError:
             raise
+        except ForeignJournalError as error:
+            domain.must_have_returned("freeze")
+            window.superseded(error.message)
+            return True
         except HypervisorError as error:
             # A hook that fails at thaw makes it raise though it thawed: only the state tells. The count is lost.
             log.warning("thaw of domain %s: %s", context.ref.name, error.message)

@@ -52,7 +52,7 @@ class HypervisorSnapshotQuiescer:
 
     async def let_go(self, journal: Journal) -> Journal | None:
         """Thaw until the agent says `thawed`; what may be left of the switch is told by the journal from then on."""
-        await let_thaw(self._context, journal.method)
+        await let_thaw(self._context, journal)
         return replace(journal, phase=Phase.OVERLAID)
 
     async def _switch(self, domain: DomainWindow, window: OpenWindow, journal: Journal, plan: Plan) -> None:
@@ -113,7 +113,7 @@ class HypervisorSnapshotQuiescer:
             window.ended()
             return
         async with step(Step.WINDOW_FREE, journal.owner_uid):
-            await thaw(self._context, domain, window)
+            await thaw(self._context, domain, window, journal)
 
     async def _tell(self, window: OpenWindow, journal: Journal, plan: Plan) -> None:
         """Write into the VM's metadata that it goes on, on overlays, and what betrays a change of the bases."""

@@ -10,8 +10,9 @@ from vmsnapshot_operator.core.journal import Journal
 from vmsnapshot_operator.core.machine import PowerState
 from vmsnapshot_operator.core.planning import Method
 from vmsnapshot_operator.core.steps import Step, step
-from vmsnapshot_operator.errors import HypervisorError, NotPermittedError, QuiesceError
+from vmsnapshot_operator.errors import ForeignJournalError, HypervisorError, NotPermittedError, QuiesceError
 from vmsnapshot_operator.hypervisors.domains import DomainWindow
+from vmsnapshot_operator.hypervisors.window import Resume
 from vmsnapshot_operator.quiesce.base import RELEASE_PATIENCE, Context, OpenWindow, insist, undisturbed
 
 
@@ -40,7 +41,7 @@ class PauseQuiescer:
                 if window.evidence.still_from is not None:
                     raise
                 window.ending()
-                await undisturbed(self._free(domain, window))
+                await undisturbed(self._free(domain, window, journal))
                 raise QuiesceError(
                     f"the VM could not be paused: {error.message}", reason="PauseFailed", free=window.free
                 ) from error
@@ -51,11 +52,14 @@ class PauseQuiescer:
                         window.learn(freed_by_other=True)
                     await undisturbed(self._free_as_step(domain, window, journal))
 
-    async def let_go(self, journal: Journal) -> Journal | None:  # noqa: ARG002 - the protocol's signature
-        """Resume the VM if it is paused."""
+    async def let_go(self, journal: Journal) -> Journal | None:
+        """Resume the VM if it is paused as we pause.
+
+        A person who has paused it since looks the same to libvirt; it is resumed then, as its journal says: better than held.
+        """
         domain = await self._context.hypervisor.window(self._context.ref)
         window = OpenWindow(Evidence(method=Method.PAUSE))
-        await undisturbed(self._free(domain, window))
+        await undisturbed(self._free(domain, window, journal, late=True))
         if not window.free:
             raise QuiesceError(
                 f"domain {self._context.ref.name} could not be resumed yet; trying again",
@@ -66,15 +70,24 @@ class PauseQuiescer:
 
     async def _free_as_step(self, domain: DomainWindow, window: OpenWindow, journal: Journal) -> None:
         async with step(Step.WINDOW_FREE, journal.owner_uid):
-            await self._free(domain, window)
+            await self._free(domain, window, journal)
 
-    async def _free(self, domain: DomainWindow, window: OpenWindow) -> None:
+    async def _free(self, domain: DomainWindow, window: OpenWindow, journal: Journal, *, late: bool = False) -> None:
+        """Resume. `late`, or once nothing may be done any more: another one may hold the VM by now, who must not be disturbed."""
+
         async def attempt() -> bool:
-            if await domain.state() is not PowerState.PAUSED:
-                if window.evidence.still_from is not None and not window.free:
-                    window.learn(freed_by_other=True)
-            else:
-                await domain.resume()
+            ours = journal.nonce if late or self._context.permit() else ""
+            try:
+                paused = await domain.state() is PowerState.PAUSED
+                done = await domain.resume(ours) if paused else Resume.NOT_OURS
+            except ForeignJournalError as error:
+                domain.must_have_returned("pause")
+                window.superseded(error.message)
+                return True
+            if done is Resume.LATER:
+                return False
+            if done is Resume.NOT_OURS and window.evidence.still_from is not None and not window.free:
+                window.learn(freed_by_other=True)
             window.ended()
             return True
 

@@ -55,6 +55,7 @@ async def gather(world: World, body: Mapping[str, Any]) -> Observation:
     """
     request = distill.request(body)
     memory = world.memory(request.uid)
+    await memory.enter(world.leadership.term)
     deleting = bool(body["metadata"].get("deletionTimestamp"))
     finalizer = FINALIZER in (body["metadata"].get("finalizers") or ())
     record = await _record(world, request)

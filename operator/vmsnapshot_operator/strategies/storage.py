@@ -47,6 +47,7 @@ from vmsnapshot_operator.errors import (
     DriverError,
     DriverUnavailableError,
     HypervisorError,
+    NotPermittedError,
     SnapshotError,
 )
 from vmsnapshot_operator.kube import contents
@@ -218,13 +219,26 @@ class StorageStrategy:
                 slots[name] = await stack.enter_async_context(host.reserve(timeout=RESERVE_TIMEOUT))
             async with asyncio.TaskGroup() as tasks:
                 for name, request in effect.requests.items():
-                    tasks.create_task(_let_prepare(slots[name], request, name, uid))
+                    tasks.create_task(self._let_prepare(slots[name], request, name, uid))
         except BaseException as error:
             await undisturbed(stack.aclose())
             if isinstance(error, BaseExceptionGroup):
                 raise error.exceptions[0] from error
             raise
         return Prepared(attempt=effect.attempt, slots=slots, stack=stack)
+
+    async def _let_prepare(self, slot: Slot, request: SnapshotRequest, class_name: str, uid: str) -> None:
+        try:
+            async with step(Step.PREPARE_DRIVER, uid, class_name):
+                if not self._world.leadership.is_leader():
+                    # It may have been waited for a process for long: a successor's attempt must not lose its volumes to this one.
+                    raise NotPermittedError("not prepared: another instance may have taken over")
+                await slot.prepare(request)
+        except DriverError as error:
+            disks = ", ".join(v.label for v in request.volumes)
+            raise DriverError(
+                f"disk {disks}: {error.message}", reason=error.reason, retryable=error.retryable
+            ) from error
 
     def _host(self, name: str) -> DriverHost:
         host = self._world.classes.host(name)
@@ -296,7 +310,10 @@ class StorageStrategy:
             async with step(Step.SETTLE_DRIVER, request.uid, group.class_name):
                 await host.wait_ready(group.request, group.result, timeout=Seconds(min(SETTLE_TIMEOUT, max(1.0, left))))
 
-        await asyncio.gather(*(wait(g) for g in groups.values()))
+        # All of them to their end: one that was left to itself would hold a process, and might copy what is deleted meanwhile.
+        results = await asyncio.gather(*(wait(g) for g in groups.values()), return_exceptions=True)
+        if failed := [r for r in results if isinstance(r, BaseException)]:
+            raise min(failed, key=lambda e: getattr(e, "reason", "") != "SnapshotLost")
         if seen.record.needs_base:
             await self._stood_still(seen, seen.record)
         await self._write(replace(seen.record, ready=True, ready_time=self._world.now()), seen, create=False)
@@ -362,8 +379,11 @@ class StorageStrategy:
         memory = self._memory(seen)
         await memory.drop_prepared()
         outcome = memory.outcome or seen.record.outcome
-        await self._write(replace(seen.record, outcome=outcome, failure=effect.failure), seen, create=False)
+        record = replace(seen.record, outcome=outcome, failure=effect.failure, ready=False, ready_time=None)
+        await self._write(record, seen, create=False)
         memory.outcome = memory.broken = None
+        if seen.deleting:
+            return  # nothing failed: what was taken is given up on request
         self._world.metrics.snapshot(consistency="Unknown", outcome="failed")
         await self._world.events.emit(body, "Warning", effect.failure.reason, effect.failure.message)
 
@@ -379,15 +399,6 @@ class StorageStrategy:
             await self._world.cluster.create_content(body)
         else:
             await self._world.cluster.replace_content(body)
-
-
-async def _let_prepare(slot: Slot, request: SnapshotRequest, class_name: str, uid: str) -> None:
-    try:
-        async with step(Step.PREPARE_DRIVER, uid, class_name):
-            await slot.prepare(request)
-    except DriverError as error:
-        disks = ", ".join(v.label for v in request.volumes)
-        raise DriverError(f"disk {disks}: {error.message}", reason=error.reason, retryable=error.retryable) from error
 
 
 def _freed(outcome: WindowOutcome) -> WindowOutcome:

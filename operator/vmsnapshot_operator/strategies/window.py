@@ -51,13 +51,19 @@ UNHURRIED = Seconds(120.0)
 class Limit:
     """Until when this attempt may act. It is one moment for all that it does, and asked again right before each deed.
 
+    `until`: a reading of the clock that all processes of this machine share, and that goes on while they are stopped.
     A process may be stopped between any two steps for longer than every deadline, while another one took over.
     """
 
     def __init__(self, leadership: Leadership, budget: float) -> None:
         self._leadership = leadership
         self.budget = budget
-        self._until = clock() + budget
+        self.until = Seconds(clock() + budget)
+        self._over = False
+
+    def end(self) -> None:
+        """Permit nothing any more: the window was left, whatever call of it has not returned yet."""
+        self._over = True
 
     def again(self, budget: float) -> Limit:
         """The same with another budget, from now on."""
@@ -66,11 +72,13 @@ class Limit:
     @property
     def remaining(self) -> Seconds:
         """Seconds that are left; never negative."""
-        return Seconds(max(0.0, self._until - clock()))
+        return Seconds(max(0.0, self.until - clock()))
 
     def refusal(self) -> str:
         """Why nothing may be done any more, or nothing. May be asked in any thread."""
-        if clock() >= self._until:
+        if self._over:
+            return "the window was over before it was sent"
+        if clock() >= self.until:
             return "the budget was over before it was sent"
         if not self._leadership.is_leader():
             return "another instance may have taken over"
@@ -179,12 +187,13 @@ async def _held(
         guardian = _guardian(world)
         try:
             async with step(Step.WINDOW_JOURNAL, journal.owner_uid):
-                await client.write_journal(ref, journal)
+                await client.write_journal(ref, journal, limit.refusal)
             if journal.holds:
                 async with step(Step.WINDOW_ARM, journal.owner_uid):
                     await guardian.arm(client.uri(ref), ref.uuid, journal.nonce, client.uris)
             yield limit
         finally:
+            limit.end()
             if progress.is_free():
                 await undisturbed(_unhold(guardian, journal, ref, client, rest=progress.has_rest()))
             else:
@@ -250,7 +259,7 @@ async def _cut_all(
                     for name, request in requests.items():
                         cuts.create_task(
                             _cut(
-                                replace(request, timeout=remaining),
+                                request,
                                 name,
                                 slots[name],
                                 progress,
@@ -277,7 +286,7 @@ async def _cut(request: SnapshotRequest, name: str, slot: Slot, progress: _Progr
     try:
         async with step(Step.WINDOW_CUT, uid, name):
             limit.check()
-            result = await slot.cut(request)
+            result = await slot.cut(replace(request, timeout=limit.remaining), until=limit.until)
     except NotPermittedError as error:
         progress.groups[name] = GroupOutcome(class_name=name, reason=error.reason, message=error.message)
         progress.fail(error.reason, error.message, interrupted=True)

@@ -77,7 +77,7 @@ class Prepared:
 
 @dataclass(slots=True)
 class Memory:
-    """What this process remembers of one VMSnapshot between two looks."""
+    """What this process remembers of one VMSnapshot between two looks, while it is the leader (`term`, see `kube.lease`)."""
 
     since: Seconds
     prepared: Prepared | None = None
@@ -88,6 +88,14 @@ class Memory:
     trouble: str = ""
     retry_at: Seconds | None = None
     failures: int = 0
+    term: int = 0
+
+    async def enter(self, term: int) -> None:
+        """Forget what was prepared or taken in an earlier term: the leader of the meantime may have rolled it back."""
+        if term != self.term:
+            await self.drop_prepared()
+            self.outcome = None
+            self.term = term
 
     async def drop_prepared(self) -> None:
         """Give the reserved driver processes back."""
@@ -134,7 +142,11 @@ class World:
 
     def claim(self, domain: str, uid: str) -> bool:
         """Take the one operation that a domain may have; True if it is this object's now."""
-        return self.claims.setdefault(domain, uid) == uid
+        if self.claims.setdefault(domain, uid) != uid:
+            return False
+        for other in [d for d, holder in self.claims.items() if holder == uid and d != domain]:
+            del self.claims[other]  # the VM was defined anew since the last attempt: another UUID
+        return True
 
     def release(self, uid: str) -> None:
         """Give back what `claim` took."""

@@ -43,13 +43,37 @@ class Metrics:
         )
         self._swept = Counter(
             "vmsnapshot_swept_vms_total",
-            "VMs that a sweep found held by us without a living owner, and freed",
+            "VMs that a sweep found with a journal of ours without a living owner, and saw free",
             ("hypervisor",),
             registry=self.registry,
         )
         self._strange_journals = Gauge(
             "vmsnapshot_strange_journals",
             "VMs with a journal that cannot be read or is another installation's; nobody here touches them",
+            ("hypervisor",),
+            registry=self.registry,
+        )
+        self._journals = Gauge(
+            "vmsnapshot_journal_vms",
+            "VMs that bear a journal of this installation: held now, or not yet back on their own disks",
+            ("hypervisor",),
+            registry=self.registry,
+        )
+        self._overlays = Gauge(
+            "vmsnapshot_overlay_vms",
+            "VMs that run on overlays of ours until these are merged back",
+            ("hypervisor",),
+            registry=self.registry,
+        )
+        self._guardian = Gauge(
+            "vmsnapshot_guardian_answers",
+            "1 while a guardian answers that reaches this hypervisor; nothing is frozen there otherwise",
+            ("hypervisor",),
+            registry=self.registry,
+        )
+        self._hypervisor_answers = Gauge(
+            "vmsnapshot_hypervisor_answers",
+            "1 while all endpoints of a hypervisor answer; otherwise VMs there are not swept",
             ("hypervisor",),
             registry=self.registry,
         )
@@ -83,10 +107,21 @@ class Metrics:
             ("consistency", "outcome"),
             registry=self.registry,
         )
+        self._unfinished = Gauge(
+            "vmsnapshot_oldest_unfinished_seconds",
+            "Age of the oldest VMSnapshot that is still being taken, or deleted; 0 if there is none",
+            ("doing",),
+            registry=self.registry,
+        )
+        self._leftovers = Gauge(
+            "vmsnapshot_leftovers",
+            "Names on storage that failed or deleted VMSnapshots left and that are not removed yet, and storage that cannot say",
+            registry=self.registry,
+        )
         self._queue = Gauge("vmsnapshot_queue_depth", "Objects that wait for a worker", registry=self.registry)
-        self._threads = Gauge(
-            "vmsnapshot_hypervisor_threads",
-            "Threads in a call to a hypervisor; one left behind at its deadline counts until the call returns, if ever",
+        self._left_behind = Gauge(
+            "vmsnapshot_hypervisor_calls_left_behind",
+            "Calls to a hypervisor that have not returned although their deadline is over",
             registry=self.registry,
         )
         self._workers = Gauge(
@@ -111,12 +146,25 @@ class Metrics:
         self._frozen_vms.labels(hypervisor).set(count)
 
     def swept(self, *, hypervisor: str) -> None:
-        """A VM that nobody alive held any more was freed."""
+        """A VM that nobody alive held any more is free; a guardian may have freed it before."""
         self._swept.labels(hypervisor).inc()
 
     def strange_journals(self, count: int, *, hypervisor: str) -> None:
         """So many VMs bear a journal that is not ours to act on."""
         self._strange_journals.labels(hypervisor).set(count)
+
+    def journals(self, count: int, *, overlays: int, hypervisor: str) -> None:
+        """So many VMs bear a journal of ours, and so many of them run on overlays."""
+        self._journals.labels(hypervisor).set(count)
+        self._overlays.labels(hypervisor).set(overlays)
+
+    def guardian(self, *, answers: bool, hypervisor: str) -> None:
+        """Whether a guardian answered that reaches a hypervisor."""
+        self._guardian.labels(hypervisor).set(answers)
+
+    def hypervisor_answers(self, *, answers: bool, hypervisor: str) -> None:
+        """Whether all endpoints of a hypervisor answered."""
+        self._hypervisor_answers.labels(hypervisor).set(answers)
 
     def orphans(self, count: int, *, class_name: str) -> None:
         """So many orphans were found at the last scan of a class."""
@@ -153,19 +201,32 @@ class Metrics:
 
     def forget_hypervisor(self, hypervisor: str) -> None:
         """A Hypervisor object is gone, and its series with it."""
-        self._frozen.remove_by_labels({"hypervisor": hypervisor})
-        self._frozen_vms.remove_by_labels({"hypervisor": hypervisor})
-        self._swept.remove_by_labels({"hypervisor": hypervisor})
-        self._strange_journals.remove_by_labels({"hypervisor": hypervisor})
-        self._thaw_failures.remove_by_labels({"hypervisor": hypervisor})
+        for metric in (
+            self._frozen,
+            self._frozen_vms,
+            self._swept,
+            self._strange_journals,
+            self._journals,
+            self._overlays,
+            self._guardian,
+            self._hypervisor_answers,
+            self._thaw_failures,
+        ):
+            metric.remove_by_labels({"hypervisor": hypervisor})
 
     def watch_queue(self, depth: Callable[[], int]) -> None:
         """Ask this function for the depth of the queue at each scrape."""
         self._queue.set_function(depth)
 
-    def watch_threads(self, running: Callable[[], int]) -> None:
-        """Ask this function at each scrape for the number of threads in a call to a hypervisor."""
-        self._threads.set_function(running)
+    def watch_unfinished(self, oldest: Mapping[str, Callable[[], float]], leftovers: Callable[[], int]) -> None:
+        """Ask at each scrape, for each thing that may be under way, the age of the oldest; and the number of leftovers."""
+        for doing, age in oldest.items():
+            self._unfinished.labels(doing).set_function(age)
+        self._leftovers.set_function(leftovers)
+
+    def watch_left_behind(self, calls: Callable[[], int]) -> None:
+        """Ask this function at each scrape for the number of calls to hypervisors that hang."""
+        self._left_behind.set_function(calls)
 
     def watch_leadership(self, leader: Callable[[], bool]) -> None:
         """Ask this function at each scrape whether this instance holds the lease."""

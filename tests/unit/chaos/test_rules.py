@@ -107,6 +107,15 @@ def test_a_world_in_order() -> None:
     assert rules.findings(WORLD, NOTHING) == []
 
 
+@pytest.mark.parametrize("running_first", [True, False])
+def test_a_guest_is_what_it_is_on_the_host_where_it_runs(running_first: bool) -> None:
+    here, there = WORLD.domains[0], replace(WORLD.domains[0], state="off", opened=())
+    both = (here, there) if running_first else (there, here)
+    assert rules.findings(replace(WORLD, domains=both), NOTHING) == []
+    left = replace(there, journals=("stored",))
+    assert found(replace(WORLD, domains=(here, left))) == [("leaked", "domain vm")]
+
+
 @pytest.mark.parametrize(
     ("world", "what"),
     [

@@ -10,7 +10,7 @@ from vmsnapshot_operator.telemetry.metrics import Metrics
 ROOT = Path(__file__).resolve().parents[3]
 RULES = (ROOT / "charts" / "vmsnapshot-operator" / "templates" / "prometheusrule.yaml").read_text()
 RUNBOOK = (ROOT / "docs" / "operations.md").read_text()
-_OTHERS = {"kube_pod_init_container_status_ready", "kube_deployment_status_replicas_available"}
+_OTHERS = {"kube_deployment_status_replicas_available"}
 """Of kube-state-metrics, whose documentation names them."""
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from vmsnapshot_operator.core.driver import CutKind, SnapshotRequest
 from vmsnapshot_operator.core.volumes import Handle, Layer, Seconds, SourceKind, Volume, VolumeId
-from vmsnapshot_operator.drivers import registry
+from vmsnapshot_operator.drivers import registry, wire
 from vmsnapshot_operator.drivers.host import DriverHost
 from vmsnapshot_operator.errors import (
     AlreadyCutError,
@@ -263,6 +263,13 @@ async def test_a_process_that_was_stopped_past_its_deadline_cannot_go_on(host, t
             os.kill(slot.pid, signal.SIGCONT)
         await gone(slot.pid)
 
+    assert held(tmp_path) == []
+
+
+async def test_a_cut_that_its_attempts_end_forbids_is_not_begun(host, tmp_path):
+    async with host.reserve() as slot:
+        with pytest.raises(DriverError, match="nothing was done"):
+            await slot.cut(order("late"), until=wire.boottime() - 1)
     assert held(tmp_path) == []
 
 

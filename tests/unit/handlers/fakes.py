@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from vmsnapshot_operator.core.effects import RecordedGroup
 from vmsnapshot_operator.core.journal import Journal
-from vmsnapshot_operator.errors import ConflictError, DriverError, KubeUnavailableError, SnapshotError
+from vmsnapshot_operator.errors import ConflictError, DriverError, GuardianError, KubeUnavailableError, SnapshotError
 from vmsnapshot_operator.hypervisors.domains import Ref, Sighting
 from vmsnapshot_operator.strategies.world import World
 from vmsnapshot_operator.telemetry.metrics import Metrics
@@ -28,6 +29,7 @@ class FakeEvents:
 @dataclass
 class FakeLeadership:
     leader: bool = True
+    term: int = 1
 
     def is_leader(self, _margin_seconds: float = 0.0) -> bool:
         return self.leader
@@ -142,6 +144,19 @@ class FakeClasses:
 
 
 @dataclass
+class FakeGuardian:
+    """A guardian that follows these libvirts; None: it does not answer."""
+
+    followed: dict[str, bool] | None = None
+    folder: Path = Path("run")
+
+    async def ping(self) -> dict[str, bool]:
+        if self.followed is None:
+            raise GuardianError("the guardian does not answer")
+        return self.followed
+
+
+@dataclass
 class FakeClient:
     """A hypervisor whose VMs bear these journals."""
 
@@ -149,6 +164,7 @@ class FakeClient:
     problems: dict[str, str] = field(default_factory=dict)
     error: SnapshotError | None = None
     closed: bool = False
+    uris: tuple[str, ...] = ("test:///host",)
 
     async def sweep(self) -> list[Sighting]:
         if self.error is not None:

@@ -200,3 +200,18 @@ async def test_one_that_is_gone_is_forgotten() -> None:
     await lab.look_twice()
     assert lab.contents.names() == ()
     assert await lab.contents.reconcile("never-seen") is None
+
+
+async def test_what_was_to_be_retained_while_it_waited_for_its_turn_is_kept() -> None:
+    lab = Lab()
+    seconds = await lab.look()
+    assert seconds is not None
+    await asyncio.sleep(seconds)
+    turn = lab.contents._turns.setdefault(tuple(sorted(lab.hosts)), asyncio.Semaphore(1))
+    async with turn:  # another one's storage hangs
+        await lab.contents.reconcile(NAME)
+        await asyncio.sleep(60)
+        lab.change(deletionPolicy="Retain")
+    await lab.look()
+    assert lab.left == OWN
+    assert lab.told == "Retained"

@@ -10,7 +10,7 @@ import pytest
 
 from tests.unit.handlers import fakes
 from vmsnapshot_operator.core.journal import Journal
-from vmsnapshot_operator.errors import HypervisorUnreachableError, QuiesceError
+from vmsnapshot_operator.errors import HypervisorUnreachableError, KubeError, QuiesceError
 from vmsnapshot_operator.handlers import hypervisors
 from vmsnapshot_operator.handlers.hypervisors import LOOK_EVERY, RETRY_EVERY, Hypervisors
 from vmsnapshot_operator.hypervisors.domains import Hypervisor, Ref, Sighting
@@ -156,6 +156,41 @@ async def test_what_is_not_ours_or_not_readable_is_left_and_said_once(lab: Lab) 
     assert lab.metric("vmsnapshot_strange_journals") == 2
 
 
+async def test_journals_and_overlays_of_ours_are_counted(lab: Lab) -> None:
+    overlay = {"vda": "file:/pool/overlay"}
+    lab.never = {"vm2": GONE}
+    lab.client.sightings = [
+        sighting(1),
+        sighting(2, overlays=overlay),
+        sighting(3, installation="zzzzzz", overlays=overlay),
+    ]
+    await lab.look()
+    assert lab.metric("vmsnapshot_journal_vms") == 2
+    assert lab.metric("vmsnapshot_overlay_vms") == 1
+
+
+async def test_it_is_told_whether_hypervisor_and_guardian_answer(lab: Lab) -> None:
+    await lab.look()
+    assert lab.metric("vmsnapshot_hypervisor_answers") == 1
+    assert lab.metric("vmsnapshot_guardian_answers") == 0, "there is none"
+    guardian = fakes.FakeGuardian()
+    lab.world.guardian = guardian  # type: ignore[assignment]  # a stand-in
+    for followed, answers in (({}, 1), ({"test:///host": True}, 1), ({"test:///host": False}, 0), (None, 0)):
+        guardian.followed = followed
+        await lab.look()
+        assert lab.metric("vmsnapshot_guardian_answers") == answers
+    lab.client.problems = {"second": "second: connection refused"}
+    await lab.look()
+    assert lab.metric("vmsnapshot_hypervisor_answers") == 0, "VMs on the second one are not seen"
+    assert lab.status["conditions"][0]["message"] == "second: connection refused"
+    lab.client.problems = {}
+    await lab.look()
+    assert lab.metric("vmsnapshot_hypervisor_answers") == 1
+    lab.client.error = HypervisorUnreachableError("connection refused")
+    await lab.look()
+    assert lab.metric("vmsnapshot_hypervisor_answers") == 0
+
+
 async def test_a_standby_leaves_the_leaders_windows_and_writes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     lab = Lab(monkeypatch, leader=False)
     lab.client.sightings = [sighting(1)]
@@ -177,6 +212,20 @@ async def test_vms_are_freed_while_the_api_server_is_gone(lab: Lab) -> None:
     await lab.look(body)
     assert lab.tries == ["vm1"]
     assert not lab.client.closed
+
+
+async def test_vms_are_freed_though_the_secret_is_gone(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = {**BODY, "spec": {"libvirt": {**BODY["spec"]["libvirt"], "credentialsSecretName": "key"}}}  # type: ignore[dict-item]
+    await lab.look(body)
+
+    async def secret(_name: str) -> dict[str, str]:
+        raise KubeError("it does not exist", reason="SecretNotFound", retryable=True)
+
+    monkeypatch.setattr(lab.cluster, "secret", secret)
+    lab.client.sightings = [sighting(1)]
+    assert await lab.look(body) == RETRY_EVERY
+    assert lab.tries == ["vm1"]
+    assert lab.status["conditions"][0]["reason"] == "SecretNotFound"
 
 
 async def test_what_was_seen_last_stands_while_nobody_answers(lab: Lab) -> None:

@@ -44,6 +44,12 @@ def test_stopped_for_longer_than_the_budget(fake: Fake) -> None:
         limit.check()
 
 
+def test_a_window_that_was_left(fake: Fake) -> None:
+    limit = Limit(cast("Leadership", fake), 30.0)
+    limit.end()
+    assert "window" in limit.refusal(), "a call that was given up may still come to its deed"
+
+
 def test_another_one_took_over(fake: Fake) -> None:
     limit = Limit(cast("Leadership", fake), 30.0)
     fake.leading = False

@@ -169,6 +169,18 @@ async def test_what_a_journal_proves_is_removed_unless_its_object_is_there_after
         assert again.files.held == {name(1)}
 
 
+async def test_a_snapshot_that_another_instance_takes_meanwhile_is_left_alone() -> None:
+    lab = Lab()
+    lab.journals = {UID: 5}  # the VM was freed after that attempt; the watch knows nothing of it yet
+    lab.files.hangs = 10.0
+    async with lab.running():
+        taken = lab.record(attempt=5)
+        older = name(attempt=4)
+        lab.files.held |= {taken, older}
+        await asyncio.sleep(25)
+        assert lab.files.deleted == [older]
+
+
 async def test_an_attempt_under_way_and_a_silent_api_server_remove_nothing() -> None:
     busy = Lab()
     busy.record(attempt=3)

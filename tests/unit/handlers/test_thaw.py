@@ -31,7 +31,7 @@ class FakeDomain:
     states: list[AgentState] = field(default_factory=lambda: [AgentState.THAWED])
     sent: int = 0
 
-    async def thaw(self, timeout: float) -> int:  # noqa: ASYNC109 - as the real one
+    async def thaw(self, timeout: float, ours: str = "") -> int:  # noqa: ASYNC109 - as the real one
         self.sent += 1
         answer = self.thaws.pop(0) if len(self.thaws) > 1 else self.thaws[0]
         if isinstance(answer, HypervisorError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime as dt
 import ipaddress
 import json
@@ -249,3 +250,14 @@ def test_paths_are_quoted() -> None:
         Resource("", "v1", "nodes", "Node", namespaced=False).path("n", subresource="status")
         == "/api/v1/nodes/n/status"
     )
+
+
+@pytest.mark.parametrize(("status", "believed"), [(200, True), (404, True), (503, False)])
+async def test_a_proxys_own_clock_is_not_believed(server: Server, client: Client, status: int, believed: bool) -> None:
+    async def answer(_: web.Request) -> web.StreamResponse:
+        return web.json_response({}, status=status, headers={"Date": "Mon, 01 Jan 2035 00:00:00 GMT"})
+
+    server.answer = answer
+    with contextlib.suppress(KubeError):
+        await client.request("GET", "/x")
+    assert (client.clock.now().year == 2035) is believed

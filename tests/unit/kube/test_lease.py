@@ -80,6 +80,23 @@ async def test_it_holds_as_long_as_the_lease_and_no_longer(api: FakeClient, cloc
     assert one.is_leader(), "nobody else came"
 
 
+async def test_a_term_is_counted_where_another_may_have_held_it(api: FakeClient, clock: Clock) -> None:
+    one, two = _instance(api, clock), _instance(api, clock, "two")
+    await one._try()
+    await one._try()
+    clock.now += 99.0  # stopped, and nobody else came
+    await one._try()
+    assert (one.term, two.term) == (1, 0)
+    await two._try()
+    clock.now += 99.0
+    await two._try()
+    for _ in range(2):  # that it lost it; whose it is
+        await one._try()
+    clock.now += 99.0
+    await one._try()
+    assert (one.term, two.term) == (2, 1)
+
+
 async def test_time_counts_from_before_the_request(api: FakeClient, clock: Clock) -> None:
     one = _instance(api, clock)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.plan import builders as b
-from tests.unit.plan.world import World
+from tests.unit.plan.world import Crash, World
 from vmsnapshot_operator.core import effects as e
 from vmsnapshot_operator.core.driver import Fit, Hold
 from vmsnapshot_operator.core.evidence import Evidence, WindowOutcome
@@ -256,6 +257,30 @@ def test_retain_that_comes_with_the_deletion_is_written_down_first(crashes: list
     assert done.gone
     assert done.record is not None
     assert done.record.retain
+
+
+@given(st.integers(0, 12), st.lists(st.integers(0, 3), max_size=2))
+def test_retain_that_comes_in_mid_deletion_keeps_all_or_nothing(moment: int, crashes: list[int]) -> None:
+    done = World()
+    done.settle_down()
+    everything, done.deleting = done.names_held, True
+    done.budget_of_steps = moment
+    with suppress(Crash):
+        while not done.gone:
+            done.turn()
+    done.crash()
+    done.request = b.request(retain=True)
+    for after in crashes:
+        done.budget_of_steps = after
+        done.settle_down()
+        done.crash()
+    done.settle_down()
+    assert done.gone
+    if done.record is not None:
+        assert (done.record.ready, done.record.retain) == (True, True)
+        assert done.names_held == everything, "what is said to be kept is not there as a whole"
+    else:
+        assert not done.names_held
 
 
 def test_a_content_that_is_lost_is_said_and_nothing_is_taken_again() -> None:

@@ -367,7 +367,7 @@ class World:
     def _fail(self, effect: e.Fail, _seen: e.Observation) -> None:
         self.step()
         assert self.record is not None
-        self.record = replace(self.record, failure=effect.failure)
+        self.record = replace(self.record, failure=effect.failure, ready=False)
         self.outcome = None
 
     def _drop(self, _effect: e.DropContent, _seen: e.Observation) -> None:

@@ -36,15 +36,25 @@ def test_counts(metrics: Metrics) -> None:
 
 
 def test_what_is_asked_at_each_scrape(metrics: Metrics) -> None:
-    state = {"depth": 3, "threads": 1, "leader": True}
+    state = {"depth": 3, "left": 1, "leader": True}
     metrics.watch_queue(lambda: state["depth"])
-    metrics.watch_threads(lambda: state["threads"])
+    metrics.watch_left_behind(lambda: state["left"])
     metrics.watch_leadership(lambda: bool(state["leader"]))
     assert _value(metrics, "vmsnapshot_queue_depth") == 3
     state |= {"depth": 0, "leader": False}
     assert _value(metrics, "vmsnapshot_queue_depth") == 0
-    assert _value(metrics, "vmsnapshot_hypervisor_threads") == 1
+    assert _value(metrics, "vmsnapshot_hypervisor_calls_left_behind") == 1
     assert _value(metrics, "vmsnapshot_leader") == 0
+
+
+def test_what_has_not_come_to_an_end(metrics: Metrics) -> None:
+    ages = {"taking": 7.5, "deleting": 0.0}
+    metrics.watch_unfinished({d: (lambda d=d: ages[d]) for d in ages}, leftovers=lambda: 3)
+    assert _value(metrics, "vmsnapshot_oldest_unfinished_seconds", doing="taking") == 7.5
+    ages["taking"], ages["deleting"] = 0.0, 2.0
+    assert _value(metrics, "vmsnapshot_oldest_unfinished_seconds", doing="taking") == 0
+    assert _value(metrics, "vmsnapshot_oldest_unfinished_seconds", doing="deleting") == 2
+    assert _value(metrics, "vmsnapshot_leftovers") == 3
 
 
 def test_series_go_with_their_objects(metrics: Metrics) -> None:
@@ -54,6 +64,11 @@ def test_series_go_with_their_objects(metrics: Metrics) -> None:
     assert _value(metrics, "vmsnapshot_driver_workers", class_name="slow") is None
     for hypervisor in ("lab", "other"):
         metrics.frozen_vms(1, hypervisor=hypervisor)
+        metrics.journals(3, overlays=2, hypervisor=hypervisor)
+        metrics.guardian(answers=True, hypervisor=hypervisor)
+        metrics.hypervisor_answers(answers=True, hypervisor=hypervisor)
+        metrics.strange_journals(1, hypervisor=hypervisor)
+        metrics.swept(hypervisor=hypervisor)
         metrics.frozen(seconds=1, method="Pause", hypervisor=hypervisor)
         metrics.thaw_failed(hypervisor=hypervisor)
     metrics.forget_hypervisor("lab")

@@ -1,0 +1,178 @@
+"""Effects whose process stands still, or whose parts fail, on a clock that the event loop fakes: nothing of them acts later."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, cast
+
+import pytest
+
+from tests.unit.handlers import fakes
+from tests.unit.kube import records
+from vmsnapshot_operator.core.driver import SnapshotRequest
+from vmsnapshot_operator.core.effects import Observation, Prepare, Record, Settle
+from vmsnapshot_operator.core.evidence import Evidence, WindowOutcome
+from vmsnapshot_operator.core.volumes import Seconds
+from vmsnapshot_operator.errors import DriverError, NotPermittedError
+from vmsnapshot_operator.strategies.storage import StorageStrategy
+from vmsnapshot_operator.strategies.world import Memory, Prepared, World
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from contextlib import AsyncExitStack
+
+pytestmark = pytest.mark.looptime
+
+
+@dataclass
+class Host(fakes.FakeHost):
+    """A class's process. `error`: its answer; `late`: seconds until a process is free; `log`: what it was asked."""
+
+    error: DriverError | None = None
+    late: float = 0.0
+    reserved: int = 0
+    log: list[str] = field(default_factory=list)
+
+    async def wait_ready(self, *_: object, timeout: float) -> None:  # noqa: ASYNC109 - as the real one
+        self.log.append("wait_ready")
+        try:
+            await asyncio.sleep(self.hangs)
+        finally:
+            self.log.append("over")
+        if self.error is not None:
+            raise self.error
+
+    @asynccontextmanager
+    async def reserve(self, *, timeout: float) -> AsyncIterator[Host]:  # noqa: ASYNC109 - as the real one
+        await asyncio.sleep(self.late)
+        self.reserved += 1
+        try:
+            yield self
+        finally:
+            self.reserved -= 1
+
+    async def prepare(self, _request: SnapshotRequest) -> None:
+        await asyncio.sleep(0)
+        self.log.append("prepare")
+
+
+class Lab:
+    """One record and a strategy over stand-ins."""
+
+    def __init__(self, record: Record) -> None:
+        self.hosts = {c: Host() for c in record.groups}
+        classes = fakes.FakeClasses(by_name=dict(self.hosts))
+        self.world: World = fakes.world(installation=records.INSTALLATION, classes=classes)
+        self.written: list[Record] = []
+        self.strategy = StorageStrategy(self.world)
+        self.seen = Observation(request=replace(records.REQUEST, created=self.world_now()), record=record)
+
+        async def write(written: Record, _seen: Observation, *, create: bool) -> None:
+            self.written.append(written)
+
+        self.strategy._write = write  # type: ignore[method-assign]
+
+    def world_now(self) -> Any:
+        clock = type("Clock", (), {"now": staticmethod(lambda: records.REQUEST.created)})
+        cast("Any", self.world.cluster).client = type("Client", (), {"clock": clock})
+        return records.REQUEST.created
+
+
+async def test_when_one_class_fails_to_settle_the_others_are_not_left_to_themselves() -> None:
+    lab = Lab(records.example())
+    lab.hosts["fast"].error = DriverError("no connection", retryable=True)
+    lab.hosts["slow"].hangs = 200.0
+    assert lab.seen.record is not None
+    with pytest.raises(DriverError, match="no connection"):
+        await lab.strategy.apply(Settle(lab.seen.record.groups), lab.seen, {})
+    assert lab.hosts["slow"].log == ["wait_ready", "over"], "it goes on while something else begins"
+    assert not lab.written
+
+
+async def test_what_is_lost_is_told_before_what_may_come_back() -> None:
+    lab = Lab(records.example())
+    lab.hosts["fast"].error = DriverError("no connection", retryable=True)
+    lab.hosts["slow"].error = DriverError("it is gone", reason="SnapshotLost")
+    assert lab.seen.record is not None
+    with pytest.raises(DriverError, match="it is gone"):
+        await lab.strategy.apply(Settle(lab.seen.record.groups), lab.seen, {})
+
+
+async def test_settling_that_is_cancelled_leaves_nothing_under_way() -> None:
+    lab = Lab(records.example())
+    lab.hosts["slow"].hangs = 200.0
+    assert lab.seen.record is not None
+    task = asyncio.create_task(lab.strategy.apply(Settle(lab.seen.record.groups), lab.seen, {}))
+    await asyncio.sleep(1)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert lab.hosts["slow"].log == ["wait_ready", "over"]
+    assert not lab.written
+
+
+@pytest.mark.parametrize("lost", [False, True])
+async def test_who_lost_the_lease_while_it_waited_for_a_process_prepares_nothing(lost: bool) -> None:
+    record = records.intent(records.example().plan, 1)
+    lab = Lab(record)
+    lab.hosts["slow"].late = 60.0
+    requests = {c: g.request for c, g in record.groups.items()}
+    task = asyncio.create_task(lab.strategy.apply(Prepare(1, record.plan, requests), lab.seen, {}))
+    await asyncio.sleep(30)
+    cast("fakes.FakeLeadership", lab.world.leadership).leader = not lost
+    if lost:
+        with pytest.raises(NotPermittedError) as caught:
+            await task
+        assert caught.value.retryable
+    else:
+        await task
+    asked = [h.log for h in lab.hosts.values()]
+    assert asked == ([[], []] if lost else [["prepare"], ["prepare"]])
+
+
+@pytest.mark.parametrize("turns", range(12))
+async def test_a_prepare_that_is_cancelled_anywhere_gives_its_processes_back(turns: int) -> None:
+    record = records.intent(records.example().plan, 1)
+    lab = Lab(record)
+    requests = {c: g.request for c, g in record.groups.items()}
+    task = asyncio.create_task(lab.strategy.apply(Prepare(1, record.plan, requests), lab.seen, {}))
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    memory = lab.world.memory(records.REQUEST.uid)
+    assert sum(h.reserved for h in lab.hosts.values()) == (2 if memory.prepared is not None else 0)
+    assert task.cancelled() or memory.prepared is not None
+    await lab.world.forget(records.REQUEST.uid)
+    assert sum(h.reserved for h in lab.hosts.values()) == 0
+
+
+class Stack:
+    """What owns reserved processes."""
+
+    closed = False
+
+    async def aclose(self) -> None:
+        self.closed = True
+
+
+@pytest.mark.parametrize(("term", "kept"), [(1, True), (2, False)])
+async def test_what_was_taken_in_an_earlier_term_is_not_kept(term: int, kept: bool) -> None:
+    memory, stack = Memory(since=Seconds(0.0)), Stack()
+    await memory.enter(1)
+    memory.outcome = WindowOutcome(attempt=1, evidence=Evidence(method="None"))
+    memory.prepared = Prepared(attempt=1, slots={}, stack=cast("AsyncExitStack", stack))
+    await memory.enter(term)
+    assert (memory.outcome is not None, memory.prepared is not None, stack.closed) == (kept, kept, not kept)
+
+
+def test_a_vm_that_got_another_uuid_is_claimed_instead_of_the_old_one() -> None:
+    world = fakes.world(installation=records.INSTALLATION)
+    assert world.claim("old", "u")
+    assert world.claim("new", "u")
+    assert world.claims == {"new": "u"}
+    assert not world.claim("new", "another")
+    world.release("u")
+    assert world.claims == {}
