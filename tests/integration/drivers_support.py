@@ -44,10 +44,15 @@ class Storage(Protocol):
 
     def host(self, **parameters: str) -> DriverHost: ...
     def volume(self, content: bytes = b"") -> Volume: ...
-    def write(self, volume: Volume, content: bytes) -> None: ...
+    def write(self, volume: Volume, content: bytes, offset: int = 0) -> None: ...
+    def resize(self, volume: Volume, size: int) -> None: ...
     def read(self, volume: Volume) -> bytes: ...
     def read_handle(self, handle: Handle) -> bytes: ...
     def read_layer(self, layer: Layer) -> bytes: ...
+    def whole(self, layer: Layer) -> bytes:
+        """Each byte of a volume."""
+        ...
+
     def held(self) -> set[str]:
         """Everything in the storage beside the tests' volumes themselves."""
         ...
@@ -107,10 +112,18 @@ class CephStorage:
         )
         return Volume(id=volume_id(layer), label=image, size_bytes=SIZE, writable=layer)
 
-    def write(self, volume: Volume, content: bytes) -> None:
+    def write(self, volume: Volume, content: bytes, offset: int = 0) -> None:
         with self.pool() as (rbd, io), rbd.Image(io, volume.label) as image:
-            image.write(content, 0)
+            image.write(content, offset)
             image.flush()
+
+    def resize(self, volume: Volume, size: int) -> None:
+        with self.pool() as (rbd, io), rbd.Image(io, volume.label) as image:
+            image.resize(size)
+
+    def whole(self, layer: Layer) -> bytes:
+        with self.pool() as (rbd, io), rbd.Image(io, layer.source.rpartition("/")[2], read_only=True) as image:
+            return bytes(image.read(0, image.size()))
 
     def read(self, volume: Volume) -> bytes:
         return self.read_layer(volume.writable)
@@ -155,7 +168,7 @@ class CephStorage:
             for group in rbd.RBD().group_list(io):
                 if group.startswith(("vms-aaaaaa-", "vms-bbbbbb-", "foreign")):
                     rbd.RBD().group_remove(io, group)
-            for name in self.made:
+            for name in [*self.made, *[n for n in rbd.RBD().list(io) if n.startswith("vms-aaaaaa-")]]:
                 with contextlib.suppress(rbd.ImageNotFound):
                     with rbd.Image(io, name) as image:
                         for snapshot in list(image.list_snaps()):
@@ -236,9 +249,16 @@ class LibvirtStorage:
         layer = Layer(kind=SourceKind.FILE, source=str(path), format=format, pool=self.pool)
         return Volume(id=volume_id(layer), label=path.name, size_bytes=SIZE, writable=layer)
 
-    def write(self, volume: Volume, content: bytes) -> None:
+    def write(self, volume: Volume, content: bytes, offset: int = 0) -> None:
         with Path(volume.writable.source).open("r+b") as file:
+            file.seek(offset)
             file.write(content)
+
+    def resize(self, volume: Volume, size: int) -> None:
+        os.truncate(volume.writable.source, size)
+
+    def whole(self, layer: Layer) -> bytes:
+        return Path(layer.source).read_bytes()
 
     def read(self, volume: Volume) -> bytes:
         return self.read_layer(volume.writable)
