@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from tests.lab import Lab
 from vmsnapshot_operator.core import names
-from vmsnapshot_operator.core.driver import SnapshotRequest
+from vmsnapshot_operator.core.driver import Progress, SnapshotRequest
 from vmsnapshot_operator.core.volumes import Handle, Layer, Seconds, SourceKind, Volume, volume_id
 from vmsnapshot_operator.drivers.ceph_cluster import binding
 from vmsnapshot_operator.drivers.ceph_snapshots import snapshot_id
@@ -35,6 +36,19 @@ def order(
         installation, uid or f"{os.getpid()}-{next(_NUMBERS)}", attempt, "class", [v.id for v in volumes]
     )
     return SnapshotRequest(name=name, volumes=volumes, timeout=Seconds(timeout))
+
+
+async def watch(driver: Any, call: Callable[..., Any], *arguments: Any) -> list[Progress]:
+    """Let a driver in this process work, and ask it all the time how far it is."""
+    seen = []
+    work = asyncio.create_task(asyncio.to_thread(call, *arguments))
+    while not work.done():
+        found = driver.progress()
+        if found is not None:
+            seen.append(found)
+        await asyncio.sleep(0.002)
+    await work
+    return seen
 
 
 class Storage(Protocol):
@@ -91,10 +105,10 @@ class CephStorage:
             io.set_namespace(self.namespace)
             yield rbd, io
 
-    def volume(self, content: bytes = b"", features: int = 61) -> Volume:
+    def volume(self, content: bytes = b"", features: int = 61, size: int = SIZE) -> Volume:
         image = f"drv-{os.getpid()}-{next(_NUMBERS)}"
         with self.pool() as (rbd, io):
-            rbd.RBD().create(io, image, SIZE, features=features, old_format=False)
+            rbd.RBD().create(io, image, size, features=features, old_format=False)
         self.made.append(image)
         volume = self.of(image)
         if content:
