@@ -182,7 +182,7 @@ class CephStorage:
             for group in rbd.RBD().group_list(io):
                 if group.startswith(("vms-aaaaaa-", "vms-bbbbbb-", "foreign")):
                     rbd.RBD().group_remove(io, group)
-            for name in [*self.made, *[n for n in rbd.RBD().list(io) if n.startswith("vms-aaaaaa-")]]:
+            for name in [*[n for n in rbd.RBD().list(io) if n.startswith("vms-aaaaaa-")], *self.made]:
                 with contextlib.suppress(rbd.ImageNotFound):
                     with rbd.Image(io, name) as image:
                         for snapshot in list(image.list_snaps()):
