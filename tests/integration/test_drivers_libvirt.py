@@ -273,16 +273,23 @@ async def test_a_killed_copy_goes_on_and_is_not_begun_anew(plain: LibvirtStorage
     daemon.kill(signal.SIGSTOP)
     copying.cancel()
     await asyncio.wait([copying])
-    made = copy.stat().st_ino
+    made = os.open(copy, os.O_RDONLY)
     again = asyncio.create_task(host.wait_ready(request, cut, timeout=LONG))
     await asyncio.sleep(0.1)
     daemon.kill(signal.SIGCONT)
-    (fit,) = await host.check_revert(cut, [volume], timeout=LONG)
     await again
+    links = os.fstat(made).st_nlink
+    os.close(made)
 
-    assert (fit.reason, copy.stat().st_ino) == ("SnapshotIncomplete", made)
+    assert links == 1, "it was deleted and begun anew"
+
     assert copy.read_bytes() == storage.whole(volume.writable)
     assert (await host.check_revert(cut, [volume], timeout=LONG))[0].ok
+    Path(f"{copy}.whole").unlink()  # as it would be had nobody seen the copy end
+    (fit,) = await host.check_revert(cut, [volume], timeout=LONG)
+    assert (fit.ok, fit.reason) == (False, "SnapshotIncomplete")
+    with pytest.raises(DriverError, match="not copied to the end"):
+        await host.clone(cut, order(volume).name, timeout=LONG)
     await host.delete(request.name, timeout=LONG)
     assert storage.held() == set()
 
