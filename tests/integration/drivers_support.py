@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from tests.lab import Lab
 from vmsnapshot_operator.core import names
-from vmsnapshot_operator.core.driver import SnapshotRequest
+from vmsnapshot_operator.core.driver import Progress, SnapshotRequest
 from vmsnapshot_operator.core.volumes import Handle, Layer, Seconds, SourceKind, Volume, volume_id
 from vmsnapshot_operator.drivers.ceph_cluster import binding
 from vmsnapshot_operator.drivers.ceph_snapshots import snapshot_id
@@ -37,6 +38,19 @@ def order(
     return SnapshotRequest(name=name, volumes=volumes, timeout=Seconds(timeout))
 
 
+async def watch(driver: Any, call: Callable[..., Any], *arguments: Any) -> list[Progress]:
+    """Let a driver in this process work, and ask it all the time how far it is."""
+    seen = []
+    work = asyncio.create_task(asyncio.to_thread(call, *arguments))
+    while not work.done():
+        found = driver.progress()
+        if found is not None:
+            seen.append(found)
+        await asyncio.sleep(0.002)
+    await work
+    return seen
+
+
 class Storage(Protocol):
     """One storage system with a driver, and a way around the driver to make and look at things."""
 
@@ -44,10 +58,15 @@ class Storage(Protocol):
 
     def host(self, **parameters: str) -> DriverHost: ...
     def volume(self, content: bytes = b"") -> Volume: ...
-    def write(self, volume: Volume, content: bytes) -> None: ...
+    def write(self, volume: Volume, content: bytes, offset: int = 0) -> None: ...
+    def resize(self, volume: Volume, size: int) -> None: ...
     def read(self, volume: Volume) -> bytes: ...
     def read_handle(self, handle: Handle) -> bytes: ...
     def read_layer(self, layer: Layer) -> bytes: ...
+    def whole(self, layer: Layer) -> bytes:
+        """Each byte of a volume."""
+        ...
+
     def held(self) -> set[str]:
         """Everything in the storage beside the tests' volumes themselves."""
         ...
@@ -86,10 +105,10 @@ class CephStorage:
             io.set_namespace(self.namespace)
             yield rbd, io
 
-    def volume(self, content: bytes = b"", features: int = 61) -> Volume:
+    def volume(self, content: bytes = b"", features: int = 61, size: int = SIZE) -> Volume:
         image = f"drv-{os.getpid()}-{next(_NUMBERS)}"
         with self.pool() as (rbd, io):
-            rbd.RBD().create(io, image, SIZE, features=features, old_format=False)
+            rbd.RBD().create(io, image, size, features=features, old_format=False)
         self.made.append(image)
         volume = self.of(image)
         if content:
@@ -107,10 +126,18 @@ class CephStorage:
         )
         return Volume(id=volume_id(layer), label=image, size_bytes=SIZE, writable=layer)
 
-    def write(self, volume: Volume, content: bytes) -> None:
+    def write(self, volume: Volume, content: bytes, offset: int = 0) -> None:
         with self.pool() as (rbd, io), rbd.Image(io, volume.label) as image:
-            image.write(content, 0)
+            image.write(content, offset)
             image.flush()
+
+    def resize(self, volume: Volume, size: int) -> None:
+        with self.pool() as (rbd, io), rbd.Image(io, volume.label) as image:
+            image.resize(size)
+
+    def whole(self, layer: Layer) -> bytes:
+        with self.pool() as (rbd, io), rbd.Image(io, layer.source.rpartition("/")[2], read_only=True) as image:
+            return bytes(image.read(0, image.size()))
 
     def read(self, volume: Volume) -> bytes:
         return self.read_layer(volume.writable)
@@ -155,7 +182,7 @@ class CephStorage:
             for group in rbd.RBD().group_list(io):
                 if group.startswith(("vms-aaaaaa-", "vms-bbbbbb-", "foreign")):
                     rbd.RBD().group_remove(io, group)
-            for name in self.made:
+            for name in [*[n for n in rbd.RBD().list(io) if n.startswith("vms-aaaaaa-")], *self.made]:
                 with contextlib.suppress(rbd.ImageNotFound):
                     with rbd.Image(io, name) as image:
                         for snapshot in list(image.list_snaps()):
@@ -236,9 +263,16 @@ class LibvirtStorage:
         layer = Layer(kind=SourceKind.FILE, source=str(path), format=format, pool=self.pool)
         return Volume(id=volume_id(layer), label=path.name, size_bytes=SIZE, writable=layer)
 
-    def write(self, volume: Volume, content: bytes) -> None:
+    def write(self, volume: Volume, content: bytes, offset: int = 0) -> None:
         with Path(volume.writable.source).open("r+b") as file:
+            file.seek(offset)
             file.write(content)
+
+    def resize(self, volume: Volume, size: int) -> None:
+        os.truncate(volume.writable.source, size)
+
+    def whole(self, layer: Layer) -> bytes:
+        return Path(layer.source).read_bytes()
 
     def read(self, volume: Volume) -> bytes:
         return self.read_layer(volume.writable)

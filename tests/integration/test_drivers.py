@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+import os
+from collections.abc import AsyncIterator, Coroutine, Iterator
 
 import pytest
 
@@ -14,6 +15,8 @@ from vmsnapshot_operator.core.driver import CutKind, CutResult, Hold, SnapshotRe
 from vmsnapshot_operator.core.volumes import Volume
 from vmsnapshot_operator.drivers.host import DriverHost
 from vmsnapshot_operator.errors import AlreadyCutError, DriverError, DriverUnavailableError
+
+MIB = 1 << 20
 
 
 @pytest.fixture(params=["ceph", "ceph-namespace", "files"])
@@ -215,14 +218,7 @@ async def test_what_a_killed_cut_left_is_found_and_deleted_by_name(
             task.cancel()
             await asyncio.wait([task])
 
-        async with asyncio.timeout(LONG):
-            while True:
-                try:
-                    await host.delete(request.name, timeout=LONG)
-                    break
-                except DriverError as error:
-                    assert error.retryable, error  # noqa: PT017 - a clone that is still being made
-
+        await delete(host, request.name)
         assert await host.list(request.name, timeout=LONG) == ()
         assert storage.held() == before, f"killed after {milliseconds} ms"
     assert await take(host, order(*volumes))
@@ -283,8 +279,159 @@ async def test_clones_are_new_volumes(storage: Storage, host: DriverHost) -> Non
     assert made == again
     assert [storage.read_layer(made[v.id]) for v in volumes] == [b"1", b"2"]
     assert [storage.read(v) for v in volumes] == [b"x", b"x"]
+    await host.keep(name, timeout=LONG)
     for layer in made.values():
         storage.remove_held(layer.source)
+
+
+async def test_a_clone_is_deleted_by_its_name_until_it_is_kept_and_never_after(
+    storage: Storage, host: DriverHost
+) -> None:
+    volumes = (storage.volume(b"1"), storage.volume(b"2"))
+    request = order(*volumes)
+    cut = await take(host, request)
+    before = storage.held()
+    name = order(*volumes).name
+
+    await host.clone(cut, name, timeout=LONG)
+    assert name in await host.list("vms-aaaaaa-", timeout=LONG)
+    await host.delete(name, timeout=LONG)
+    assert storage.held() == before
+    assert await host.list(name, timeout=LONG) == ()
+
+    made = await host.clone(cut, name, timeout=LONG)
+    for _ in range(2):
+        await host.keep(name, timeout=LONG)
+    assert await host.list(name, timeout=LONG) == ()
+    await host.delete(name, timeout=LONG)
+    with pytest.raises(AlreadyCutError, match="belongs to a VM"):
+        await host.clone(cut, name, timeout=LONG)
+    await host.delete(request.name, timeout=LONG)
+
+    assert [storage.read_layer(made[v.id]) for v in volumes] == [b"1", b"2"], "the disks of a VM are gone"
+    assert await host.list("vms-aaaaaa-", timeout=LONG) == ()
+    for layer in made.values():
+        storage.remove_held(layer.source)
+
+
+def written(storage: Storage, *volumes: Volume) -> list[bytes]:
+    """Write in several places, across 4 MiB, and return what the volumes hold."""
+    for number, volume in enumerate(volumes):
+        storage.write(volume, os.urandom(100_000) + bytes([number]), 4 * MIB - 50_000)
+        storage.write(volume, os.urandom(512), 8 * MIB - 512)
+    return [storage.whole(v.writable) for v in volumes]
+
+
+async def test_a_volume_set_back_holds_exactly_what_was_cut(storage: Storage, host: DriverHost) -> None:
+    volumes = (storage.volume(b"1"), storage.volume())
+    first = written(storage, *volumes)
+    one = await take(host, order(*volumes))
+    second = written(storage, *volumes)
+    storage.write(volumes[0], b"later", 2 * MIB)  # where there was nothing
+    second[0] = storage.whole(volumes[0].writable)
+    two = await take(host, order(*volumes))
+    written(storage, *volumes)
+
+    for cut, held in ((one, first), (two, second), (one, first)):  # back and forth: no cut is lost by going back
+        await host.revert(cut, volumes, timeout=LONG)
+        assert [storage.whole(v.writable) == h for v, h in zip(volumes, held, strict=True)] == [True, True]
+    made = await host.clone(two, order(*volumes).name, timeout=LONG)
+    assert [storage.whole(made[v.id]) == h for v, h in zip(volumes, second, strict=True)] == [True, True]
+
+
+async def test_only_some_volumes_are_set_back(storage: Storage, host: DriverHost) -> None:
+    volumes = (storage.volume(b"1"), storage.volume(b"1"), storage.volume(b"1"))
+    first = written(storage, *volumes)
+    cut = await take(host, order(*volumes))
+    second = written(storage, *volumes)
+    storage.write(volumes[1], b"later", 2 * MIB)
+
+    (fit,) = await host.check_revert(cut, volumes[1:2], timeout=LONG)
+    for _ in range(2):
+        await host.revert(cut, volumes[1:2], timeout=LONG)
+
+    assert fit.ok
+    expected = (second[0], first[1], second[2])
+    assert [storage.whole(v.writable) == h for v, h in zip(volumes, expected, strict=True)] == [True] * 3
+
+
+async def test_why_a_volume_is_not_set_back(storage: Storage, host: DriverHost) -> None:
+    good, grown, gone, other = (storage.volume(b"1") for _ in range(4))
+    request = order(good, grown, gone)
+    cut = await take(host, request)
+    before = [storage.whole(v.writable) for v in (good, other)]
+    storage.resize(grown, 16 * MIB)
+    if isinstance(storage, CephStorage):
+        with storage.pool() as (rbd, io):
+            rbd.RBD().rename(io, gone.label, f"{gone.label}-away")
+        storage.made.append(f"{gone.label}-away")
+    else:
+        storage.remove(gone)
+
+    volumes = (good, grown, gone, other)
+    fits = await host.check_revert(cut, volumes, timeout=LONG)
+    assert [f.reason for f in fits] == ["Fits", "SizeChanged", "VolumeMissing", "OtherVolume"]
+    assert all(f.ok or volume.label in f.message for f, volume in zip(fits, volumes, strict=True))
+    for bad in (grown, gone, other):
+        with pytest.raises(DriverError) as caught:
+            await host.revert(cut, (good, bad), timeout=LONG)
+        assert not caught.value.retryable
+    assert [storage.whole(v.writable) for v in (good, other)] == before
+    assert len(storage.whole(grown.writable)) == 16 * MIB
+
+
+@pytest.mark.parametrize("count", [1, 3])
+async def test_a_killed_revert_is_ended_by_the_next_one(storage: Storage, host: DriverHost, count: int) -> None:
+    volumes = tuple(storage.volume(b"1") for _ in range(count))
+    first = written(storage, *volumes)
+    cut = await take(host, order(*volumes))
+    held = storage.held()
+    for milliseconds in (1, 10, 20, 40, 80, 160):
+        written(storage, *volumes)
+        await kill_after(host.revert(cut, volumes, timeout=LONG), milliseconds)
+
+        fits = await host.check_revert(cut, volumes, timeout=LONG)
+        assert [f.reason for f in fits] == ["Fits"] * count, milliseconds
+        await host.revert(cut, volumes, timeout=LONG)
+        assert [storage.whole(v.writable) == h for v, h in zip(volumes, first, strict=True)] == [True] * count
+        assert {n for n in storage.held() if "probe" not in n} == held, f"killed after {milliseconds} ms"
+
+
+@pytest.mark.parametrize("count", [1, 2])
+async def test_a_killed_clone_is_completed_or_deleted_by_its_name(
+    storage: Storage, host: DriverHost, count: int
+) -> None:
+    volumes = tuple(storage.volume(b"1") for _ in range(count))
+    first = written(storage, *volumes)
+    cut = await take(host, order(*volumes))
+    before = storage.held()
+    for number, milliseconds in enumerate((1, 10, 20, 40, 80, 160)):
+        name = order(*volumes).name
+        await kill_after(host.clone(cut, name, timeout=LONG), milliseconds)
+        if number % 2:
+            made = await host.clone(cut, name, timeout=LONG)
+            assert [storage.whole(made[v.id]) == h for v, h in zip(volumes, first, strict=True)] == [True] * count
+        await delete(host, name)
+        assert storage.held() == before, f"killed after {milliseconds} ms"
+        assert await host.list(name, timeout=LONG) == ()
+
+
+async def kill_after(call: Coroutine[object, object, object], milliseconds: int) -> None:
+    """Start a call and kill its process in the middle."""
+    task = asyncio.create_task(call)
+    await asyncio.sleep(milliseconds / 1000)
+    task.cancel()
+    await asyncio.wait([task])
+
+
+async def delete(host: DriverHost, name: str) -> None:
+    """Delete as the workflow does: again for as long as it is worth it."""
+    async with asyncio.timeout(LONG):
+        while True:
+            try:
+                return await host.delete(name, timeout=LONG)
+            except DriverError as error:
+                assert error.retryable, error  # noqa: PT017 - something is still being made
 
 
 async def test_an_unknown_volume_does_not_fit(storage: Storage, host: DriverHost) -> None:

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
+from pydantic import SecretStr
 
-from tests.integration.drivers_support import LONG, CephStorage, order
+from tests.integration.drivers_support import LONG, CephStorage, order, watch
 from tests.lab import Lab
 from vmsnapshot_operator.core.driver import CutResult, SnapshotRequest
 from vmsnapshot_operator.drivers import probes
+from vmsnapshot_operator.drivers.ceph_rbd import CephRbdDriver
 from vmsnapshot_operator.drivers.host import DriverHost
 from vmsnapshot_operator.errors import DriverError, DriverTimeoutError, DriverUnavailableError
 
+MIB = 1 << 20
 WITHOUT_LOCK = 1  # features: layering alone
 WATCH_TIMEOUT = 5.0  # seconds: of the laboratory's OSD; 30 by default
 
@@ -267,10 +272,133 @@ async def test_an_image_in_use_is_not_rolled_back(storage: CephStorage, host: Dr
         fits = await host.check_revert(cut, images, timeout=LONG)
         with pytest.raises(DriverError, match="is in use by"):
             await host.revert(cut, images, timeout=LONG)
-    partly = await host.check_revert(cut, images[:1], timeout=LONG)
-
     assert [f.reason for f in fits] == ["Fits", "InUse"]
-    assert [f.reason for f in partly] == ["PartOfGroup"]
+    assert int(storage.read(images[1])) > 0
+
+
+async def test_a_clone_of_a_single_image_is_instant_and_outlives_its_snapshot(
+    storage: CephStorage, host: DriverHost
+) -> None:
+    image = storage.volume(b"1")
+    before = storage.held()
+    request = order(image)
+    cut = await take(host, request)
+    await host.wait_ready(request, cut, timeout=LONG)
+    storage.write(image, b"2")
+    name = order(image).name
+
+    made = (await host.clone(cut, name, timeout=LONG))[image.id]
+    await host.delete(request.name, timeout=LONG)
+
+    assert await host.list("vms-aaaaaa-", timeout=LONG) == (name,), "the snapshot is held by the clone alone"
+    with storage.pool() as (rbd, io), rbd.Image(io, made.source.rpartition("/")[2], read_only=True) as opened:
+        assert opened.parent_info()[1] == image.label
+    assert storage.read_layer(made) == b"1"
+    await host.delete(name, timeout=LONG)
+    assert storage.held() == before, "Ceph keeps the snapshot only until the clone is gone"
+
+
+async def test_a_clone_of_a_group_is_a_copy_that_goes_on_after_a_kill(storage: CephStorage, host: DriverHost) -> None:
+    images = [storage.volume(b"1", size=256 * MIB), storage.volume(b"1")]
+    content = os.urandom(MIB)
+    with storage.pool() as (rbd, io), rbd.Image(io, images[0].label) as opened:
+        for number in range(0, 256, 4):
+            opened.write(content, number * MIB)
+    request = order(*images)
+    cut = await take(host, request)
+    await host.wait_ready(request, cut, timeout=LONG)
+    before = storage.held()
+    name = order(*images).name
+
+    async def partial() -> str:
+        task = asyncio.create_task(host.clone(cut, name, timeout=LONG))
+        async with asyncio.timeout(LONG):
+            while True:
+                await asyncio.sleep(0)
+                with storage.pool() as (rbd, io):
+                    found = [n for n in rbd.RBD().list(io) if n.endswith(".partial")]
+                    if found and _objects(rbd, io, found[0]) >= 4:
+                        break
+        task.cancel()
+        await asyncio.wait([task])
+        return found[0]
+
+    copy = await partial()
+    assert await host.list("vms-aaaaaa-", timeout=LONG) == tuple(sorted((request.name, name)))
+    with storage.pool() as (rbd, io):
+        assert copy.removesuffix(".partial") not in rbd.RBD().list(io), "a half copy has the name of a whole one"
+        # What is there is not copied again: so a mark in it stays.
+        with rbd.Image(io, copy, read_only=True) as opened:
+            (offset, *_), *_ = _extents(opened)
+            dead = {w["addr"] for w in opened.watchers_list()}
+        with storage.lab.ceph.connect() as (cluster, _), rbd.Image(io, copy) as opened:
+            for client in dead:  # else this write waits for its lock
+                cluster.blocklist_add(client, 60)
+            opened.write(b"mark", offset)
+    made = await host.clone(cut, name, timeout=LONG)
+    with storage.pool() as (rbd, io), rbd.Image(io, made[images[0].id].source.rpartition("/")[2]) as opened:
+        assert opened.read(offset, 4) == b"mark"
+        opened.write(storage.whole(images[0].writable)[offset : offset + 4], offset)
+    assert [storage.whole(made[i.id]) == storage.whole(i.writable) for i in images] == [True, True]
+
+    await host.delete(name, timeout=LONG)
+    await partial()
+    await host.delete(name, timeout=LONG)  # at once, though the dead client's watch is still there
+    assert storage.held() == before
+
+
+def _extents(image: Any) -> list[tuple[int, int]]:
+    found: list[tuple[int, int]] = []
+    image.diff_iterate(0, image.size(), None, lambda offset, length, exists: exists and found.append((offset, length)))
+    return found
+
+
+def _objects(rbd: Any, io: Any, name: str) -> int:
+    try:
+        with rbd.Image(io, name, read_only=True) as image:
+            return len(_extents(image))
+    except rbd.ImageNotFound:
+        return 0
+
+
+async def test_progress_of_a_copy_counts_up_to_the_whole(storage: CephStorage) -> None:
+    images = [storage.volume(b"1", size=64 * MIB), storage.volume(b"1")]
+    with storage.pool() as (rbd, io), rbd.Image(io, images[0].label) as opened:
+        for number in range(0, 64, 4):
+            opened.write(b"x" * MIB, number * MIB)
+    given = CephRbdDriver.Parameters(mon_hosts=storage.lab.ceph.mon_host, pool=storage.place, client_name="vmsnapshot")
+    driver = CephRbdDriver(given, CephRbdDriver.Credentials(key=SecretStr(storage.lab.ceph.key("vmsnapshot"))))
+    request, name = order(*images), order(*images).name
+    cut = driver.cut(request)
+    driver.wait_ready(request, cut)
+
+    seen = await watch(driver, driver.clone, cut, name)
+
+    assert driver.progress() is None
+    assert seen == sorted(set(seen), key=lambda p: p.done_bytes), "the same is not told twice"
+    assert {p.total_bytes for p in seen} == {68 * MIB}
+    assert len(seen) > 2
+    driver.delete(name)
+    driver.delete(request.name)
+
+
+async def test_a_clone_that_somebody_uses_is_not_deleted(storage: CephStorage, host: DriverHost) -> None:
+    image = storage.volume(b"1")
+    cut = await take(host, order(image))
+    name = order(image).name
+    made = (await host.clone(cut, name, timeout=LONG))[image.id]
+    with storage.writer(storage.of(made.source.rpartition("/")[2])):
+        with pytest.raises(DriverError, match="deleting the clones") as caught:
+            await host.delete(name, timeout=LONG)
+        assert (caught.value.reason, caught.value.retryable) == ("InUse", True)
+        assert int(storage.read_layer(made)) > 0
+    async with asyncio.timeout(LONG):
+        while True:  # until the cluster notices that its user is gone
+            try:
+                await host.delete(name, timeout=LONG)
+                break
+            except DriverError as error:
+                assert error.reason == "InUse"  # noqa: PT017
 
 
 async def test_a_process_whose_client_was_fenced_connects_again(storage: CephStorage, host: DriverHost) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import signal
 import subprocess
 from collections.abc import AsyncIterator, Iterator
@@ -13,13 +14,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.drivers_support import LONG, SIZE, LibvirtStorage, order
+from tests.integration.drivers_support import LONG, SIZE, LibvirtStorage, order, watch
 from tests.lab import Lab
 from vmsnapshot_operator.core.driver import CutKind, Hold
 from vmsnapshot_operator.core.volumes import Seconds, SourceKind
 from vmsnapshot_operator.drivers import probes
 from vmsnapshot_operator.drivers.host import DriverHost
+from vmsnapshot_operator.drivers.libvirt_volume import LibvirtVolumeDriver
 from vmsnapshot_operator.errors import DriverError, DriverTimeoutError
+
+BIG = 128 << 20  # bytes: a copy that takes long enough to be met under way
 
 
 @pytest.fixture
@@ -43,6 +47,27 @@ def copying(request: pytest.FixtureRequest, lab: Lab) -> Iterator[LibvirtStorage
     made = LibvirtStorage(lab, pool=pool, destination=destination)
     yield made
     made.clean()
+
+
+@pytest.fixture
+def plain(lab: Lab) -> Iterator[LibvirtStorage]:
+    made = LibvirtStorage(lab, pool="plain", destination="plain")
+    yield made
+    made.clean()
+
+
+@pytest.fixture
+async def plain_host(plain: LibvirtStorage) -> AsyncIterator[DriverHost]:
+    host = plain.host(minFreeBytes="0")
+    yield host
+    await host.close()
+
+
+@pytest.fixture
+async def copying_host(copying: LibvirtStorage) -> AsyncIterator[DriverHost]:
+    host = copying.host()
+    yield host
+    await host.close()
 
 
 async def test_a_clone_shares_the_blocks_of_its_volume(storage: LibvirtStorage, host: DriverHost) -> None:
@@ -230,6 +255,181 @@ async def test_a_copy_that_was_cut_short_is_made_anew(copying: LibvirtStorage) -
     assert [copying.read_handle(cut.handles[v.id]) for v in volumes] == [b"1", b"2"]
     await host.delete(request.name, timeout=LONG)
     await host.close()
+
+
+async def test_a_killed_copy_goes_on_and_is_not_begun_anew(plain: LibvirtStorage, plain_host: DriverHost) -> None:
+    """Libvirt copies on: the next try waits for that, and takes it for whole because it saw it end."""
+    storage, host = plain, plain_host
+    volume = storage.volume(os.urandom(BIG))
+    request = order(volume)
+    async with host.reserve(request) as slot:
+        cut = await slot.cut(request)
+    copy = Path(cut.handles[volume.id])
+    daemon = storage.lab.component("libvirtd")
+    copying = asyncio.create_task(host.wait_ready(request, cut, timeout=LONG))
+    async with asyncio.timeout(LONG):
+        while not copy.exists():  # noqa: ASYNC110 - made by another process
+            await asyncio.sleep(0.001)
+    daemon.kill(signal.SIGSTOP)
+    copying.cancel()
+    await asyncio.wait([copying])
+    made = os.open(copy, os.O_RDONLY)
+    again = asyncio.create_task(host.wait_ready(request, cut, timeout=LONG))
+    await asyncio.sleep(0.1)
+    daemon.kill(signal.SIGCONT)
+    await again
+    links = os.fstat(made).st_nlink
+    os.close(made)
+
+    assert links == 1, "it was deleted and begun anew"
+
+    assert copy.read_bytes() == storage.whole(volume.writable)
+    assert (await host.check_revert(cut, [volume], timeout=LONG))[0].ok
+    Path(f"{copy}.whole").unlink()  # as it would be had nobody seen the copy end
+    (fit,) = await host.check_revert(cut, [volume], timeout=LONG)
+    assert (fit.ok, fit.reason) == (False, "SnapshotIncomplete")
+    with pytest.raises(DriverError, match="not copied to the end"):
+        await host.clone(cut, order(volume).name, timeout=LONG)
+    await host.delete(request.name, timeout=LONG)
+    assert storage.held() == set()
+
+
+async def test_progress_of_a_copy_is_what_the_new_volume_occupies(plain: LibvirtStorage) -> None:
+    storage, lab = plain, plain.lab
+    given = LibvirtVolumeDriver.Parameters(pool_name="plain", min_free_bytes=0, socket_path=str(lab.libvirt_socket))
+    driver = LibvirtVolumeDriver(given, LibvirtVolumeDriver.Credentials())
+    volumes = storage.volume(os.urandom(BIG)), storage.volume(b"1")
+    request = order(*volumes)
+    cut = driver.cut(request)
+
+    seen = await watch(driver, driver.wait_ready, request, cut)
+
+    assert driver.progress() is None
+    (total,) = {p.total_bytes for p in seen}
+    assert BIG <= total < BIG + (1 << 20)
+    done = [p.done_bytes for p in seen]
+    assert done == sorted(done)
+    assert any(0 < d < BIG for d in done)
+    driver.delete(request.name)
+
+
+async def test_while_a_pool_copies_others_are_served(plain: LibvirtStorage, plain_host: DriverHost) -> None:
+    """Libvirt refuses to read a pool again for as long as it copies in it."""
+    storage, host = plain, plain_host
+    small, big = storage.volume(b"1"), storage.volume(os.urandom(BIG))
+    requests = order(small), order(big)
+    cuts = []
+    for request in requests:
+        async with host.reserve(request) as slot:
+            cuts.append(await slot.cut(request))
+    await host.wait_ready(requests[0], cuts[0], timeout=LONG)
+    copying = asyncio.create_task(host.wait_ready(requests[1], cuts[1], timeout=LONG))
+    async with asyncio.timeout(LONG):
+        while not Path(cuts[1].handles[big.id]).exists():  # noqa: ASYNC110 - made by another process
+            await asyncio.sleep(0.001)
+
+    assert (await host.check_revert(cuts[0], [small], timeout=LONG))[0].ok
+    assert requests[0].name in await host.list("vms-aaaaaa-", timeout=LONG)
+    await host.delete(requests[0].name, timeout=LONG)
+    await copying
+
+    assert await host.list("vms-aaaaaa-", timeout=LONG) == (requests[1].name,)
+    await host.delete(requests[1].name, timeout=LONG)
+    assert storage.held() == set()
+
+
+async def test_a_disk_that_a_killed_revert_left_missing_is_explained_and_made_again(
+    storage: LibvirtStorage, host: DriverHost
+) -> None:
+    volume = storage.volume(b"1")
+    path = Path(volume.writable.source)
+    path.chmod(0o640)
+    one, two = order(volume), order(volume)
+    cuts = []
+    for request in (one, two):
+        async with host.reserve(request) as slot:
+            cuts.append(await slot.cut(request))
+        storage.write(volume, b"2")
+    held = storage.held()
+    path.unlink()
+    (missing,) = await host.check_revert(cuts[0], [volume], timeout=LONG)
+    mark = path.parent / f"{Path(cuts[0].handles[volume.id]).name}.revert"
+    mark.touch()  # as `revert` does before it deletes the old volume
+    fits = [(await host.check_revert(cut, [volume], timeout=LONG))[0] for cut in cuts]
+
+    await host.revert(cuts[1], [volume], timeout=LONG)  # the safety snapshot, say, instead of the one that was begun
+
+    assert (missing.ok, missing.reason) == (False, "VolumeMissing")
+    assert [f.ok for f in fits] == [True, True]
+    assert (storage.read(volume), path.stat().st_size, path.stat().st_mode & 0o777) == (b"2", SIZE, 0o640)
+    assert storage.held() == held, "a mark is left"
+    path.unlink()
+    assert (await host.check_revert(cuts[0], [volume], timeout=LONG))[0].reason == "VolumeMissing"
+    await host.delete(one.name, timeout=LONG)
+    await host.delete(two.name, timeout=LONG)
+    storage.made.remove(path.name)
+
+
+async def test_half_a_clone_is_never_taken_for_a_whole_one(storage: LibvirtStorage, host: DriverHost) -> None:
+    """What a daemon that ended in the middle leaves: the file is there, has its size, and is empty."""
+    volume = storage.volume(b"1")
+    request, name = order(volume), order(volume).name
+    async with host.reserve(request) as slot:
+        cut = await slot.cut(request)
+    made = Path((await host.clone(cut, name, timeout=LONG))[volume.id].source)
+    Path(f"{made}.whole").unlink()
+    made.unlink()
+    made.touch()
+    os.truncate(made, SIZE)
+    await host.list("vms-", timeout=LONG)
+
+    again = await host.clone(cut, name, timeout=LONG)
+
+    assert again[volume.id].source == str(made)
+    assert made.read_bytes() == storage.whole(volume.writable)
+    await host.delete(name, timeout=LONG)
+
+
+async def test_a_disk_on_a_copying_pool_is_set_back_and_cloned(
+    copying: LibvirtStorage, copying_host: DriverHost
+) -> None:
+    host = copying_host
+    volume = copying.volume(b"1")
+    request, name = order(volume), order(volume).name
+    async with host.reserve(request) as slot:
+        cut = await slot.cut(request)
+    await host.wait_ready(request, cut, timeout=LONG)
+    first = copying.whole(volume.writable)
+    copying.write(volume, b"2", 1 << 20)
+    held = copying.held()
+
+    made = await host.clone(cut, name, timeout=LONG)
+    for _ in range(2):
+        await host.revert(cut, [volume], timeout=LONG)
+
+    assert copying.whole(volume.writable) == first == copying.whole(made[volume.id])
+    await host.delete(name, timeout=LONG)
+    assert copying.held() == held
+    await host.delete(request.name, timeout=LONG)
+
+
+async def test_a_disk_is_not_deleted_where_its_content_would_not_fit(
+    copying: LibvirtStorage, copying_host: DriverHost
+) -> None:
+    host, poor = copying_host, copying.host(minFreeBytes=str(1 << 50))
+    volume = copying.volume(b"1")
+    request = order(volume)
+    async with host.reserve(request) as slot:
+        cut = await slot.cut(request)
+    await host.wait_ready(request, cut, timeout=LONG)
+    copying.write(volume, b"2")
+    with pytest.raises(DriverError, match="minFreeBytes") as caught:
+        await poor.revert(cut, [volume], timeout=LONG)
+    with pytest.raises(DriverError, match="minFreeBytes"):
+        await poor.clone(cut, order(volume).name, timeout=LONG)
+    assert caught.value.reason == "NoSpace"
+    assert copying.read(volume) == b"2"
+    await poor.close()
 
 
 async def test_a_pool_that_is_at_work_is_waited_for(storage: LibvirtStorage, host: DriverHost) -> None:

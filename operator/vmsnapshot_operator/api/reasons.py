@@ -607,6 +607,11 @@ class Reason(StrEnum):
         "The image that would be set back is in use.",
         "Shut the VM off that uses it, then try again.",
     )
+    LAYERS_CHANGED = (
+        "LayersChanged",
+        "The volume to be set back has other layers beneath it than when it was cut.",
+        "Bring the VM's disks back onto the images that were cut, or restore into a new VM.",
+    )
     NO_EXCLUSIVE_LOCK = (
         "NoExclusiveLock",
         "The RBD image lacks the feature exclusive-lock, without which a cut may miss writes.",
@@ -634,10 +639,15 @@ class Reason(StrEnum):
         "The volume to be set back is not the one that was cut.",
         "Restore onto the VM's own disks, or into a new VM.",
     )
-    PART_OF_GROUP = (
-        "PartOfGroup",
-        "The cut is one of a whole group, and not all of its volumes are to be set back.",
-        "Restore all disks of that class together.",
+    SIZE_CHANGED = (
+        "SizeChanged",
+        "The volume to be set back has another size than when it was cut.",
+        "Give it the size that the message names, or restore into a new VM.",
+    )
+    SNAPSHOT_INCOMPLETE = (
+        "SnapshotIncomplete",
+        "The copy of the volume was not made to the end.",
+        "Wait until the VMSnapshot is ready; if it failed, delete it and create another one.",
     )
     SNAPSHOT_LOST = (
         "SnapshotLost",
@@ -648,6 +658,11 @@ class Reason(StrEnum):
         "UnknownCluster",
         "The disk names no monitor in its domain, so nobody can tell which Ceph cluster it lies on.",
         "Name the monitors in the domain's disk; or set the class's parameter allowDisksWithoutHosts, if there is one cluster only.",
+    )
+    VOLUME_MISSING = (
+        "VolumeMissing",
+        "The volume to be set back does not exist any more.",
+        "Restore into a new VM.",
     )
     VOLUME_NOT_FOUND = (
         "VolumeNotFound",

@@ -125,9 +125,9 @@ class StorageDriver(Protocol):
     def check_revert(self, cut: CutResult, onto: Sequence[Volume]) -> Sequence[Fit]:
         """Only look: one answer per volume, in order.
 
-        Reasons where they apply: `SizeChanged`, `VolumeMissing`, `InUse`, `NewerSnapshots`, `LayersChanged`,
-        `SnapshotLost`, `SnapshotIncomplete`, `OtherVolume`, `PartOfGroup`, `FormatNotServed`. A volume that a `revert`
-        left half done, or missing, fits: `revert` repeated puts it right.
+        Reasons, where they apply: `OtherVolume`, `VolumeMissing`, `SizeChanged`, `InUse`, `LayersChanged` (beneath it),
+        `SnapshotLost`, `SnapshotIncomplete`, and `NewerSnapshots` (in the way of `revert_newest_only`). A volume that a killed
+        `revert` left missing or half done fits: `revert` repeated puts it right.
         """
         ...
 

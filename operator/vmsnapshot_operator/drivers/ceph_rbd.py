@@ -192,12 +192,11 @@ class CephRbdDriver:
         """Make a new image `<name>-<member>` of each snapshot. Repeatable: an image has that name only when it is whole."""
         hosts = tuple(f"{h}:{p}" if p else h for h, p in ceph_cluster.addresses(self._parameters.mon_hosts))
         targets = {v: f"{name}-{names.member(v)}" for v in cut.handles}
-        with self._pool() as (rbd, io), told(f"cloning to {name}"):
-            ceph_restore.begin_clone(rbd, io, name, list(targets.values()))
+        sources = {target: _source(cut.handles[v]) for v, target in targets.items()}
+        with self._pool() as (rbd, io), told(f"cloning {', '.join(cut.handles.values())} to {name}"):
+            ceph_restore.begin_clone(rbd, io, name, list(sources))
             with self._at_work(name) as (work, fence):
-                for volume, target in targets.items():
-                    with told(f"cloning {cut.handles[volume]} to {target}"):
-                        ceph_restore.clone(rbd, io, _source(cut.handles[volume]), target, fence, work)
+                ceph_restore.clone(rbd, io, sources, fence, work)
         return {
             volume: Layer(
                 kind=SourceKind.NETWORK,
@@ -218,7 +217,7 @@ class CephRbdDriver:
     def progress(self) -> Progress | None:
         """Say how many bytes are copied. None while nothing new is: also in a rollback, of which Ceph says nothing."""
         work = self._work
-        if work is None or work.done == work.told:
+        if work is None or not work.total or work.done == work.told:
             return None
         work.told = work.done
         return Progress(done_bytes=min(work.done, work.total), total_bytes=work.total)

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -77,13 +77,14 @@ def roll_back(rbd: Any, io: Any, sources: Sequence[Source], *, is_group: bool, i
         name = sources[0].name
         rbd.Group(io, name).rollback_to_snap(name)
         return
+    if is_group:
+        work.total = _bytes_in(rbd, io, sources)
     for source in sources:
         with rbd.Image(io, source.image) as image:
             if not is_group:
                 image.rollback_to_snap(source.name)
                 continue
             with opened_at(rbd, io, source) as snapshot:
-                work.total += ceph_copies.bytes_in(snapshot)
                 ceph_copies.overwrite(snapshot, image, work.step)
 
 
@@ -109,35 +110,50 @@ def begin_clone(rbd: Any, io: Any, name: str, targets: Sequence[str]) -> None:
     ceph_snapshots.make_record(rbd, io, f"{name}{_NEW}")
 
 
-def clone(rbd: Any, io: Any, source: Source, target: str, fence: Callable[[Any], None], work: Work) -> None:
-    """Make one new image: by a clone where the cluster can, else by a copy that has its name only when it is whole."""
-    existing = rbd.RBD().list(io)
-    if target in existing:
-        return
-    partial, cloning = f"{target}{_PARTIAL}", f"{target}{_CLONING}"
-    if cloning in existing:  # who was at it was killed: it may have no parent yet, and so no content
-        with rbd.Image(io, cloning, read_only=True) as image:
-            fence(image)
-        rbd.RBD().remove(io, cloning)
+def clone(rbd: Any, io: Any, targets: Mapping[str, Source], fence: Callable[[Any], None], work: Work) -> None:
+    """Make new images: clones where the cluster can, else copies. An image has its name only when it is whole."""
+    existing = set(rbd.RBD().list(io))
+    copied = {}
+    for target, source in targets.items():
+        cloning = f"{target}{_CLONING}"
+        if cloning in existing:  # who was at it was killed: it may have no parent yet, and so no content
+            with rbd.Image(io, cloning, read_only=True) as image:
+                fence(image)
+            rbd.RBD().remove(io, cloning)
+        if target in existing:
+            continue
+        if f"{target}{_PARTIAL}" in existing or not _cloned(rbd, io, source, cloning):
+            copied[target] = source
+        else:
+            rbd.RBD().rename(io, cloning, target)
+    work.total = _bytes_in(rbd, io, list(copied.values()))
+    for target, source in copied.items():
+        partial = f"{target}{_PARTIAL}"
+        with opened_at(rbd, io, source) as snapshot:
+            if partial not in existing:
+                features, order = snapshot.features() & _FEATURES, snapshot.stat()["order"]
+                rbd.RBD().create(io, partial, snapshot.size(), order=order, features=features, old_format=False)
+            with rbd.Image(io, partial) as image:
+                fence(image)
+                ceph_copies.complete(snapshot, image, work.step)
+        rbd.RBD().rename(io, partial, target)
+
+
+def _bytes_in(rbd: Any, io: Any, sources: Sequence[Source]) -> int:
+    total = 0
+    for source in sources:
+        with opened_at(rbd, io, source) as snapshot:
+            total += ceph_copies.bytes_in(snapshot)
+    return total
+
+
+def _cloned(rbd: Any, io: Any, source: Source, target: str) -> bool:
     with opened_at(rbd, io, source) as snapshot:
-        features, order = snapshot.features() & _FEATURES, snapshot.stat()["order"]
-        if partial not in existing:
-            if _cloned(rbd, io, source, snapshot, cloning, features):
-                rbd.RBD().rename(io, cloning, target)
-                return
-            rbd.RBD().create(io, partial, snapshot.size(), order=order, features=features, old_format=False)
-        with rbd.Image(io, partial) as image:
-            fence(image)
-            work.total += ceph_copies.bytes_in(snapshot)
-            ceph_copies.complete(snapshot, image, work.step)
-    rbd.RBD().rename(io, partial, target)
-
-
-def _cloned(rbd: Any, io: Any, source: Source, snapshot: Any, target: str, features: int) -> bool:
-    plain = any(s["name"] == source.name for s in snapshot.list_snaps())
-    which = source.name if plain else ceph_snapshots.snapshot_id(snapshot, source.name)
+        features = snapshot.features() & _FEATURES | rbd.RBD_FEATURE_LAYERING
+        plain = any(s["name"] == source.name for s in snapshot.list_snaps())
+        which = source.name if plain else ceph_snapshots.snapshot_id(snapshot, source.name)
     try:
-        rbd.RBD().clone(io, source.image, which, io, target, features=features | rbd.RBD_FEATURE_LAYERING)
+        rbd.RBD().clone(io, source.image, which, io, target, features=features)
     except (rbd.InvalidArgument, rbd.FunctionNotSupported, TypeError):
         return False  # the part of a group, an image without layering, a cluster that wants snapshots protected
     return True

@@ -14,6 +14,9 @@ from vmsnapshot_operator.core.volumes import Seconds
 OVERDUE = Seconds(5.0)
 """So long after its budget a journal has no living owner any more, whoever seems to be one."""
 
+SETTLED = Seconds(30.0)
+"""So long a VMSnapshot may not have been read yet after a start; overlays have no hurry."""
+
 _NEVER = Seconds(0.0)
 
 
@@ -21,6 +24,7 @@ class Action(StrEnum):
     """What is done about one journal."""
 
     FREE = "Free"
+    COLLAPSE = "Collapse"
     WAIT = "Wait"
     LEAVE = "Leave"
 
@@ -31,7 +35,7 @@ class Found:
 
     `journal` is None if it cannot be read, for the reason in `problem`. `owner`: the VMSnapshot that this process works on
     this VM for, or empty. `leader`: whether this instance holds the lease. `seen_for`: how long this process has seen this
-    very journal (its nonce), by a clock that is never set.
+    very journal (its nonce), by a clock that is never set. `known`: its VMSnapshot exists, as far as this process knows.
     """
 
     journal: Journal | None
@@ -39,6 +43,7 @@ class Found:
     installation: str
     owner: str = ""
     leader: bool = False
+    known: bool = True
     seen_for: Seconds = _NEVER
 
 
@@ -61,6 +66,14 @@ def judge(found: Found) -> Ruling:
     if journal.installation != found.installation:
         return Ruling(
             Action.LEAVE, f"held by another installation ({journal.installation}), which frees it itself; not touched"
+        )
+    if not journal.holds:
+        if found.known or not found.leader:
+            return Ruling(Action.WAIT, "the VM goes on, on overlays of its snapshot, which are committed by and by")
+        if found.seen_for < SETTLED:
+            return Ruling(Action.WAIT, "the VM is on overlays of a snapshot that is not known (yet)")
+        return Ruling(
+            Action.COLLAPSE, f"on overlays of attempt {journal.attempt} of VMSnapshot {journal.owner_uid}, which is gone"
         )
     if found.seen_for > journal.budget + OVERDUE:
         return Ruling(
