@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vmsnapshot_operator.core.markers import Gate, Marker
@@ -259,7 +259,7 @@ def test_any_text_is_read_or_refused(text: str) -> None:
 WORDS = st.text(
     st.characters(codec="utf-8", exclude_categories=("Cc", "Cs"), exclude_characters="\ufffe\uffff"), max_size=12
 )
-TAGS = st.from_regex(r"[a-z]{1,5}(:[a-z]{1,5})?", fullmatch=True)
+TAGS = st.sampled_from(["a", "b:c", "xmlns:b", "source", "driver", "auth", "alias", "address"])
 
 
 def elements(depth: int) -> st.SearchStrategy[ET.Element]:
@@ -275,6 +275,7 @@ def elements(depth: int) -> st.SearchStrategy[ET.Element]:
     return made()
 
 
+@settings(max_examples=40)
 @given(elements(2))
 def test_what_is_written_is_what_was_read(element: ET.Element) -> None:
     root = ET.Element("domain")
@@ -284,7 +285,8 @@ def test_what_is_written_is_what_was_read(element: ET.Element) -> None:
     assert tree.text_of(tree.copy_of(root)) == text
 
 
-@given(st.lists(elements(2), max_size=4), st.booleans())
+@settings(max_examples=40)
+@given(st.lists(elements(1), max_size=4), st.booleans())
 def test_gate_and_back_for_any_disk(children: list[ET.Element], autostart: bool) -> None:
     root = tree.parse("<domain><name>a</name><devices><disk type='block'><target dev='vda'/></disk></devices></domain>")
     disk = tree.disks(root)["vda"]
