@@ -443,7 +443,7 @@ def installed(server: Server) -> dict[str, Json]:
 
 
 def _holds(crd: Json, condition: str) -> bool:
-    conditions = {c["type"]: c["status"] for c in crd.get("status", {}).get("conditions", ())}
+    conditions = {c["type"]: c["status"] for c in crd.get("status", {}).get("conditions") or ()}
     return conditions.get(condition) == "True"
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from vmsnapshot_operator.core.chains import Move
 from vmsnapshot_operator.core.effects import Condition
 from vmsnapshot_operator.core.journal import Journal
 from vmsnapshot_operator.core.steps import Step, step
@@ -26,6 +27,7 @@ from vmsnapshot_operator.kube import conditions, distill
 from vmsnapshot_operator.plan.report import clip
 from vmsnapshot_operator.plan.sweep import Action, Found, Ruling, judge
 from vmsnapshot_operator.quiesce.base import clock, release
+from vmsnapshot_operator.strategies import overlays
 from vmsnapshot_operator.strategies.world import LiveHypervisor, World, now
 
 log = logging.getLogger(__name__)
@@ -174,17 +176,17 @@ class Hypervisors:
         self._forget_unseen(name, sightings)
         rulings = [(s, self._judge(name, s, world)) for s in sightings]
         for sighting, ruling in rulings:
-            if ruling.action is Action.FREE and sighting.journal is not None:
+            if ruling.action in (Action.FREE, Action.COLLAPSE) and sighting.journal is not None:
                 self._free(body, client, sighting.ref, sighting.journal, ruling.why, world)
         if tasks := [t for (hypervisor, _, _), t in self._freeing.items() if hypervisor == name]:
             await asyncio.wait(tasks, timeout=PATIENCE)
         held = [s.ref.name for s, r in rulings if r.action is Action.FREE and not self._is_free(name, s)]
         left = {s.ref.name: r.why for s, r in rulings if r.action is Action.LEAVE}
-        overlays = [s.ref.name for s, _ in rulings if s.journal is not None and self._overlay(s.journal, world)]
+        overlaid = [s.ref.name for s, _ in rulings if s.journal is not None and self._overlay(s.journal, world)]
         world.metrics.frozen_vms(len(held), hypervisor=name)
         world.metrics.strange_journals(len(left), hypervisor=name)
         ours = [s for s in sightings if s.journal is not None and s.journal.installation == world.installation]
-        world.metrics.journals(len(ours), overlays=len(overlays), hypervisor=name)
+        world.metrics.journals(len(ours), overlays=len(overlaid), hypervisor=name)
         for domain, why in sorted(left.items()):
             if self._told.get((name, domain)) != why:
                 log.warning("hypervisor %s: domain %s: %s", name, domain, why)
@@ -192,7 +194,7 @@ class Hypervisors:
         self._told = {k: v for k, v in self._told.items() if k[0] != name} | {(name, d): w for d, w in left.items()}
         return Swept(
             held=tuple(sorted(held)),
-            overlays=tuple(sorted(overlays)),
+            overlays=tuple(sorted(overlaid)),
             left=left,
         )
 
@@ -206,6 +208,7 @@ class Hypervisors:
                 installation=world.installation,
                 owner=world.claims.get(sighting.ref.uuid, ""),
                 leader=world.leadership.is_leader(),
+                known=journal is None or world.known(journal.owner_uid),
                 seen_for=Seconds(clock() - first),
             )
         )
@@ -243,7 +246,7 @@ class Hypervisors:
                     self._freed.add(key)
                     return
                 async with step(Step.RECOVER_SWEEP, journal.owner_uid, ref.name):
-                    await release(client, ref, journal)
+                    await self._release(client, ref, there)
             except SnapshotError as error:
                 log.error("hypervisor %s: domain %s is still held: %s", name, ref.name, error.message)  # noqa: TRY400 - the message says it all
                 await world.events.emit(body, "Warning", "VMStillHeld", f"domain {ref.name}: {why}; {error.message}")
@@ -258,6 +261,16 @@ class Hypervisors:
         task = asyncio.create_task(let_go(), name=f"free {ref.name}")
         self._freeing[key] = task
         task.add_done_callback(lambda _: self._freeing.pop(key, None))
+
+    async def _release(self, client: Hypervisor, ref: Ref, journal: Journal) -> None:
+        """Free the VM; one that is on overlays of a snapshot that is gone is brought back onto its own disks."""
+        if journal.holds:
+            await release(client, ref, journal)
+            return
+        rulings = await overlays.collapse(client, ref, journal, None, lambda _: None)
+        if stays := [r for r in rulings if r.move in (Move.WAIT, Move.KEEP)]:
+            text = "; ".join(f"overlay {r.overlay}: {r.why}" for r in stays)
+            raise HypervisorError(f"domain {ref.name}: {text}", reason="OverlayInUse")
 
     def _prove(self, journal: Journal) -> None:
         """Remember whose journal it was, and the attempt."""

@@ -86,6 +86,7 @@ class _Host:
         self.main = Connection(uri, endpoint, self.calls, lambda c: hub.register(c, endpoint))
         self.holding = Lane(uri, f"{endpoint} (freeze)", self.calls)
         self.freeing = Lane(uri, f"{endpoint} (thaw)", self.calls)
+        self.changing = Lane(uri, f"{endpoint} (change)", self.calls)
         self.queries = asyncio.Semaphore(AGENT_QUERIES)
         self.suspects = asyncio.Semaphore(SUSPECT_QUERIES)
         self.freezes = asyncio.Semaphore(FREEZES)
@@ -98,7 +99,7 @@ class _Host:
         return result
 
     async def close(self) -> None:
-        await asyncio.gather(self.main.close(), self.holding.close(), self.freeing.close())
+        await asyncio.gather(*(c.close() for c in (self.main, self.holding, self.freeing, self.changing)))
 
 
 class Hypervisor:
@@ -273,14 +274,18 @@ class Hypervisor:
 
     async def act(self, ref: Ref, what: str, act: Callable[[Any], T], *, timeout: Seconds = ACT_TIMEOUT) -> T:  # noqa: ASYNC109 - the call is left behind at the deadline
         """Call `act(virDomain)`, blocking, in a thread, where the domain is now. Raises what `find` does, and CallTimeoutError."""
-        return await self._at(ref, what, act, timeout)
+        here = await self.find(ref.uuid)
+        return await self.act_on(here.endpoint, what, lambda c: act(c.lookupByUUIDString(ref.uuid)), timeout=timeout)
 
     async def act_on(self, endpoint: str, what: str, act: Callable[[Any], T], *, timeout: Seconds) -> T:  # noqa: ASYNC109 - as above
-        """Call `act(virConnect)`, blocking, in a thread; raises HypervisorUnreachableError if there is no such endpoint."""
+        """Call `act(virConnect)`, blocking, in a thread; raises HypervisorUnreachableError if there is no such endpoint.
+
+        On a connection that few use: a start or a shutdown may take minutes, and five of them would stop a connection.
+        """
         host = self._hosts.get(endpoint)
         if host is None:
-            raise HypervisorUnreachableError(f'hypervisor "{self.name}" has no endpoint "{endpoint}" any more')
-        connection = await host.main.get()
+            raise HypervisorUnreachableError(f'hypervisor "{self.name}" has no endpoint "{endpoint}"')
+        connection = await host.changing.seat(asyncio.current_task())
         return await host.calls.act(what, act, connection, timeout=timeout)
 
     async def _prepare(self, endpoint: str) -> None:
@@ -309,12 +314,12 @@ class Hypervisor:
         )
         return Handles(domains[0], domains[1], host.calls, host.freezes, active)
 
-    async def _at(self, ref: Ref, what: str, act: Callable[[Any], T], timeout: Seconds = ACT_TIMEOUT) -> T:  # noqa: ASYNC109 - as above
+    async def _at(self, ref: Ref, what: str, act: Callable[[Any], T]) -> T:
         """Act on the domain where it is now, on the main connection."""
         here = await self.find(ref.uuid)
         host = self._hosts[here.endpoint]
         connection = await host.main.get()
-        return await host.calls.act(what, lambda: act(connection.lookupByUUIDString(ref.uuid)), timeout=timeout)
+        return await host.calls.act(what, lambda: act(connection.lookupByUUIDString(ref.uuid)), timeout=ACT_TIMEOUT)
 
     async def _locate(self, domain: str) -> tuple[Ref, bool]:
         """Return where a domain is and whether it runs there; raises as `find`."""

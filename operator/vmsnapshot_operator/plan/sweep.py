@@ -73,7 +73,8 @@ def judge(found: Found) -> Ruling:
         if found.seen_for < SETTLED:
             return Ruling(Action.WAIT, "the VM is on overlays of a snapshot that is not known (yet)")
         return Ruling(
-            Action.COLLAPSE, f"on overlays of attempt {journal.attempt} of VMSnapshot {journal.owner_uid}, which is gone"
+            Action.COLLAPSE,
+            f"on overlays of attempt {journal.attempt} of VMSnapshot {journal.owner_uid}, which is gone",
         )
     if found.seen_for > journal.budget + OVERDUE:
         return Ruling(

@@ -6,7 +6,7 @@ Everything in `Memory` may be lost at any moment without harm: safety rests on n
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -116,7 +116,7 @@ def now() -> datetime:
 
 @dataclass(slots=True, kw_only=True)
 class World:
-    """The surroundings of all workflows of one process."""
+    """The surroundings of all workflows of one process. `known` tells whether a VMSnapshot of this UID exists."""
 
     cluster: Cluster
     events: Events
@@ -129,6 +129,7 @@ class World:
     strategies: Mapping[str, SnapshotStrategy] = field(default_factory=dict)
     claims: dict[str, str] = field(default_factory=dict)
     memories: dict[str, Memory] = field(default_factory=dict)
+    known: Callable[[str], bool] = lambda _uid: True
 
     def now(self) -> datetime:
         """The time at the API server, in which deadlines are given."""
