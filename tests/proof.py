@@ -79,7 +79,7 @@ def files(lab: Lab) -> list[str]:
         f"file {p}"
         for pool in ("reflink", "plain")
         for p in sorted(lab.pool_path(pool).iterdir())
-        if p.name.startswith("vms-")
+        if p.name.startswith(("vms-", "ovl-"))
     ]
 
 
