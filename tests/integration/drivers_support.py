@@ -22,7 +22,7 @@ from vmsnapshot_operator.drivers.ceph_snapshots import snapshot_id
 from vmsnapshot_operator.drivers.host import DriverHost
 
 LONG = 60.0  # seconds: a guard, never reached
-SIZE = 8 << 20
+SIZE = 12 << 20  # bytes: three objects of an RBD image
 INSTALLATION = "aaaaaa"
 _NUMBERS = itertools.count(1)
 ROOT = Path(__file__).parents[2]

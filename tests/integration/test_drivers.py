@@ -327,7 +327,7 @@ async def test_a_volume_set_back_holds_exactly_what_was_cut(storage: Storage, ho
     first = written(storage, *volumes)
     one = await take(host, order(*volumes))
     second = written(storage, *volumes)
-    storage.write(volumes[0], b"later", 2 * MIB)  # where there was nothing
+    storage.write(volumes[0], b"later", 9 * MIB)  # where there was nothing
     second[0] = storage.whole(volumes[0].writable)
     two = await take(host, order(*volumes))
     written(storage, *volumes)
@@ -344,7 +344,7 @@ async def test_only_some_volumes_are_set_back(storage: Storage, host: DriverHost
     first = written(storage, *volumes)
     cut = await take(host, order(*volumes))
     second = written(storage, *volumes)
-    storage.write(volumes[1], b"later", 2 * MIB)
+    storage.write(volumes[1], b"later", 9 * MIB)  # where there was nothing
 
     (fit,) = await host.check_revert(cut, volumes[1:2], timeout=LONG)
     for _ in range(2):

@@ -276,6 +276,32 @@ async def test_an_image_in_use_is_not_rolled_back(storage: CephStorage, host: Dr
     assert int(storage.read(images[1])) > 0
 
 
+async def test_who_was_killed_while_it_reverted_is_no_user_and_is_fenced(
+    storage: CephStorage, host: DriverHost
+) -> None:
+    """Its watch and its locks outlive it; here it lives on, which the next one cannot tell from that."""
+    images = [storage.volume(b"0"), storage.volume(b"0")]
+    request = order(*images)
+    cut = await take(host, request)
+    await host.wait_ready(request, cut, timeout=LONG)
+    with storage.writer(*images) as earlier:
+        with storage.pool() as (rbd, io):
+            with rbd.Image(io, images[0].label, read_only=True) as opened:
+                (client,) = {w["addr"] for w in opened.watchers_list()}
+            rbd.RBD().group_create(io, f"{request.name}.c-{client.encode().hex()}")
+
+        fits = await host.check_revert(cut, images, timeout=LONG)
+        await host.revert(cut, images, timeout=LONG)
+
+        assert [f.reason for f in fits] == ["Fits", "Fits"]
+        async with asyncio.timeout(LONG):
+            while earlier.poll() is None:  # noqa: ASYNC110 - it ends when it is refused
+                await asyncio.sleep(0.05)
+    assert [storage.read(i) for i in images] == [b"0", b"0"]
+    with storage.pool() as (rbd, io):
+        assert not [g for g in rbd.RBD().group_list(io) if ".c-" in g]
+
+
 async def test_a_clone_of_a_single_image_is_instant_and_outlives_its_snapshot(
     storage: CephStorage, host: DriverHost
 ) -> None:

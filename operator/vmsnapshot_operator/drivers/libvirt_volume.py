@@ -300,7 +300,7 @@ class LibvirtVolumeDriver:
     @contextmanager
     def _copying(self, pool: Any, sources: Iterable[Any]) -> Iterator[Callable[[str, Any], None]]:
         """Let others ask how far copies into a pool are, over a connection of its own; the caller says what comes next."""
-        if self._flags():  # nothing is copied
+        if self._reflink:  # nothing is copied
             yield lambda _name, _source: None
             return
         before = 0

@@ -1,6 +1,7 @@
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
+import libvirt
 import pytest
 from pydantic import ValidationError
 
@@ -105,3 +106,28 @@ def test_parameters_are_strings_on_the_class():
         LibvirtVolumeDriver, {"poolName": "p", "uriTransport": "tcp", "host": "h", "port": "16509"}, {}
     )
     assert (parameters.pool_name, parameters.port, parameters.destination_pool_name) == ("p", 16509, "")
+
+
+class BusyPool:
+    """Copies for ever, as libvirt says it."""
+
+    def __init__(self, active):
+        self.active = active
+
+    def name(self):
+        return "pool"
+
+    def isActive(self):  # noqa: N802 - libvirt's name
+        return self.active
+
+    def refresh(self, _flags):
+        error = libvirt.libvirtError("internal error: pool 'pool' has asynchronous jobs running.")
+        error.err = (libvirt.VIR_ERR_INTERNAL_ERROR, libvirt.VIR_FROM_STORAGE, str(error), 2, "", None, None, -1, -1)
+        raise error
+
+
+def test_a_pool_that_copies_for_long_is_taken_as_it_is_known(monkeypatch):
+    monkeypatch.setattr(libvirt_storage, "_REFRESH_SECONDS", -1.0)
+    libvirt_storage.reread(BusyPool(active=1))
+    with pytest.raises(libvirt.libvirtError, match="asynchronous jobs"):
+        libvirt_storage.reread(BusyPool(active=0))
