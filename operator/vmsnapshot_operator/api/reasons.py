@@ -454,6 +454,187 @@ class Reason(StrEnum):
         "Nothing: read the plan in status, then create one without spec.dryRun.",
     )
 
+    # --- overlays: a snapshot by copying ----------------------------------------------------------------------------------
+    SWITCHED = (
+        "Switched",
+        "The VM writes to overlays, so that what lies beneath stands still while it is copied.",
+        _FINE,
+    )
+    SWITCH_FAILED = (
+        "SwitchFailed",
+        "The VM could not be switched to overlays, or not all of its disks together.",
+        "Do what libvirt's words in the message say; what was switched is committed by itself.",
+    )
+    COLLAPSING = (
+        "Collapsing",
+        "The overlays are being committed into the VM's own disks.",
+        "Wait: how long depends on what the VM wrote meanwhile.",
+    )
+    OVERLAY_IN_USE = (
+        "OverlayInUse",
+        "An overlay of ours stands in a way that it must not be committed: the VM's chain was changed by another hand.",
+        "Look at the VM's disks (`virsh domblklist`, `virsh domblkinfo`) and end what the message names; then it is committed by itself.",
+    )
+    OVERLAY_LOST = (
+        "OverlayLost",
+        "An overlay that held the VM's writes is gone from under it.",
+        "Look at the VM's disks at once, and at what else deletes volumes of the overlay pool: what was written after the cut may be lost.",
+    )
+    OVERLAY_KEPT = (
+        "OverlayKept",
+        "An overlay of ours was left on storage, because something still uses it.",
+        "Nothing, if it goes away by itself; else end what the message names.",
+    )
+    JOURNAL_LOST = (
+        "JournalLost",
+        "The journal of overlays is no longer in the VM's metadata as it was written.",
+        "Look who changes the VM's metadata; the snapshot says by itself what became of its overlays.",
+    )
+
+    # --- VMRestore: what was asked for ------------------------------------------------------------------------------------
+    SNAPSHOT_NOT_FOUND = (
+        "SnapshotNotFound",
+        "There is no VMSnapshot of this name in the restore's namespace.",
+        "Correct spec.snapshotName, or create the VMRestore in the namespace of the VMSnapshot.",
+    )
+    SNAPSHOT_UID_MISMATCH = (
+        "SnapshotUIDMismatch",
+        "The VMSnapshot is another one than spec.snapshotUID says.",
+        "Correct spec.snapshotUID, or leave it out.",
+    )
+    SNAPSHOT_DELETING = (
+        "SnapshotDeleting",
+        "The VMSnapshot is being deleted.",
+        "Take another snapshot.",
+    )
+    SNAPSHOT_NOT_READY = (
+        "SnapshotNotReady",
+        "The VMSnapshot is not Ready, or failed.",
+        "Wait until it is Ready, or take another snapshot if it is Stalled.",
+    )
+    SNAPSHOT_DEGRADED = (
+        "SnapshotDegraded",
+        "What the VMSnapshot stands for is no longer whole on storage.",
+        "Take another snapshot; the message says what is missing.",
+    )
+    INCLUDED_TARGET_NOT_FOUND = (
+        "IncludedTargetNotFound",
+        "A disk to be restored is none of the snapshot's.",
+        "Correct spec.volumes.include: the message lists the disks that there are.",
+    )
+    DISKS_CHANGED = (
+        "DisksChanged",
+        "A disk of the VM is not what it was when the snapshot was taken.",
+        "Change the VM back as the message says, or restore to a new VM (spec.mode NewVM).",
+    )
+    CLONE_NOT_SUPPORTED = (
+        "CloneNotSupported",
+        "A class cannot make new volumes from what it has snapshotted.",
+        "Restore in place (spec.mode InPlace).",
+    )
+    DEFINITION_MISSING = (
+        "DefinitionMissing",
+        "The snapshot does not hold the VM's definition.",
+        "Restore in place, or define the new VM by hand.",
+    )
+
+    # --- VMRestore: what is done ------------------------------------------------------------------------------------------
+    TAKING_SAFETY_SNAPSHOT = (
+        "TakingSafetySnapshot",
+        "The disks are being snapshotted as they are, before they are set back.",
+        "Wait.",
+    )
+    TAKEN = (
+        "Taken",
+        "The safety snapshot is there: the message names its VMSnapshot.",
+        "Nothing; delete it when it is no longer needed.",
+    )
+    SAFETY_SNAPSHOT_FAILED = (
+        "SafetySnapshotFailed",
+        "The safety snapshot failed, so nothing was changed.",
+        "Look at the VMSnapshot that the message names, then create the VMRestore again, or set spec.safetySnapshot to false.",
+    )
+    STOPPING = (
+        "Stopping",
+        "The VM is being shut down.",
+        "Wait.",
+    )
+    CLOSING_GATE = (
+        "ClosingGate",
+        "The VM's disks are being taken from its definition, so that nobody starts it meanwhile.",
+        "Wait.",
+    )
+    GATED = (
+        "Gated",
+        "The VM's disks are taken from its definition until all of them are restored.",
+        "Wait; if it stays so, the condition Reconciling says what hinders.",
+    )
+    HALF_DONE = (
+        "HalfDone",
+        "Disks may be neither old nor new; the VM cannot be started until they are.",
+        "Wait; if it stays so, the condition Reconciling says what hinders.",
+    )
+    RESTORING = (
+        "Restoring",
+        "The disks are being set back.",
+        "Wait: how long depends on what has to be copied.",
+    )
+    RESTORED = (
+        "Restored",
+        "All disks are what they were at the snapshot.",
+        _FINE,
+    )
+    GOING_BACK = (
+        "GoingBack",
+        "The restore cannot be completed: all disks are being set to the safety snapshot.",
+        "Wait; then read the condition Stalled.",
+    )
+    BLOCKED = (
+        "Blocked",
+        "The restore can neither go on nor back; the VM cannot be started meanwhile.",
+        "Mend what the message names; it goes on by itself.",
+    )
+    CLONING = (
+        "Cloning",
+        "The new VM's disks are being made from the snapshot.",
+        "Wait: how long depends on what has to be copied.",
+    )
+    CLONED = (
+        "Cloned",
+        "All disks of the new VM are there.",
+        _FINE,
+    )
+    DEFINED = (
+        "Defined",
+        "The VM is defined with its disks.",
+        _FINE,
+    )
+    HANDING_OVER = (
+        "HandingOver",
+        "The new VM's disks are being made its own.",
+        "Wait.",
+    )
+    STARTING = (
+        "Starting",
+        "The VM is being started.",
+        "Wait.",
+    )
+    WAITING_FOR_AGENT = (
+        "WaitingForAgent",
+        "The VM was started; its guest's agent does not answer yet.",
+        "Wait; if it stays so, look at the VM's console.",
+    )
+    ALREADY_RESTORED = (
+        "AlreadyRestored",
+        "The VM bears the mark of this very restore, by a VMRestore that was deleted and created anew: nothing was done again.",
+        "Nothing; to go back once more, create a VMRestore of another name.",
+    )
+    IN_USE_BY_RESTORE = (
+        "InUseByRestore",
+        "A VMRestore restores from this VMSnapshot; its deletion waits.",
+        "Wait, or delete the VMRestore.",
+    )
+
     # --- Stalled ----------------------------------------------------------------------------------------------------------
     STALLED = (
         "Stalled",

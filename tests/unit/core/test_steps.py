@@ -9,6 +9,7 @@ import pytest
 
 from vmsnapshot_operator.core import steps
 from vmsnapshot_operator.core.effects import Effect, Wait
+from vmsnapshot_operator.core.restoring import Rest, RestoreEffect
 from vmsnapshot_operator.core.steps import Moment, Step, step
 
 
@@ -29,7 +30,7 @@ def notes() -> Iterator[Notes]:
 
 
 def test_no_effect_escapes() -> None:
-    effects = {e.__name__ for e in get_args(Effect)} - {Wait.__name__}
+    effects = {e.__name__ for e in (*get_args(Effect), *get_args(RestoreEffect))} - {Wait.__name__, Rest.__name__}
     assert {s.value for s in Step if "/" not in s.value} == effects
     assert {s.value.split("/")[0] for s in Step} == effects
 

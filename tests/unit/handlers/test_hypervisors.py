@@ -60,7 +60,7 @@ class Lab:
             self.client.sightings = [s for s in self.client.sightings if s.ref != ref]
 
         monkeypatch.setattr(Hypervisor, "to", to)
-        monkeypatch.setattr(hypervisors, "free", free)
+        monkeypatch.setattr(hypervisors, "release", free)
         monkeypatch.setattr(hypervisors, "clock", lambda: asyncio.get_running_loop().time())
 
     async def look(self, body: dict[str, Any] | None = None) -> float:

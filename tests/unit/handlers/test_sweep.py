@@ -89,7 +89,7 @@ class Lab:
 
         monkeypatch.setattr(sweep, "Cluster", FakeCluster)
         monkeypatch.setattr(thaw, "connect", connect)
-        monkeypatch.setattr(sweep, "free", free)
+        monkeypatch.setattr(sweep, "release", free)
 
     async def sweep(self, *names: str, installation: str = "", dry_run: bool = False) -> tuple[str, bool]:
         lines, ok = await sweep.sweep(None, "ns", names, installation, dry_run=dry_run)

@@ -145,7 +145,7 @@ async def test_a_journal_is_tried_again_until_patience_ends(monkeypatch: pytest.
         tries += 1
         raise QuiesceError("its agent does not answer", reason="ThawFailed", retryable=True)
 
-    monkeypatch.setattr(thaw, "free", never)
+    monkeypatch.setattr(thaw, "release", never)
     lines, ok = await thaw._all(FakeHypervisor(journal=a_journal()), force=False)  # type: ignore[arg-type]  # a stand-in
     assert not ok
     assert tries > 10
