@@ -165,11 +165,6 @@ class GoBack:
 
 
 @dataclass(frozen=True, slots=True)
-class Reopen:
-    """Open the gate, with the disks as they were: nothing was set back yet."""
-
-
-@dataclass(frozen=True, slots=True)
 class Clone:
     """Make new volumes from the snapshot, and define the new VM on them: repeatable as a whole."""
 
@@ -214,7 +209,6 @@ RestoreEffect = (
     | CloseGate
     | Revert
     | GoBack
-    | Reopen
     | Clone
     | HandOver
     | RemoveClones

@@ -55,7 +55,6 @@ class Step(StrEnum):
     REVERT_DRIVER = "Revert/Driver"
     GATE_OPEN = "Revert/Open"
     GO_BACK = "GoBack"
-    REOPEN = "Reopen"
     CLONE = "Clone"
     CLONE_DRIVER = "Clone/Driver"
     CLONE_DEFINE = "Clone/Define"

@@ -41,8 +41,8 @@ def _rows() -> Iterator[Permission]:
     for resource in ("hypervisors", "storagedriverclasses"):
         yield from _verbs(GROUP, resource, "get list watch")
         yield Permission(group=GROUP, resource=resource, verb="patch", subresource="status")
-    # What tenants write: patch is for the finalizer, delete for ttlSeconds.
-    yield from _verbs(GROUP, "vmsnapshots", "get list watch patch delete")
+    # What tenants write: patch is for the finalizer, delete for ttlSeconds, create for the safety snapshot of a restore.
+    yield from _verbs(GROUP, "vmsnapshots", "get list watch create patch delete")
     yield Permission(group=GROUP, resource="vmsnapshots", verb="patch", subresource="status")
     # The way back: patch is for the finalizer.
     yield from _verbs(GROUP, "vmrestores", "get list watch patch")

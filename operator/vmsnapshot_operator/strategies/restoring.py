@@ -26,7 +26,6 @@ from vmsnapshot_operator.core.restoring import (
     HandOver,
     LetGo,
     RemoveClones,
-    Reopen,
     RestoreEffect,
     RestoreGroup,
     RestorePlan,
@@ -367,8 +366,6 @@ async def _act(world: World, effect: RestoreEffect, seen: RestoreSeen, found: Fo
             await _revert(world, groups, seen, found, memory)
         case GoBack():
             await _go_back(world, seen, found, memory)
-        case Reopen():
-            await _open(seen, found, reopen=True)
         case Start():
             await definitions.start(client, ref)
             memory.started = True
