@@ -354,6 +354,53 @@ class Stack:
         if wait:
             until(f"{name} is gone", lambda: self.get(name, namespace) is None)
 
+    def restore(self, name: str, snapshot: str, *, namespace: str = TENANT, **spec: Any) -> str:
+        """Create a VMRestore and return its name; by default in place, of a VM that may be stopped."""
+        if spec.setdefault("mode", "InPlace") == "InPlace":
+            spec.setdefault("runningVM", "Stop")
+        self._apply(
+            {
+                "apiVersion": "vmsnapshot.io/v1alpha1",
+                "kind": "VMRestore",
+                "metadata": {"name": name, "namespace": namespace},
+                "spec": {"snapshotName": snapshot, **spec},
+            }
+        )
+        return name
+
+    def get_restore(self, name: str, namespace: str = TENANT) -> dict[str, Any] | None:
+        """The VMRestore as it is, or None."""
+        text = self.lab.kubectl(
+            "-n", namespace, "get", "vmrestores.vmsnapshot.io", name, "-o", "json", "--ignore-not-found"
+        )
+        return json.loads(text) if text.strip() else None
+
+    def wait_restore(
+        self, name: str, kind: str = "Ready", *, namespace: str = TENANT, timeout: float = 2 * GUARD_SECONDS
+    ) -> dict[str, Any]:
+        """Wait for a condition of a VMRestore to be true (for Ready: fail at once when it stalls) and return the object."""
+        end = time.monotonic() + timeout
+        while True:
+            body = self.get_restore(name, namespace) or {}
+            found = conditions(body)
+            if found.get(kind, {}).get("status") == "True":
+                return body
+            if kind == "Ready" and found.get("Stalled", {}).get("status") == "True":
+                raise LabError(f"{name} stalled: {found['Stalled'].get('reason')}: {found['Stalled'].get('message')}")
+            if time.monotonic() > end:
+                raise LabError(
+                    f"{name}: {kind} is not true after {timeout:g} s: {json.dumps(body.get('status'), indent=1)}"
+                )
+            time.sleep(0.2)
+
+    def delete_restore(self, name: str, *, namespace: str = TENANT, wait: bool = True) -> None:
+        """Delete a VMRestore; by default wait until it is gone."""
+        self.lab.kubectl(
+            "-n", namespace, "delete", "vmrestores.vmsnapshot.io", name, "--wait=false", "--ignore-not-found"
+        )
+        if wait:
+            until(f"{name} is gone", lambda: self.get_restore(name, namespace) is None)
+
     def content(self, name: str, namespace: str = TENANT) -> dict[str, Any] | None:
         """The VMSnapshotContent of a VMSnapshot, or None."""
         body = self.get(name, namespace)

@@ -1,0 +1,251 @@
+"""The way back on real parts: every disk is what it was, or the VM cannot be started; what is made beside it is its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import proof
+from tests.lab import Lab, LabError, truth
+from tests.lab.definition import GuestDisk
+from tests.lab.guests import Guest
+from tests.lab.run import run
+from tests.stack import Stack, conditions, until
+
+MIXED = {
+    "vda": GuestDisk(kind="file"),
+    "vdb": GuestDisk(kind="file", pool="plain"),
+    "vdc": GuestDisk(kind="rbd"),
+}
+
+
+@pytest.fixture(scope="module")
+def guest(lab: Lab) -> Iterator[Guest]:
+    """A guest with disks on a reflink file system, on storage that must copy, and on Ceph."""
+    made = lab.guest("demo-back", MIXED, memory_mib=96)
+    yield made
+    made.remove()
+
+
+@pytest.fixture
+def vmrestore(stack: Stack, fresh: Callable[[str], str]) -> Iterator[Callable[..., str]]:
+    """Create VMRestores that are deleted at the end of the test, and the safety snapshots that they leave."""
+    made: list[str] = []
+
+    def create(stem: str, snapshot: str, **spec: object) -> str:
+        made.append(stack.restore(fresh(stem), snapshot, **spec))
+        return made[-1]
+
+    yield create
+    for name in made:
+        stack.delete_restore(name)
+    for body in stack.all("vmsnapshots.vmsnapshot.io"):
+        if body["metadata"].get("labels", {}).get("vmsnapshot.io/safety-of") in made:
+            stack.delete(body["metadata"]["name"])
+
+
+def test_back_in_place_with_a_safety_snapshot(
+    lab: Lab,
+    stack: Stack,
+    guest: Guest,
+    vmsnapshot: Callable[..., str],
+    vmrestore: Callable[..., str],
+    tmp_path: Path,
+) -> None:
+    guest.up()
+    snapshot = vmsnapshot("before", domain=guest.name, quiesce={"policy": "Require"})
+    stack.wait(snapshot)
+    held = of_snapshot(lab, stack, snapshot, tmp_path)
+    assert held.one_instant
+    until("the guest writes on", lambda: guest.records() > max(held.records.values()) + 200)
+    refused(stack, vmrestore("running", snapshot, runningVM="Refuse"), "VMRunning")
+
+    name = vmrestore("back", snapshot)
+    body = stack.wait_restore(name)
+
+    assert conditions(body)["SafetySnapshotTaken"]["reason"] == "Taken"
+    assert not guest.domain().isActive()
+    now = of_guest(lab, guest, tmp_path)
+    assert now.records == held.records
+    assert now.clean
+    safety = body["status"]["safetySnapshotName"]
+    later = of_snapshot(lab, stack, safety, tmp_path)
+    assert min(later.records.values()) > max(held.records.values()), "what was written since is in the safety snapshot"
+    guest.up()
+    assert guest.records() > 0
+
+    # What was undone can be redone: to the safety snapshot, started by the restore itself.
+    again = stack.wait_restore(vmrestore("again", safety, safetySnapshot=False, startAfter=True))
+    assert conditions(again)["SafetySnapshotTaken"]["reason"] == "NotRequested"
+    assert guest.domain().isActive()
+    guest.wait()
+
+
+def test_another_vm_beside_the_one_that_runs(
+    lab: Lab,
+    stack: Stack,
+    guest: Guest,
+    vmsnapshot: Callable[..., str],
+    vmrestore: Callable[..., str],
+    tmp_path: Path,
+    fresh: Callable[[str], str],
+) -> None:
+    guest.up()
+    snapshot = vmsnapshot("source", domain=guest.name, quiesce={"policy": "Require"})
+    stack.wait(snapshot)
+    held = of_snapshot(lab, stack, snapshot, tmp_path)
+    new = fresh("demo-new")
+    name = vmrestore("beside", snapshot, mode="NewVM", newVM={"name": new}, startAfter=True)
+    try:
+        stack.wait_restore(name)
+        connection = lab.libvirt()
+        domain = connection.lookupByName(new)
+        assert domain.isActive()
+        assert domain.UUIDString() != guest.uuid
+        assert guest.domain().isActive(), "the VM itself runs on"
+        domain.destroy()
+        made = of_domain(lab, domain, tmp_path)
+        assert made.records.keys() == held.records.keys()
+        assert all(made.records[t] >= n for t, n in held.records.items()), (made, held)
+        assert made.one_instant or made.in_order
+        # Its disks are its own: they stay when the snapshot and the restore go.
+        stack.delete_restore(name)
+        stack.delete(snapshot)
+        assert of_domain(lab, domain, tmp_path).records == made.records
+    finally:
+        remove(lab, new)
+    assert not [x for x in proof.leftovers(lab) if new in x]
+
+
+def test_a_restore_that_was_deleted_on_the_way_leaves_nothing(
+    lab: Lab,
+    stack: Stack,
+    guest: Guest,
+    vmsnapshot: Callable[..., str],
+    vmrestore: Callable[..., str],
+    fresh: Callable[[str], str],
+) -> None:
+    guest.up()
+    snapshot = vmsnapshot("deleted", domain=guest.name)
+    stack.wait(snapshot)
+    before = set(proof.leftovers(lab))
+    name = vmrestore("going", snapshot, mode="NewVM", newVM={"name": fresh("never")})
+    until("it has begun", lambda: "finalizers" in (stack.get_restore(name) or {}).get("metadata", {}))
+    stack.delete_restore(name)
+    assert set(proof.leftovers(lab)) <= before
+    assert not [d for d in lab.libvirt().listAllDomains() if d.name().startswith("never")]
+
+
+def test_an_operator_that_is_killed_sets_back_all_disks(
+    lab: Lab,
+    stack: Stack,
+    guest: Guest,
+    vmsnapshot: Callable[..., str],
+    vmrestore: Callable[..., str],
+    tmp_path: Path,
+) -> None:
+    guest.up()
+    snapshot = vmsnapshot("killed", domain=guest.name, quiesce={"policy": "Require"})
+    stack.wait(snapshot)
+    held = of_snapshot(lab, stack, snapshot, tmp_path)
+    until("the guest writes on", lambda: guest.records() > max(held.records.values()) + 50)
+    name = vmrestore("back", snapshot)
+    until("the gate is closed", lambda: gated(guest) or finished(stack, name))
+    stack.programs["operator"].kill()
+    if gated(guest):
+        with pytest.raises(LabError):
+            guest.up()
+    stack.start_operator()
+    stack.wait_restore(name)
+    assert of_guest(lab, guest, tmp_path).records == held.records
+
+
+def test_what_cannot_be_done_is_refused(
+    stack: Stack, guest: Guest, vmsnapshot: Callable[..., str], vmrestore: Callable[..., str]
+) -> None:
+    guest.up()
+    snapshot = vmsnapshot("good", domain=guest.name)
+    stack.wait(snapshot)
+    assert "there is no VMSnapshot" in refused(stack, vmrestore("none", "not-there"), "SnapshotNotFound")
+    said = refused(stack, vmrestore("disk", snapshot, volumes={"include": ["vdx"]}), "IncludedTargetNotFound")
+    assert "vda, vdb, vdc" in said
+    said = refused(stack, vmrestore("uid", snapshot, snapshotUID="00000000-0000-0000-0000-000000000000"))
+    assert "another one of that name" in said
+    said = refused(stack, vmrestore("run", snapshot, runningVM="Refuse"), "VMRunning")
+    assert "spec.runningVM" in said
+    said = refused(stack, vmrestore("taken", snapshot, mode="NewVM", newVM={"name": guest.name}), "NameTaken")
+    assert guest.name in said
+    assert guest.domain().isActive()
+
+
+def refused(stack: Stack, name: str, reason: str = "") -> str:
+    """The message of the Stalled condition, which must come."""
+    body = stack.wait_restore(name, "Stalled")
+    found = conditions(body)["Stalled"]
+    assert not reason or found["reason"] == reason, found
+    return str(found["message"])
+
+
+def finished(stack: Stack, name: str) -> bool:
+    return conditions(stack.get_restore(name) or {}).get("Ready", {}).get("status") == "True"
+
+
+def gated(guest: Guest) -> bool:
+    """Whether the disks are taken from the stored definition."""
+    import libvirt
+
+    return "<disk " not in guest.domain().XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
+
+
+def of_snapshot(lab: Lab, stack: Stack, name: str, folder: Path) -> proof.Truth:
+    content = stack.content(name)
+    assert content is not None
+    return proof.read(lab, content, folder)
+
+
+def of_guest(lab: Lab, guest: Guest, folder: Path) -> proof.Truth:
+    return of_domain(lab, guest.domain(), folder)
+
+
+def of_domain(lab: Lab, domain: Any, folder: Path) -> proof.Truth:
+    """What the disks of a domain that is off hold now."""
+    import xml.etree.ElementTree as ET
+
+    records, fsck = {}, {}
+    for disk in ET.fromstring(domain.XMLDesc()).findall("devices/disk"):  # noqa: S314 - libvirt's own
+        target, source = disk.find("target"), disk.find("source")
+        assert target is not None
+        assert source is not None
+        raw = folder / "disk.raw"
+        raw.unlink(missing_ok=True)
+        if source.get("file"):
+            truth.fetch_file(Path(source.attrib["file"]), raw)
+        else:
+            run("rbd", "-c", lab.ceph.conf, "export", "--no-progress", source.attrib["name"], raw)
+        records[target.attrib["dev"]] = truth.records(raw)
+        fsck[target.attrib["dev"]] = truth.fsck(raw)
+    return proof.Truth(records, fsck)
+
+
+def remove(lab: Lab, name: str) -> None:
+    """Remove a VM that a restore has made, with its disks."""
+    import xml.etree.ElementTree as ET
+
+    import libvirt
+
+    connection = lab.libvirt()
+    try:
+        domain = connection.lookupByName(name)
+    except libvirt.libvirtError:
+        return
+    if domain.isActive():
+        domain.destroy()
+    for source in ET.fromstring(domain.XMLDesc()).findall("devices/disk/source"):  # noqa: S314 - libvirt's own
+        if source.get("file"):
+            Path(source.attrib["file"]).unlink()
+        else:
+            lab.ceph.remove_image(source.attrib["name"].rpartition("/")[2])
+    domain.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_NVRAM)
