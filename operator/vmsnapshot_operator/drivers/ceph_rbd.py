@@ -11,6 +11,8 @@ Facts it rests on, seen on Ceph 16.2 (docs/decisions/0003-ceph-groups.md has the
   (30 s by default), and the guest's writes wait: `delete` fences such a client off.
 - A plain snapshot of an image that a guest uses is made by the guest's own client on request, without taking its lock: two
   thirds of the time. It may thus still appear after the process that asked for it was killed: `delete` waits for it.
+- Whoever takes a lock whose owner is not seen by the OSDs puts the owner on the blocklist, and a VM that only was out of
+  reach for a while has lost its disk. Hence cuts are made by a client that must not (`_Power`), and fail instead.
 
 Held under a request name N: the group `N` with the group snapshot `N`, or on one image the plain snapshot `N`; and groups
 without members that are nothing but records, so that `list` and `delete` need not open every image of the pool: `N.i-<image
@@ -24,9 +26,12 @@ a guest is frozen. The group's handle is `<pool>/[<namespace>/]N@N`.
 from __future__ import annotations
 
 import contextlib
+import errno
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from enum import Enum
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
@@ -38,6 +43,24 @@ from vmsnapshot_operator.core.volumes import Handle, Layer, SourceKind, Volume, 
 from vmsnapshot_operator.drivers import ceph_cluster, ceph_snapshots, probes
 from vmsnapshot_operator.drivers.ceph_cluster import told
 from vmsnapshot_operator.errors import DriverError, DriverUnavailableError
+
+STALE_SECONDS = 20.0
+"""So long the owner of a lock may be out of the OSDs' sight before a deletion takes its lock: one that only lost its
+connection is back within a second."""
+
+
+_DENIED = frozenset({errno.EPERM, errno.EACCES, errno.EROFS})
+"""What librbd answers where it would have to shut another client out and may not; EROFS is its word for "not my lock"."""
+
+
+class _Power(Enum):
+    """Which clients one of our own connections may put on the blocklist, as far as the cephx user's permissions agree.
+
+    `examples/ceph-secret.yaml` grants `osd blocklist` with an expiry of `FENCE_SECONDS` only: librbd's default names none.
+    """
+
+    NONE = "0"
+    TAKE_LOCKS = str(ceph_snapshots.FENCE_SECONDS)
 
 
 class CephRbdParameters(BaseModel):
@@ -87,8 +110,9 @@ class CephRbdDriver:
         self._parameters = parameters
         self._key = credentials.key
         self._lock = threading.Lock()
-        self._connected: tuple[Any, Any] | None = None
+        self._connected: dict[_Power, tuple[Any, Any]] = {}
         self._warm: dict[str, Any] = {}
+        self._locked_out: dict[str, float] = {}
 
     # ---------------------------------------------------------------- the contract
 
@@ -140,7 +164,7 @@ class CephRbdDriver:
             self.prepare(request)
         images = [_image_of(v.writable.source) for v in request.volumes]
         group = None
-        with self._pool() as (rbd, io), told(f"snapshot {request.name} of {', '.join(images)}"):
+        with self._pool() as (rbd, io), _taking_locks(f"snapshot {request.name} of {', '.join(images)}"):
             try:
                 if len(images) > 1:
                     ceph_snapshots.cut_group(rbd, io, request.name, images)
@@ -178,7 +202,8 @@ class CephRbdDriver:
         for fit in self.check_revert(cut, onto):
             if not fit.ok:
                 raise DriverError(fit.message, reason=fit.reason)
-        with self._pool() as (rbd, io):
+        # The VM is off: a lock that is left is a dead client's.
+        with self._pool(_Power.TAKE_LOCKS) as (rbd, io):
             if cut.group is not None:
                 name = _parts(cut.group)[1]
                 with told(f"rolling back to the group snapshot {cut.group}"):
@@ -212,8 +237,26 @@ class CephRbdDriver:
     def delete(self, name: str) -> None:
         """Remove everything under a name, also what was left half made."""
         self.rest()
-        with self._pool() as (rbd, io), told(f"deleting {name}"):
-            ceph_snapshots.delete(rbd, io, self._connect()[0], name)
+        since = self._locked_out.get(name, time.monotonic())
+        power = _Power.NONE if time.monotonic() - since < STALE_SECONDS else _Power.TAKE_LOCKS
+        try:
+            with self._pool(power) as (rbd, io), _taking_locks(f"deleting {name}"):
+                ceph_snapshots.delete(rbd, io, name, self._fence)
+        except DriverError as error:
+            if _is_denied(error):
+                self._locked_out[name] = since
+            raise
+        self._locked_out.pop(name, None)
+
+    def _fence(self, clients: Collection[str]) -> Any:
+        dead = set(clients) - self._addresses
+        cluster, io = self._connect(_Power.TAKE_LOCKS)
+        try:
+            for client in dead:
+                cluster.blocklist_add(client, ceph_snapshots.FENCE_SECONDS)
+        except ceph_cluster.binding("rados").PermissionDeniedError:
+            return None  # a guest waits for the watch timeout
+        return io if dead else None
 
     def list(self, prefix: str) -> Sequence[str]:
         """Name the requests by their groups and records."""
@@ -284,10 +327,14 @@ class CephRbdDriver:
     def _address(self) -> str:
         return str(self._connect()[0].get_addrs()).partition(",")[0]
 
+    @property
+    def _addresses(self) -> set[str]:
+        return {a for cluster, _ in self._connected.values() for a in str(cluster.get_addrs()).split(",")}
+
     @contextmanager
-    def _pool(self) -> Iterator[tuple[Any, Any]]:
+    def _pool(self, power: _Power = _Power.NONE) -> Iterator[tuple[Any, Any]]:
         """Give the module `rbd` and the pool; a connection that the cluster fenced off is not used again."""
-        io = self._connect()[1]
+        io = self._connect(power)[1]
         try:
             yield ceph_cluster.binding("rbd"), io
         except DriverUnavailableError as error:
@@ -298,11 +345,11 @@ class CephRbdDriver:
 
     def _disconnect(self) -> None:
         """Have the next use connect anew, under another address."""
-        self._connected = None
+        self._connected.clear()
 
-    def _connect(self) -> tuple[Any, Any]:
+    def _connect(self, power: _Power = _Power.NONE) -> tuple[Any, Any]:
         with self._lock:
-            if self._connected is None:
+            if power not in self._connected:
                 given = self._parameters
                 settings = {
                     "mon_host": given.mon_hosts,
@@ -310,6 +357,7 @@ class CephRbdDriver:
                     "rados_mon_op_timeout": str(given.operation_timeout_seconds),
                     "rados_osd_op_timeout": str(given.operation_timeout_seconds),
                     "log_file": "",  # else librados tries to write below /var/log
+                    "rbd_blocklist_expire_seconds": power.value,
                 }
                 cluster = ceph_cluster.connect(given.client_name, settings, self._key.get_secret_value())
                 try:
@@ -319,8 +367,8 @@ class CephRbdDriver:
                 except BaseException:
                     cluster.shutdown()
                     raise
-                self._connected = (cluster, io)
-            return self._connected
+                self._connected[power] = (cluster, io)
+            return self._connected[power]
 
     def _sweep_probes(self, rbd: Any, io: Any) -> None:
         for image in rbd.RBD().list(io):
@@ -328,9 +376,29 @@ class CephRbdDriver:
                 self._remove_probe(rbd, io, image)
 
     def _remove_probe(self, rbd: Any, io: Any, name: str) -> None:
-        ceph_snapshots.delete(rbd, io, self._connect()[0], name)
+        ceph_snapshots.delete(rbd, io, name, lambda _: None)  # nobody has a lock on a probe's image for long
         with contextlib.suppress(rbd.ImageNotFound):
             rbd.RBD().remove(io, name)
+
+
+@contextmanager
+def _taking_locks(doing: str) -> Iterator[None]:
+    """Like `told`, where an image's lock may be needed that its owner does not give."""
+    try:
+        with told(doing):
+            yield
+    except DriverError as error:
+        if not _is_denied(error):
+            raise
+        text = (
+            f"{doing}: Ceph denies it: the client that holds the image's lock is out of the OSDs' sight, and is not shut out of its "
+            "disk while it may come back (or the cephx user lacks `profile rbd` for the pool)"
+        )
+        raise DriverError(text, reason="LockNotGiven", retryable=True) from error.__cause__
+
+
+def _is_denied(error: DriverError) -> bool:
+    return ceph_cluster.number_of(error.__cause__ or error) in _DENIED
 
 
 def _unfit(rbd: Any, io: Any, image: str) -> Fit | None:

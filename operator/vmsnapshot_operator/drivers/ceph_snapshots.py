@@ -14,8 +14,14 @@ from vmsnapshot_operator.errors import AlreadyCutError, DriverError
 
 _COMPLETE = 1  # RBD_GROUP_SNAP_STATE_COMPLETE of librbd.h; the bindings have no name for it
 _USER, _GROUP = 0, 1  # RBD_SNAP_NAMESPACE_TYPE_*
-_FENCE_SECONDS = 600
+FENCE_SECONDS = 600
+"""How long a client of ours that was killed stays on the blocklist. The permissions of our user say the same number."""
 _IMAGE, _CLIENT = ".i-", ".c-"
+
+Fence = Callable[[Collection[str]], Any]
+"""Puts addresses on the blocklist, unless they are our own, and returns the pool, opened so that locks of theirs may be broken; None if
+that is not permitted, or nothing was to be done.
+"""
 
 
 def already_cut(name: str) -> AlreadyCutError:
@@ -134,32 +140,27 @@ def finish(rbd: Any, io: Any, name: str, *, is_group: bool) -> None:
     _remove_records(rbd, io, name, _CLIENT)
 
 
-def delete(rbd: Any, io: Any, cluster: Any, name: str) -> None:
+def delete(rbd: Any, io: Any, name: str, fence: Fence) -> None:
     """Remove what a request holds: snapshots first, records last, so that the rest is found after any failure."""
     groups = rbd.RBD().group_list(io)
     recorded = {bytes.fromhex(r.partition(_CLIENT)[2]).decode() for r in groups if r.startswith(name + _CLIENT)}
-    others = recorded - set(str(cluster.get_addrs()).split(","))
-
-    def fence(clients: Collection[str]) -> None:
-        """Take from dead clients what they hold: until their watch timeout, a guest would wait for their locks."""
-        for client in others.intersection(clients):
-            cluster.blocklist_add(client, _FENCE_SECONDS)
-
     if name in groups:
-        _delete_group(rbd, io, name, lambda: fence(others))
+        _delete_group(rbd, io, name, recorded, fence)
     for record in groups:
         if record.startswith(name + _IMAGE):
-            _delete_single(rbd, io, name, record.removeprefix(name + _IMAGE), fence)
+            _delete_single(rbd, io, name, record.removeprefix(name + _IMAGE), recorded, fence)
     _remove_records(rbd, io, name, _IMAGE)
     _remove_records(rbd, io, name, _CLIENT)
 
 
-def _delete_group(rbd: Any, io: Any, name: str, fence: Callable[[], None]) -> None:
+def _delete_group(rbd: Any, io: Any, name: str, recorded: set[str], fence: Fence) -> None:
     group = rbd.Group(io, name)
     snapshots = list(group.list_snaps())
-    if any(s["state"] != _COMPLETE for s in snapshots):
-        # Whoever made it was killed on the way and holds locks of images, or is about to get them.
-        fence()
+    if recorded and any(s["state"] != _COMPLETE for s in snapshots):
+        fence(recorded)  # whoever made it was killed on the way and may be about to get locks
+    for member in list(group.list_images()) if recorded else ():
+        with contextlib.suppress(rbd.ImageNotFound), rbd.Image(io, member["name"], read_only=True) as image:
+            _take_from_dead(rbd, image, recorded, fence)
     for snapshot in snapshots:
         with contextlib.suppress(rbd.ObjectNotFound):
             group.remove_snap(snapshot["name"])
@@ -170,14 +171,13 @@ def _delete_group(rbd: Any, io: Any, name: str, fence: Callable[[], None]) -> No
         rbd.RBD().group_remove(io, name)
 
 
-def _delete_single(rbd: Any, io: Any, name: str, image_id: str, fence: Callable[[Collection[str]], None]) -> None:
+def _delete_single(rbd: Any, io: Any, name: str, image_id: str, recorded: set[str], fence: Fence) -> None:
     try:
         image = rbd.Image(io, image_id=image_id)  # by its id: it may have been renamed or moved to the trash
     except rbd.ImageNotFound:
         return
     with image:
-        # A client that was killed while no guest used the image, so that it had to take the lock itself.
-        fence([locker[2] for locker in (image.list_lockers() or {}).get("lockers", ())])
+        _take_from_dead(rbd, image, recorded, fence)  # no guest used the image, so that it had to take the lock itself
         if snapshot_id(image, name) is None:
             # The guest's client may still be at it, asked by a process that was killed. It does one after the other:
             # once it has made this one, or says that it exists, none will come later.
@@ -185,6 +185,18 @@ def _delete_single(rbd: Any, io: Any, name: str, image_id: str, fence: Callable[
                 image.create_snap(name, rbd.RBD_SNAP_CREATE_SKIP_QUIESCE)
         with contextlib.suppress(rbd.ImageNotFound):
             image.remove_snap(name)
+
+
+def _take_from_dead(rbd: Any, image: Any, recorded: set[str], fence: Fence) -> None:
+    """Free an open image of locks that clients of ours hold which were killed: until their watch timeout, a guest would wait for them."""
+    held = [(c, k, a) for c, k, a in (image.list_lockers() or {}).get("lockers", ()) if a in recorded]
+    pool = fence({address for _, _, address in held}) if held else None
+    if pool is None:
+        return
+    with rbd.Image(pool, image_id=image.id()) as opened:
+        for client, cookie, _ in held:
+            with contextlib.suppress(rbd.ImageNotFound):  # a guest's client was faster
+                opened.break_lock(client, cookie)
 
 
 def _make(rbd: Any, io: Any, name: str) -> None:
