@@ -12,7 +12,7 @@ Facts it rests on, seen on Ceph 16.2 (docs/decisions/0003-ceph-groups.md has the
 - A plain snapshot of an image that a guest uses is made by the guest's own client on request, without taking its lock: two
   thirds of the time. It may thus still appear after the process that asked for it was killed: `delete` waits for it.
 - Whoever takes a lock whose owner is not seen by the OSDs puts the owner on the blocklist, and a VM that only was out of
-  reach for a while has lost its disk. Hence cuts are made by a client that must not (`_Power`), and fail instead.
+  reach for a while has lost its disk. Hence cuts are made by a client that may not, and fail instead.
 
 Held under a request name N: the group `N` with the group snapshot `N`, or on one image the plain snapshot `N`; and groups
 without members that are nothing but records, so that `list` and `delete` need not open every image of the pool: `N.i-<image
@@ -31,7 +31,6 @@ import threading
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from enum import Enum
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
@@ -51,16 +50,6 @@ connection is back within a second."""
 
 _DENIED = frozenset({errno.EPERM, errno.EACCES, errno.EROFS})
 """What librbd answers where it would have to shut another client out and may not; EROFS is its word for "not my lock"."""
-
-
-class _Power(Enum):
-    """Which clients one of our own connections may put on the blocklist, as far as the cephx user's permissions agree.
-
-    `examples/ceph-secret.yaml` grants `osd blocklist` with an expiry of `FENCE_SECONDS` only: librbd's default names none.
-    """
-
-    NONE = "0"
-    TAKE_LOCKS = str(ceph_snapshots.FENCE_SECONDS)
 
 
 class CephRbdParameters(BaseModel):
@@ -110,7 +99,7 @@ class CephRbdDriver:
         self._parameters = parameters
         self._key = credentials.key
         self._lock = threading.Lock()
-        self._connected: dict[_Power, tuple[Any, Any]] = {}
+        self._connected: dict[bool, tuple[Any, Any]] = {}
         self._warm: dict[str, Any] = {}
         self._locked_out: dict[str, float] = {}
 
@@ -202,8 +191,12 @@ class CephRbdDriver:
         for fit in self.check_revert(cut, onto):
             if not fit.ok:
                 raise DriverError(fit.message, reason=fit.reason)
-        # The VM is off: a lock that is left is a dead client's.
-        with self._pool(_Power.TAKE_LOCKS) as (rbd, io):
+        with self._pool() as (rbd, io):
+            for image in {
+                _parts(h)[0] for h in cut.handles.values()
+            }:  # the VM is off: a lock that is left is a dead client's
+                with told(f"looking who holds the lock of {image}"):
+                    ceph_snapshots.take_stale(rbd, io, image, self._fence)
             if cut.group is not None:
                 name = _parts(cut.group)[1]
                 with told(f"rolling back to the group snapshot {cut.group}"):
@@ -238,10 +231,10 @@ class CephRbdDriver:
         """Remove everything under a name, also what was left half made."""
         self.rest()
         since = self._locked_out.get(name, time.monotonic())
-        power = _Power.NONE if time.monotonic() - since < STALE_SECONDS else _Power.TAKE_LOCKS
+        stale = time.monotonic() - since >= STALE_SECONDS
         try:
-            with self._pool(power) as (rbd, io), _taking_locks(f"deleting {name}"):
-                ceph_snapshots.delete(rbd, io, name, self._fence)
+            with self._pool() as (rbd, io), _taking_locks(f"deleting {name}"):
+                ceph_snapshots.delete(rbd, io, name, self._fence, stale=stale)
         except DriverError as error:
             if _is_denied(error):
                 self._locked_out[name] = since
@@ -250,7 +243,7 @@ class CephRbdDriver:
 
     def _fence(self, clients: Collection[str]) -> Any:
         dead = set(clients) - self._addresses
-        cluster, io = self._connect(_Power.TAKE_LOCKS)
+        cluster, io = self._connect(breaks=True)
         try:
             for client in dead:
                 cluster.blocklist_add(client, ceph_snapshots.FENCE_SECONDS)
@@ -332,9 +325,9 @@ class CephRbdDriver:
         return {a for cluster, _ in self._connected.values() for a in str(cluster.get_addrs()).split(",")}
 
     @contextmanager
-    def _pool(self, power: _Power = _Power.NONE) -> Iterator[tuple[Any, Any]]:
+    def _pool(self) -> Iterator[tuple[Any, Any]]:
         """Give the module `rbd` and the pool; a connection that the cluster fenced off is not used again."""
-        io = self._connect(power)[1]
+        io = self._connect()[1]
         try:
             yield ceph_cluster.binding("rbd"), io
         except DriverUnavailableError as error:
@@ -347,9 +340,10 @@ class CephRbdDriver:
         """Have the next use connect anew, under another address."""
         self._connected.clear()
 
-    def _connect(self, power: _Power = _Power.NONE) -> tuple[Any, Any]:
+    def _connect(self, *, breaks: bool = False) -> tuple[Any, Any]:
+        """`breaks`: a connection for nothing but breaking locks of clients that were put on the blocklist before."""
         with self._lock:
-            if power not in self._connected:
+            if breaks not in self._connected:
                 given = self._parameters
                 settings = {
                     "mon_host": given.mon_hosts,
@@ -357,7 +351,7 @@ class CephRbdDriver:
                     "rados_mon_op_timeout": str(given.operation_timeout_seconds),
                     "rados_osd_op_timeout": str(given.operation_timeout_seconds),
                     "log_file": "",  # else librados tries to write below /var/log
-                    "rbd_blocklist_expire_seconds": power.value,
+                    "rbd_blocklist_on_break_lock": "false" if breaks else "true",
                 }
                 cluster = ceph_cluster.connect(given.client_name, settings, self._key.get_secret_value())
                 try:
@@ -367,8 +361,8 @@ class CephRbdDriver:
                 except BaseException:
                     cluster.shutdown()
                     raise
-                self._connected[power] = (cluster, io)
-            return self._connected[power]
+                self._connected[breaks] = (cluster, io)
+            return self._connected[breaks]
 
     def _sweep_probes(self, rbd: Any, io: Any) -> None:
         for image in rbd.RBD().list(io):
@@ -376,7 +370,9 @@ class CephRbdDriver:
                 self._remove_probe(rbd, io, image)
 
     def _remove_probe(self, rbd: Any, io: Any, name: str) -> None:
-        ceph_snapshots.delete(rbd, io, name, lambda _: None)  # nobody has a lock on a probe's image for long
+        ceph_snapshots.delete(
+            rbd, io, name, lambda _: None, stale=False
+        )  # nobody has a lock on a probe's image for long
         with contextlib.suppress(rbd.ImageNotFound):
             rbd.RBD().remove(io, name)
 

@@ -140,27 +140,34 @@ def finish(rbd: Any, io: Any, name: str, *, is_group: bool) -> None:
     _remove_records(rbd, io, name, _CLIENT)
 
 
-def delete(rbd: Any, io: Any, name: str, fence: Fence) -> None:
-    """Remove what a request holds: snapshots first, records last, so that the rest is found after any failure."""
+def delete(rbd: Any, io: Any, name: str, fence: Fence, *, stale: bool) -> None:
+    """Remove what a request holds: snapshots first, records last, so that the rest is found after any failure.
+
+    `stale`: locks whose owners the OSDs do not see are taken from them.
+    """
     groups = rbd.RBD().group_list(io)
     recorded = {bytes.fromhex(r.partition(_CLIENT)[2]).decode() for r in groups if r.startswith(name + _CLIENT)}
     if name in groups:
-        _delete_group(rbd, io, name, recorded, fence)
+        _delete_group(rbd, io, name, recorded, fence, stale=stale)
     for record in groups:
         if record.startswith(name + _IMAGE):
-            _delete_single(rbd, io, name, record.removeprefix(name + _IMAGE), recorded, fence)
+            _delete_single(rbd, io, name, record.removeprefix(name + _IMAGE), recorded, fence, stale=stale)
     _remove_records(rbd, io, name, _IMAGE)
     _remove_records(rbd, io, name, _CLIENT)
 
 
-def _delete_group(rbd: Any, io: Any, name: str, recorded: set[str], fence: Fence) -> None:
+def _delete_group(rbd: Any, io: Any, name: str, recorded: set[str], fence: Fence, *, stale: bool) -> None:
     group = rbd.Group(io, name)
     snapshots = list(group.list_snaps())
     if recorded and any(s["state"] != _COMPLETE for s in snapshots):
         fence(recorded)  # whoever made it was killed on the way and may be about to get locks
-    for member in list(group.list_images()) if recorded else ():
-        with contextlib.suppress(rbd.ImageNotFound), rbd.Image(io, member["name"], read_only=True) as image:
-            _take_from_dead(rbd, image, recorded, fence)
+    images = [m["name"] for m in group.list_images()] if recorded else []
+    if stale:  # the group of a snapshot that was Ready has no members any more
+        images = list(rbd.RBD().list(io))
+    for image in images:
+        with contextlib.suppress(rbd.ImageNotFound), rbd.Image(io, image, read_only=True) as opened:
+            if not stale or snapshot_id(opened, name) is not None:
+                _take_from_dead(rbd, opened, recorded, fence, stale=stale)
     for snapshot in snapshots:
         with contextlib.suppress(rbd.ObjectNotFound):
             group.remove_snap(snapshot["name"])
@@ -171,13 +178,17 @@ def _delete_group(rbd: Any, io: Any, name: str, recorded: set[str], fence: Fence
         rbd.RBD().group_remove(io, name)
 
 
-def _delete_single(rbd: Any, io: Any, name: str, image_id: str, recorded: set[str], fence: Fence) -> None:
+def _delete_single(
+    rbd: Any, io: Any, name: str, image_id: str, recorded: set[str], fence: Fence, *, stale: bool
+) -> None:
     try:
         image = rbd.Image(io, image_id=image_id)  # by its id: it may have been renamed or moved to the trash
     except rbd.ImageNotFound:
         return
     with image:
-        _take_from_dead(rbd, image, recorded, fence)  # no guest used the image, so that it had to take the lock itself
+        _take_from_dead(
+            rbd, image, recorded, fence, stale=stale
+        )  # no guest used the image, so that it had to take the lock itself
         if snapshot_id(image, name) is None:
             # The guest's client may still be at it, asked by a process that was killed. It does one after the other:
             # once it has made this one, or says that it exists, none will come later.
@@ -187,9 +198,17 @@ def _delete_single(rbd: Any, io: Any, name: str, image_id: str, recorded: set[st
             image.remove_snap(name)
 
 
-def _take_from_dead(rbd: Any, image: Any, recorded: set[str], fence: Fence) -> None:
+def take_stale(rbd: Any, io: Any, image: str, fence: Fence) -> None:
+    """Take the lock of an image from an owner that the OSDs do not see. Not while a VM may use the image."""
+    with rbd.Image(io, image, read_only=True) as opened:
+        _take_from_dead(rbd, opened, set(), fence, stale=True)
+
+
+def _take_from_dead(rbd: Any, image: Any, recorded: set[str], fence: Fence, *, stale: bool) -> None:
     """Free an open image of locks that clients of ours hold which were killed: until their watch timeout, a guest would wait for them."""
-    held = [(c, k, a) for c, k, a in (image.list_lockers() or {}).get("lockers", ()) if a in recorded]
+    seen = {w["addr"] for w in image.watchers_list()} if stale else set()
+    lockers = (image.list_lockers() or {}).get("lockers", ())
+    held = [(c, k, a) for c, k, a in lockers if a in recorded or (stale and a not in seen)]
     pool = fence({address for _, _, address in held}) if held else None
     if pool is None:
         return
