@@ -54,7 +54,10 @@ def main(*, number: int, seed: int, first: int, names: tuple[str, ...], listing:
                     bar.console.print(f"  replay: make chaos SEED={seed} CASE={result.case}", markup=False)
             bar.advance(task)
             if not console.is_terminal:
-                console.print(f"{result.number:>5} {result.case:<64} {result.outcome:<12.40} {result.seconds:6.1f} s")
+                console.print(
+                    f"{result.number:>5} {result.case:<64} {result.outcome:<12.40} {result.seconds:6.1f} s",
+                    soft_wrap=True,
+                )
 
         for offset, case in enumerate(chosen):
             bar.update(task, description=case.name)

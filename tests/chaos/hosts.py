@@ -107,7 +107,10 @@ def _names(text: str) -> Iterable[str]:
 
 def _monitor(domain: Any, command: str, **arguments: Any) -> list[dict[str, Any]]:
     question = json.dumps({"execute": command, "arguments": arguments})
-    return list(json.loads(libvirt_qemu.qemuMonitorCommand(domain, question, 0))["return"])
+    answer = json.loads(libvirt_qemu.qemuMonitorCommand(domain, question, 0))
+    if "return" not in answer:
+        raise LabError(f"QEMU of {domain.name()} was asked {command}: {answer.get('error')}")
+    return list(answer["return"])
 
 
 # --- one domain's own definition -------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,9 @@ from pydantic import SecretStr
 
 from tests.integration.drivers_support import LONG, CephStorage, order, watch
 from tests.lab import Lab
+from tests.stack import until
 from vmsnapshot_operator.core.driver import CutResult, SnapshotRequest
+from vmsnapshot_operator.core.volumes import Volume
 from vmsnapshot_operator.drivers import probes
 from vmsnapshot_operator.drivers.ceph_rbd import CephRbdDriver
 from vmsnapshot_operator.drivers.host import DriverHost
@@ -23,7 +25,7 @@ from vmsnapshot_operator.errors import DriverError, DriverTimeoutError, DriverUn
 
 MIB = 1 << 20
 WITHOUT_LOCK = 1  # features: layering alone
-WATCH_TIMEOUT = 5.0  # seconds: of the laboratory's OSD; 30 by default
+WATCH_TIMEOUT = 15.0  # seconds: of the laboratory's OSD; 30 by default
 
 
 @pytest.fixture
@@ -461,3 +463,60 @@ async def test_probes_of_killed_processes_are_swept_and_those_at_work_are_not(
         assert old not in rbd.RBD().group_list(io)
         rbd.RBD().group_remove(io, young)
         rbd.RBD().remove(io, young)
+
+
+async def test_a_client_that_is_out_of_sight_is_not_shut_out_of_its_disk(
+    storage: CephStorage, host: DriverHost
+) -> None:
+    """Ceph puts the owner of a lock on the blocklist if somebody takes the lock while the owner is not seen.
+
+    A VM whose host lost its way to Ceph for a while must find its disk again. A client that is gone for good hinders nothing for long.
+    """
+    alone, group = storage.volume(), [storage.volume(), storage.volume()]
+    images = [alone, *group]
+    with storage.writer(*images) as client:
+        before = order(alone)
+        await take(host, before)
+        shut_out = blocked(storage)
+        client.send_signal(signal.SIGSTOP)
+        await asyncio.to_thread(until, "nobody sees it", lambda: not any(in_sight(storage, i) for i in images))
+        with pytest.raises(DriverError, match="out of the OSDs' sight") as single:
+            await take(host, order(alone))
+        with pytest.raises(DriverError) as several:
+            await take(host, order(*group))
+        with pytest.raises(DriverError) as deleting:
+            await host.delete(before.name, timeout=LONG)
+        assert {e.value.reason for e in (single, several, deleting)} == {"LockNotGiven"}
+        assert single.value.retryable
+        assert blocked(storage) <= shut_out, "nobody more was shut out"
+        client.send_signal(signal.SIGCONT)
+        written = int(storage.read(alone))
+        await asyncio.to_thread(until, "it writes on", lambda: int(storage.read(alone)) > written + 100)
+        cut = await take(host, order(*group))
+        assert int(storage.read_handle(cut.handles[group[0].id])) > written
+    end = time.monotonic() + 2 * LONG
+    while (refused := await refusal(host.delete(before.name, timeout=LONG))) is not None:
+        assert refused.retryable
+        assert time.monotonic() < end
+        await asyncio.sleep(1)
+    assert await host.list(before.name, timeout=LONG) == ()
+
+
+async def refusal(done: Awaitable[object]) -> DriverError | None:
+    try:
+        await done
+    except DriverError as error:
+        return error
+    return None
+
+
+def in_sight(storage: CephStorage, volume: Volume) -> bool:
+    """Whether the OSDs see the one that holds the image's lock."""
+    with storage.pool() as (rbd, io), rbd.Image(io, volume.label, read_only=True) as image:
+        owners = {address for _, _, address in (image.list_lockers() or {}).get("lockers", ())}
+        return bool(owners & {w["addr"] for w in image.watchers_list()})
+
+
+def blocked(storage: CephStorage) -> set[str]:
+    with storage.lab.ceph.connect() as (cluster, _):
+        return {*cluster.mon_command('{"prefix": "osd blocklist ls"}', b"")[1].decode().splitlines()}

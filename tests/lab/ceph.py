@@ -18,7 +18,11 @@ from tests.lab.wait import free_ports, until
 
 COMPONENTS = ("ceph-mon", "ceph-osd")
 POOL = "vms"
-_USERS = ("vmsnapshot", "libvirt")
+_USERS = {
+    "vmsnapshot": 'allow r, allow command "osd blocklist" with blocklistop=add expire prefix 600',
+    "libvirt": "profile rbd",
+}
+"""What the operator and QEMU may ask of the monitors; the operator's as in `examples/ceph-secret.yaml`."""
 _MiB = 1 << 20
 
 
@@ -168,7 +172,7 @@ def _keys(keyring: Path) -> None:
         "mon.": {"mon": "allow *"},
         "client.admin": {"mon": "allow *", "osd": "allow *", "mgr": "allow *"},
         "osd.0": {"mon": "allow profile osd", "osd": "allow *", "mgr": "allow profile osd"},
-        **{f"client.{user}": {"mon": "profile rbd", "osd": f"profile rbd pool={POOL}"} for user in _USERS},
+        **{f"client.{user}": {"mon": cap, "osd": f"profile rbd pool={POOL}"} for user, cap in _USERS.items()},
     }
     for number, (name, caps) in enumerate(users.items()):
         words = [word for kind, cap in caps.items() for word in ("--cap", kind, cap)]

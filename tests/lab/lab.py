@@ -26,7 +26,7 @@ from tests.lab.locks import locked
 from tests.lab.run import run
 from tests.lab.supervisor import MARKER
 
-LAYOUT = 2
+LAYOUT = 3
 """Raised when a laboratory that runs cannot be used by code of another layout: it is ended and started anew."""
 SECOND_HOST = "libvirtd-2"
 Report = Callable[[str], None]

@@ -265,6 +265,11 @@ class Reason(StrEnum):
         "A storage driver said no.",
         "Do what the driver's words in the message say.",
     )
+    LOCK_NOT_GIVEN = (
+        "LockNotGiven",
+        "A Ceph image's lock is held by a client that Ceph does not see now; it was not shut out of its disk.",
+        "If the VM runs, look at its host's way to Ceph; if it crashed and is off, start it once, or take the lock from it: `rbd lock rm`.",
+    )
     DRIVER_TIMEOUT = (
         "DriverTimeout",
         "A storage driver did not answer in time; its process was killed and its leftovers removed.",

@@ -203,18 +203,7 @@ class Rest:
 
 
 RestoreEffect = (
-    Claim
-    | TakeSafety
-    | Stop
-    | CloseGate
-    | Revert
-    | GoBack
-    | Clone
-    | HandOver
-    | RemoveClones
-    | Start
-    | LetGo
-    | Rest
+    Claim | TakeSafety | Stop | CloseGate | Revert | GoBack | Clone | HandOver | RemoveClones | Start | LetGo | Rest
 )
 
 

@@ -11,6 +11,8 @@ Facts it rests on, seen on Ceph 16.2 (docs/decisions/0003-ceph-groups.md has the
   (30 s by default), and the guest's writes wait: `delete` fences such a client off.
 - A plain snapshot of an image that a guest uses is made by the guest's own client on request, without taking its lock: two
   thirds of the time. It may thus still appear after the process that asked for it was killed: `delete` waits for it.
+- Whoever takes a lock whose owner is not seen by the OSDs puts the owner on the blocklist, and a VM that only was out of
+  reach for a while has lost its disk. Hence cuts are made by a client that may not, and fail instead.
 
 Held under a request name N: the group `N` with the group snapshot `N`, or on one image the plain snapshot `N`; and groups
 without members that are nothing but records, so that `list` and `delete` need not open every image of the pool: `N.i-<image
@@ -24,8 +26,10 @@ a guest is frozen. The group's handle is `<pool>/[<namespace>/]N@N`.
 from __future__ import annotations
 
 import contextlib
+import errno
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,6 +42,14 @@ from vmsnapshot_operator.core.volumes import Handle, Layer, SourceKind, Volume, 
 from vmsnapshot_operator.drivers import ceph_cluster, ceph_restore, ceph_snapshots, probes
 from vmsnapshot_operator.drivers.ceph_cluster import told
 from vmsnapshot_operator.errors import DriverError, DriverUnavailableError
+
+STALE_SECONDS = 20.0
+"""So long the owner of a lock may be out of the OSDs' sight before a deletion takes its lock: one that only lost its
+connection is back within a second."""
+
+
+_DENIED = frozenset({errno.EPERM, errno.EACCES, errno.EROFS})
+"""What librbd answers where it would have to shut another client out and may not; EROFS is its word for "not my lock"."""
 
 
 class CephRbdParameters(BaseModel):
@@ -87,9 +99,10 @@ class CephRbdDriver:
         self._parameters = parameters
         self._key = credentials.key
         self._lock = threading.Lock()
-        self._connected: tuple[Any, Any] | None = None
+        self._connected: dict[bool, tuple[Any, Any]] = {}
         self._warm: dict[str, Any] = {}
         self._work: ceph_restore.Work | None = None
+        self._locked_out: dict[str, float] = {}
 
     # ---------------------------------------------------------------- the contract
 
@@ -142,7 +155,7 @@ class CephRbdDriver:
             self.prepare(request)
         images = [_image_of(v.writable.source) for v in request.volumes]
         group = None
-        with self._pool() as (rbd, io), told(f"snapshot {request.name} of {', '.join(images)}"):
+        with self._pool() as (rbd, io), _taking_locks(f"snapshot {request.name} of {', '.join(images)}"):
             try:
                 if len(images) > 1:
                     ceph_snapshots.cut_group(rbd, io, request.name, images)
@@ -225,11 +238,34 @@ class CephRbdDriver:
     def delete(self, name: str) -> None:
         """Remove everything under a name, also what was left half made."""
         self.rest()
-        with self._pool() as (rbd, io), told(f"deleting {name}"):
-            cluster = self._connect()[0]
-            _, dead = ceph_snapshots.clients(rbd, io, cluster, name)
-            ceph_restore.delete_clones(rbd, io, name, lambda image: ceph_snapshots.fence_dead(image, cluster, dead))
-            ceph_snapshots.delete(rbd, io, cluster, name)
+        since = self._locked_out.get(name, time.monotonic())
+        stale = time.monotonic() - since >= STALE_SECONDS
+        try:
+            with self._pool() as (rbd, io), _taking_locks(f"deleting {name}"):
+                ceph_restore.delete_clones(rbd, io, name, self._taking_from_dead(rbd, io, name))
+                ceph_snapshots.delete(rbd, io, name, self._fence, stale=stale)
+        except DriverError as error:
+            if _is_denied(error):
+                self._locked_out[name] = since
+            raise
+        self._locked_out.pop(name, None)
+
+    def _fence(self, clients: Collection[str]) -> tuple[Any, Collection[str]]:
+        dead = set(clients) - self._addresses
+        if not dead:
+            return None, ()
+        cluster, io = self._connect(breaks=True)
+        try:
+            for client in dead:
+                cluster.blocklist_add(client, ceph_snapshots.FENCE_SECONDS)
+        except ceph_cluster.binding("rados").PermissionDeniedError:
+            return None, ()  # a guest waits for the watch timeout
+        return io, dead
+
+    def _taking_from_dead(self, rbd: Any, io: Any, name: str) -> Callable[[Any], None]:
+        """What takes an open image, which no VM uses, from clients of ours that were killed at this request, and from those out of sight."""
+        ours = ceph_snapshots.recorded(rbd, io, name)
+        return lambda image: ceph_snapshots.take_from_dead(rbd, image, ours, self._fence, stale=True)
 
     def list(self, prefix: str) -> Sequence[str]:
         """Name the requests by their groups and records."""
@@ -274,7 +310,7 @@ class CephRbdDriver:
             text = f"{volume.writable.source} is not what was cut ({handle or 'nothing'})"
             return Fit(ok=False, reason="OtherVolume", message=text)
         source = _source(handle)
-        ours, _ = ceph_snapshots.clients(rbd, io, self._connect()[0], source.name)
+        ours = frozenset(ceph_snapshots.recorded(rbd, io, source.name) | self._addresses)
         refusal = ceph_restore.refusal(rbd, io, source, ours)
         if refusal is not None:
             return Fit(ok=False, reason=refusal[0], message=refusal[1])
@@ -283,14 +319,14 @@ class CephRbdDriver:
     @contextmanager
     def _at_work(self, name: str) -> Iterator[tuple[ceph_restore.Work, Callable[[Any], None]]]:
         """Record this client for a request while it has images open; give what fences earlier ones that were killed."""
-        cluster, io = self._connect()
+        io = self._connect()[1]
         rbd = ceph_cluster.binding("rbd")
         with told(f"recording who works on {name}"):
-            _, dead = ceph_snapshots.clients(rbd, io, cluster, name)
+            fence = self._taking_from_dead(rbd, io, name)
             ceph_snapshots.record_client(rbd, io, name, self._address)
         self._work = ceph_restore.Work()
         try:
-            yield self._work, lambda image: ceph_snapshots.fence_dead(image, cluster, dead)
+            yield self._work, fence
         finally:
             self._work = None
         with told(f"completing {name}"):
@@ -307,6 +343,10 @@ class CephRbdDriver:
     def _address(self) -> str:
         return str(self._connect()[0].get_addrs()).partition(",")[0]
 
+    @property
+    def _addresses(self) -> set[str]:
+        return {a for cluster, _ in self._connected.values() for a in str(cluster.get_addrs()).split(",")}
+
     @contextmanager
     def _pool(self) -> Iterator[tuple[Any, Any]]:
         """Give the module `rbd` and the pool; a connection that the cluster fenced off is not used again."""
@@ -321,11 +361,12 @@ class CephRbdDriver:
 
     def _disconnect(self) -> None:
         """Have the next use connect anew, under another address."""
-        self._connected = None
+        self._connected.clear()
 
-    def _connect(self) -> tuple[Any, Any]:
+    def _connect(self, *, breaks: bool = False) -> tuple[Any, Any]:
+        """`breaks`: a connection for nothing but breaking locks of clients that were put on the blocklist before."""
         with self._lock:
-            if self._connected is None:
+            if breaks not in self._connected:
                 given = self._parameters
                 settings = {
                     "mon_host": given.mon_hosts,
@@ -334,6 +375,7 @@ class CephRbdDriver:
                     "rados_osd_op_timeout": str(given.operation_timeout_seconds),
                     "rbd_default_clone_format": "2",  # else a snapshot must be protected, and cannot go before its clones
                     "log_file": "",  # else librados tries to write below /var/log
+                    "rbd_blocklist_on_break_lock": "false" if breaks else "true",
                 }
                 cluster = ceph_cluster.connect(given.client_name, settings, self._key.get_secret_value())
                 try:
@@ -343,8 +385,8 @@ class CephRbdDriver:
                 except BaseException:
                     cluster.shutdown()
                     raise
-                self._connected = (cluster, io)
-            return self._connected
+                self._connected[breaks] = (cluster, io)
+            return self._connected[breaks]
 
     def _sweep_probes(self, rbd: Any, io: Any) -> None:
         for image in rbd.RBD().list(io):
@@ -352,9 +394,31 @@ class CephRbdDriver:
                 self._remove_probe(rbd, io, image)
 
     def _remove_probe(self, rbd: Any, io: Any, name: str) -> None:
-        ceph_snapshots.delete(rbd, io, self._connect()[0], name)
+        ceph_snapshots.delete(
+            rbd, io, name, lambda _: (None, ()), stale=False
+        )  # nobody has a lock on a probe's image for long
         with contextlib.suppress(rbd.ImageNotFound):
             rbd.RBD().remove(io, name)
+
+
+@contextmanager
+def _taking_locks(doing: str) -> Iterator[None]:
+    """Like `told`, where an image's lock may be needed that its owner does not give."""
+    try:
+        with told(doing):
+            yield
+    except DriverError as error:
+        if not _is_denied(error):
+            raise
+        text = (
+            f"{doing}: Ceph denies it: the client that holds the image's lock is out of the OSDs' sight, and is not shut out of its "
+            "disk while it may come back (or the cephx user lacks `profile rbd` for the pool)"
+        )
+        raise DriverError(text, reason="LockNotGiven", retryable=True) from error.__cause__
+
+
+def _is_denied(error: DriverError) -> bool:
+    return ceph_cluster.number_of(error.__cause__ or error) in _DENIED
 
 
 def _unfit(rbd: Any, io: Any, image: str) -> Fit | None:

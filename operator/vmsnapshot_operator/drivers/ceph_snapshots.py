@@ -14,8 +14,12 @@ from vmsnapshot_operator.errors import AlreadyCutError, DriverError
 
 _COMPLETE = 1  # RBD_GROUP_SNAP_STATE_COMPLETE of librbd.h; the bindings have no name for it
 _USER, _GROUP = 0, 1  # RBD_SNAP_NAMESPACE_TYPE_*
-_FENCE_SECONDS = 600
+FENCE_SECONDS = 600
+"""How long a client of ours that was killed stays on the blocklist. The permissions of our user say the same number."""
 _IMAGE, _CLIENT = ".i-", ".c-"
+
+Fence = Callable[[Collection[str]], tuple[Any, Collection[str]]]
+"""Puts addresses on the blocklist, but for our own; returns the pool, opened so that their locks may be broken, and who was shut out."""
 
 
 def already_cut(name: str) -> AlreadyCutError:
@@ -144,45 +148,40 @@ def forget_clients(rbd: Any, io: Any, name: str) -> None:
     _remove_records(rbd, io, name, _CLIENT)
 
 
-def clients(rbd: Any, io: Any, cluster: Any, name: str) -> tuple[frozenset[str], frozenset[str]]:
-    """Return the addresses of all our clients that have worked on a request, and of those that are dead by now."""
+def recorded(rbd: Any, io: Any, name: str) -> set[str]:
+    """Return the addresses of the clients that `record_client` recorded, of which some may live."""
     groups = rbd.RBD().group_list(io)
-    recorded = {bytes.fromhex(r.partition(_CLIENT)[2]).decode() for r in groups if r.startswith(name + _CLIENT)}
-    mine = set(str(cluster.get_addrs()).split(","))
-    return frozenset(recorded | mine), frozenset(recorded - mine)
+    return {bytes.fromhex(r.partition(_CLIENT)[2]).decode() for r in groups if r.startswith(name + _CLIENT)}
 
 
-def fence_dead(image: Any, cluster: Any, dead: Collection[str]) -> None:
-    """Take an open image from clients that are dead, instead of waiting until the cluster notices."""
-    for client in {w["addr"] for w in image.watchers_list()}.intersection(dead):
-        cluster.blocklist_add(client, _FENCE_SECONDS)
+def delete(rbd: Any, io: Any, name: str, fence: Fence, *, stale: bool) -> None:
+    """Remove what a request holds: snapshots first, records last, so that the rest is found after any failure.
 
-
-def delete(rbd: Any, io: Any, cluster: Any, name: str) -> None:
-    """Remove what a request holds: snapshots first, records last, so that the rest is found after any failure."""
+    `stale`: locks whose owners the OSDs do not see are taken from them.
+    """
     groups = rbd.RBD().group_list(io)
-    _, others = clients(rbd, io, cluster, name)
-
-    def fence(clients: Collection[str]) -> None:
-        """Take from dead clients what they hold: until their watch timeout, a guest would wait for their locks."""
-        for client in others.intersection(clients):
-            cluster.blocklist_add(client, _FENCE_SECONDS)
-
+    ours = recorded(rbd, io, name)
     if name in groups:
-        _delete_group(rbd, io, name, lambda: fence(others))
+        _delete_group(rbd, io, name, ours, fence, stale=stale)
     for record in groups:
         if record.startswith(name + _IMAGE):
-            _delete_single(rbd, io, name, record.removeprefix(name + _IMAGE), fence)
+            _delete_single(rbd, io, name, record.removeprefix(name + _IMAGE), ours, fence, stale=stale)
     _remove_records(rbd, io, name, _IMAGE)
     forget_clients(rbd, io, name)
 
 
-def _delete_group(rbd: Any, io: Any, name: str, fence: Callable[[], None]) -> None:
+def _delete_group(rbd: Any, io: Any, name: str, ours: set[str], fence: Fence, *, stale: bool) -> None:
     group = rbd.Group(io, name)
     snapshots = list(group.list_snaps())
-    if any(s["state"] != _COMPLETE for s in snapshots):
-        # Whoever made it was killed on the way and holds locks of images, or is about to get them.
-        fence()
+    if ours and any(s["state"] != _COMPLETE for s in snapshots):
+        fence(ours)  # whoever made it was killed on the way and may be about to get locks
+    images = [m["name"] for m in group.list_images()] if ours else []
+    if stale:  # the group of a snapshot that was Ready has no members any more
+        images = list(rbd.RBD().list(io))
+    for image in images:
+        with contextlib.suppress(rbd.ImageNotFound), rbd.Image(io, image, read_only=True) as opened:
+            if not stale or snapshot_id(opened, name) is not None:
+                take_from_dead(rbd, opened, ours, fence, stale=stale)
     for snapshot in snapshots:
         with contextlib.suppress(rbd.ObjectNotFound):
             group.remove_snap(snapshot["name"])
@@ -193,14 +192,14 @@ def _delete_group(rbd: Any, io: Any, name: str, fence: Callable[[], None]) -> No
         rbd.RBD().group_remove(io, name)
 
 
-def _delete_single(rbd: Any, io: Any, name: str, image_id: str, fence: Callable[[Collection[str]], None]) -> None:
+def _delete_single(rbd: Any, io: Any, name: str, image_id: str, ours: set[str], fence: Fence, *, stale: bool) -> None:
     try:
         image = rbd.Image(io, image_id=image_id)  # by its id: it may have been renamed or moved to the trash
     except rbd.ImageNotFound:
         return
     with image:
-        # A client that was killed while no guest used the image, so that it had to take the lock itself.
-        fence([locker[2] for locker in (image.list_lockers() or {}).get("lockers", ())])
+        # Where no guest used the image, whoever cut had to take the lock itself.
+        take_from_dead(rbd, image, ours, fence, stale=stale)
         if snapshot_id(image, name) is None:
             # The guest's client may still be at it, asked by a process that was killed. It does one after the other:
             # once it has made this one, or says that it exists, none will come later.
@@ -208,6 +207,25 @@ def _delete_single(rbd: Any, io: Any, name: str, image_id: str, fence: Callable[
                 image.create_snap(name, rbd.RBD_SNAP_CREATE_SKIP_QUIESCE)
         with contextlib.suppress(rbd.ImageNotFound):
             image.remove_snap(name)
+
+
+def take_from_dead(rbd: Any, image: Any, ours: set[str], fence: Fence, *, stale: bool) -> None:
+    """Free an open image of what clients hold that are dead, instead of waiting until their watch timeout, as a guest would.
+
+    `ours`: clients of ours, of which those that are not of this process were killed. `stale`: also whoever has the lock and is not
+    seen by the OSDs; only where no VM may be using the image.
+    """
+    seen = {w["addr"] for w in image.watchers_list()}
+    lockers = (image.list_lockers() or {}).get("lockers", ())
+    held = [(c, k, a) for c, k, a in lockers if a in ours or (stale and a not in seen)]
+    pool, dead = fence((seen & ours) | {address for _, _, address in held})
+    held = [h for h in held if h[2] in dead]
+    if not held:
+        return
+    with rbd.Image(pool, image_id=image.id()) as opened:
+        for client, cookie, _ in held:
+            with contextlib.suppress(rbd.ImageNotFound):  # a guest's client was faster
+                opened.break_lock(client, cookie)
 
 
 def make_record(rbd: Any, io: Any, name: str) -> None:
