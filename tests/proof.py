@@ -16,6 +16,7 @@ from typing import Any
 import libvirt
 
 from tests.lab import Lab, truth
+from tests.lab.run import run
 
 JOURNAL = "https://vmsnapshot.io/journal/1"
 CLEAN = "clean"
@@ -63,6 +64,48 @@ def read(lab: Lab, content: Mapping[str, Any], into: Path) -> Truth:
         fsck[target] = truth.fsck(raw)
         raw.unlink()
     return Truth(records, fsck)
+
+
+def of_domain(lab: Lab, domain: Any, into: Path) -> Truth:
+    """Read the disks of a domain that is off, as they are now."""
+    into.mkdir(parents=True, exist_ok=True)
+    records: dict[str, int] = {}
+    fsck: dict[str, str] = {}
+    for disk in ET.fromstring(domain.XMLDesc()).findall("devices/disk"):  # noqa: S314 - libvirt's own
+        target, source = disk.find("target"), disk.find("source")
+        if target is None or source is None:
+            continue
+        raw = into / f"disk-{target.attrib['dev']}.raw"
+        if source.get("file"):
+            truth.fetch_file(Path(source.attrib["file"]), raw)
+        else:
+            run("rbd", "-c", lab.ceph.conf, "export", "--no-progress", source.attrib["name"], raw)
+        records[target.attrib["dev"]] = truth.records(raw)
+        fsck[target.attrib["dev"]] = truth.fsck(raw)
+        raw.unlink()
+    return Truth(records, fsck)
+
+
+def remove_vm(lab: Lab, name: str) -> None:
+    """Remove a VM that a restore has made, with its disks; nothing happens if there is none."""
+    connection = lab.libvirt()
+    try:
+        domain = connection.lookupByName(name)
+        if domain.isActive():
+            domain.destroy()
+        sources = ET.fromstring(domain.XMLDesc()).findall("devices/disk/source")  # noqa: S314 - libvirt's own
+        domain.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_NVRAM)
+    except libvirt.libvirtError as error:
+        if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
+            raise
+        return
+    finally:
+        connection.close()
+    for source in sources:
+        if source.get("file"):
+            Path(source.attrib["file"]).unlink()
+        else:
+            lab.ceph.remove_image(source.attrib["name"].rpartition("/")[2])
 
 
 def leftovers(lab: Lab) -> list[str]:

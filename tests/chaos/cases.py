@@ -24,6 +24,18 @@ class Way(StrEnum):
     FAIL = "fail"
     EXPIRE = "expire"
     AMEND = "amend"
+    OVERLAY = "overlay"
+    RESTORE = "restore"
+    GO_BACK = "go back"
+    CLONE = "clone"
+    UNDO_CLONE = "undo a clone"
+
+
+RESTORING = frozenset({Way.RESTORE, Way.GO_BACK, Way.CLONE, Way.UNDO_CLONE})
+_OF_SNAPSHOTS_ONLY = frozenset(
+    {"agent", "guest", "deleted", "namespace", "more", "status", "disk", "thawed", "six", "pool", "another", "deletion"}
+)
+"""First words of the faults that do not concern a VM that is off, or that are about the VMSnapshot."""
 
 
 WAYS: dict[Step, Way] = {
@@ -32,12 +44,15 @@ WAYS: dict[Step, Way] = {
     Step.ADOPT: Way.TAKE,
     Step.PREPARE: Way.TAKE,
     Step.PREPARE_INTENT: Way.TAKE,
+    Step.PREPARE_OVERLAYS: Way.OVERLAY,
     Step.PREPARE_RESERVE: Way.TAKE,
     Step.PREPARE_DRIVER: Way.TAKE,
     Step.TAKE_WINDOW: Way.TAKE,
     Step.WINDOW_JOURNAL: Way.TAKE,
     Step.WINDOW_ARM: Way.TAKE,
     Step.WINDOW_QUIESCE: Way.TAKE,
+    Step.WINDOW_SWITCH: Way.OVERLAY,
+    Step.WINDOW_OVERLAID: Way.OVERLAY,
     Step.WINDOW_CUT: Way.TAKE,
     Step.WINDOW_FREE: Way.TAKE,
     Step.WINDOW_DISARM: Way.TAKE,
@@ -46,8 +61,32 @@ WAYS: dict[Step, Way] = {
     Step.AMEND: Way.AMEND,
     Step.SETTLE: Way.TAKE,
     Step.SETTLE_DRIVER: Way.TAKE,
+    Step.COLLAPSE: Way.OVERLAY,
+    Step.COLLAPSE_BEGIN: Way.OVERLAY,
+    Step.COLLAPSE_COMMIT: Way.OVERLAY,
+    Step.COLLAPSE_PIVOT: Way.OVERLAY,
+    Step.COLLAPSE_NOTE: Way.OVERLAY,
+    Step.COLLAPSE_REMOVE: Way.OVERLAY,
+    Step.COLLAPSE_CLEAR: Way.OVERLAY,
     Step.ROLL_BACK: Way.DELETE,
     Step.ROLL_BACK_DRIVER: Way.DELETE,
+    Step.CLAIM: Way.RESTORE,
+    Step.TAKE_SAFETY: Way.RESTORE,
+    Step.STOP: Way.RESTORE,
+    Step.CLOSE_GATE: Way.RESTORE,
+    Step.GATE_CLOSE: Way.RESTORE,
+    Step.REVERT: Way.RESTORE,
+    Step.REVERT_DRIVER: Way.RESTORE,
+    Step.GATE_OPEN: Way.RESTORE,
+    Step.LET_GO: Way.RESTORE,
+    Step.GO_BACK: Way.GO_BACK,
+    Step.CLONE: Way.CLONE,
+    Step.CLONE_DRIVER: Way.CLONE,
+    Step.CLONE_DEFINE: Way.CLONE,
+    Step.HAND_OVER: Way.CLONE,
+    Step.CLONE_KEEP: Way.CLONE,
+    Step.START: Way.CLONE,
+    Step.REMOVE_CLONES: Way.UNDO_CLONE,
     Step.FAIL: Way.FAIL,
     Step.DROP_CONTENT: Way.DELETE,
     Step.FORGET: Way.DELETE_EARLY,
@@ -85,6 +124,7 @@ def every() -> list[Case]:
         for at in At
         if (fault.only is None or (step, at) in fault.only)
         and not (fault.ends_operator and step is Step.RECOVER and at is At.AFTER)
+        and not (WAYS[step] in RESTORING and fault.name.partition("-")[0] in _OF_SNAPSHOTS_ONLY)
     ]
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from tests.chaos.seen import Allowed, Domain, Finding, GuestSeen, Image, Storage, World
 from tests.stack import conditions
 
-OURS = "vms-"
+OURS = ("vms-", "ovl-")
 PROBE = re.compile(r"vms-probe-(\d+)-")
 PROBE_SECONDS = 7200
 """A driver's look at its storage may be under way, and a later one removes what is left of one; not for so long."""

@@ -17,10 +17,10 @@ from random import Random
 from statistics import quantiles
 from typing import Any
 
-from tests.chaos import judge, ways
+from tests.chaos import judge, restored, ways
 from tests.chaos.annex import Annex
 from tests.chaos.apiproxy import ApiProxy
-from tests.chaos.cases import Case, Way
+from tests.chaos.cases import RESTORING, Case, Way
 from tests.chaos.faults import At, Fault, NoEffectError, Scene
 from tests.chaos.faults.neighbours import is_over
 from tests.chaos.injector import Injector, Trap
@@ -135,6 +135,8 @@ class Suite:
         while not trap.wait(1.0):
             late = case.way in (Way.EXPIRE, Way.AMEND)
             over = self.stack.get(scene.name, TENANT) is None if late else is_over(self.stack, scene.name)
+            if case.way in RESTORING:
+                over = all(restored.is_over(self.stack, name) for name in scene.restores)
             if time.monotonic() > end or over:
                 return trap.wait(0.0)
         return True
@@ -146,6 +148,12 @@ class Suite:
                 until(f"{name} has ended", lambda name=name: is_over(self.stack, name), seconds)  # type: ignore[misc]
             except LabError as error:
                 status = json.dumps((self.stack.get(name, TENANT) or {}).get("status"))
+                return [Finding("stuck", name, f"{error}: {status}")]
+        for name in scene.restores:
+            try:
+                until(f"{name} has ended", lambda name=name: restored.is_over(self.stack, name), seconds)  # type: ignore[misc]
+            except LabError as error:
+                status = json.dumps((self.stack.get_restore(name, TENANT) or {}).get("status"))
                 return [Finding("stuck", name, f"{error}: {status}")]
         return []
 
@@ -164,6 +172,7 @@ class Suite:
         findings: list[Finding] = []
         guests = [scene.guest, *scene.beside.values()]
         try:
+            findings += restored.judge(scene)
             for guest in guests:
                 guest.up()
             names = [n for n in (scene.name, *scene.others, *scene.beside) if self.stack.get(n, TENANT) is not None]

@@ -77,8 +77,54 @@ def _hook_fails(scene: Scene) -> Iterator[None]:
             scene.guest.fail_hook(fail=False)
 
 
+@contextlib.contextmanager
+def _killed_before_the_new_vm(scene: Scene) -> Iterator[None]:
+    """The clones are there, and the VM that they are for is not; then nobody wants it any more."""
+    with _taken(scene), scene.injector.trap(Step.CLONE_DEFINE, Moment.BEFORE) as trap:
+        _clone(scene)
+        if not trap.wait(REACH_SECONDS):
+            raise LabError("nothing was cloned")
+        scene.stack.programs["operator"].kill()
+    scene.stack.delete_restore(scene.restores[0], namespace=TENANT, wait=False)
+    yield
+
+
+@contextlib.contextmanager
+def _late(scene: Scene) -> Iterator[None]:
+    """A restore that has begun, and whose deadline is then over: by the operator's clock."""
+    with _taken(scene), scene.injector.trap(Step.GATE_CLOSE, Moment.AFTER) as trap:
+        _restore(scene)
+        if not trap.wait(REACH_SECONDS):
+            raise LabError("the gate was not closed")
+        scene.injector.clock_seconds = 2 * 3600
+        scene.go = trap.go
+        try:
+            yield
+        finally:
+            scene.injector.clock_seconds = 0
+
+
 def _take(scene: Scene) -> None:
     _create(scene)
+
+
+def _overlay(scene: Scene) -> None:
+    _create(scene, quiesce={"method": "HypervisorSnapshot"})
+
+
+def _restore(scene: Scene) -> None:
+    scene.restores.append(scene.stack.restore(f"{scene.name}-back", scene.name, namespace=TENANT))
+
+
+def _clone(scene: Scene) -> None:
+    scene.new_vm = f"{scene.guest.name}-{scene.name}"
+    spec = {"mode": "NewVM", "newVM": {"name": scene.new_vm}, "startAfter": True}
+    scene.restores.append(scene.stack.restore(f"{scene.name}-new", scene.name, namespace=TENANT, **spec))
+
+
+def _go_on(scene: Scene) -> None:
+    if scene.go is not None:
+        scene.go()
 
 
 def _delete(scene: Scene) -> None:
@@ -117,6 +163,11 @@ PREPARE: dict[Way, Callable[[Scene], contextlib.AbstractContextManager[None]]] =
     Way.FAIL: _hook_fails,
     Way.EXPIRE: _plain,
     Way.AMEND: _taken_and_given_back,
+    Way.OVERLAY: _plain,
+    Way.RESTORE: _taken,
+    Way.GO_BACK: _late,
+    Way.CLONE: _taken,
+    Way.UNDO_CLONE: _killed_before_the_new_vm,
 }
 DRIVE: dict[Way, Callable[[Scene], None]] = {
     Way.TAKE: _take,
@@ -126,4 +177,9 @@ DRIVE: dict[Way, Callable[[Scene], None]] = {
     Way.FAIL: _fail,
     Way.EXPIRE: _expire,
     Way.AMEND: _amend,
+    Way.OVERLAY: _overlay,
+    Way.RESTORE: _restore,
+    Way.GO_BACK: _go_on,
+    Way.CLONE: _clone,
+    Way.UNDO_CLONE: _recover,
 }

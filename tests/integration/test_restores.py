@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
+import libvirt
 import pytest
 
 from tests import proof
-from tests.lab import Lab, LabError, truth
+from tests.lab import Lab, LabError
 from tests.lab.definition import GuestDisk
 from tests.lab.guests import Guest
-from tests.lab.run import run
 from tests.stack import Stack, conditions, until
 
 MIXED = {
@@ -107,16 +106,16 @@ def test_another_vm_beside_the_one_that_runs(
         assert domain.UUIDString() != guest.uuid
         assert guest.domain().isActive(), "the VM itself runs on"
         domain.destroy()
-        made = of_domain(lab, domain, tmp_path)
+        made = proof.of_domain(lab, domain, tmp_path)
         assert made.records.keys() == held.records.keys()
         assert all(made.records[t] >= n for t, n in held.records.items()), (made, held)
         assert made.one_instant or made.in_order
         # Its disks are its own: they stay when the snapshot and the restore go.
         stack.delete_restore(name)
         stack.delete(snapshot)
-        assert of_domain(lab, domain, tmp_path).records == made.records
+        assert proof.of_domain(lab, domain, tmp_path).records == made.records
     finally:
-        remove(lab, new)
+        proof.remove_vm(lab, new)
     assert not [x for x in proof.leftovers(lab) if new in x]
 
 
@@ -195,8 +194,6 @@ def finished(stack: Stack, name: str) -> bool:
 
 def gated(guest: Guest) -> bool:
     """Whether the disks are taken from the stored definition."""
-    import libvirt
-
     return "<disk " not in guest.domain().XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
 
 
@@ -207,45 +204,4 @@ def of_snapshot(lab: Lab, stack: Stack, name: str, folder: Path) -> proof.Truth:
 
 
 def of_guest(lab: Lab, guest: Guest, folder: Path) -> proof.Truth:
-    return of_domain(lab, guest.domain(), folder)
-
-
-def of_domain(lab: Lab, domain: Any, folder: Path) -> proof.Truth:
-    """What the disks of a domain that is off hold now."""
-    import xml.etree.ElementTree as ET
-
-    records, fsck = {}, {}
-    for disk in ET.fromstring(domain.XMLDesc()).findall("devices/disk"):  # noqa: S314 - libvirt's own
-        target, source = disk.find("target"), disk.find("source")
-        assert target is not None
-        assert source is not None
-        raw = folder / "disk.raw"
-        raw.unlink(missing_ok=True)
-        if source.get("file"):
-            truth.fetch_file(Path(source.attrib["file"]), raw)
-        else:
-            run("rbd", "-c", lab.ceph.conf, "export", "--no-progress", source.attrib["name"], raw)
-        records[target.attrib["dev"]] = truth.records(raw)
-        fsck[target.attrib["dev"]] = truth.fsck(raw)
-    return proof.Truth(records, fsck)
-
-
-def remove(lab: Lab, name: str) -> None:
-    """Remove a VM that a restore has made, with its disks."""
-    import xml.etree.ElementTree as ET
-
-    import libvirt
-
-    connection = lab.libvirt()
-    try:
-        domain = connection.lookupByName(name)
-    except libvirt.libvirtError:
-        return
-    if domain.isActive():
-        domain.destroy()
-    for source in ET.fromstring(domain.XMLDesc()).findall("devices/disk/source"):  # noqa: S314 - libvirt's own
-        if source.get("file"):
-            Path(source.attrib["file"]).unlink()
-        else:
-            lab.ceph.remove_image(source.attrib["name"].rpartition("/")[2])
-    domain.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_NVRAM)
+    return proof.of_domain(lab, guest.domain(), folder)

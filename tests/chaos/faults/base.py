@@ -42,7 +42,7 @@ Place = tuple[Step, At]
 class Scene:
     """Where an injection takes place. `go` lets the operator go on that was met on the way.
 
-    `others` are further VMSnapshots of the same VM, `beside` those of other VMs; all of them are judged, too. `findings` is what a
+    `restores` are VMRestores that were made of it, `new_vm` the VM that one of them makes. `others` are further VMSnapshots of the same VM, `beside` those of other VMs; all of them are judged, too. `findings` is what a
     fault itself saw that must not be; `planted` what it has to take away again.
     """
 
@@ -58,6 +58,8 @@ class Scene:
     uid: str = ""
     deleted: bool = False
     forged: bool = False
+    restores: list[str] = field(default_factory=list)
+    new_vm: str = ""
     others: list[str] = field(default_factory=list)
     beside: dict[str, Guest] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
