@@ -119,25 +119,6 @@ def test_another_vm_beside_the_one_that_runs(
     assert not [x for x in proof.leftovers(lab) if new in x]
 
 
-def test_a_restore_that_was_deleted_on_the_way_leaves_nothing(
-    lab: Lab,
-    stack: Stack,
-    guest: Guest,
-    vmsnapshot: Callable[..., str],
-    vmrestore: Callable[..., str],
-    fresh: Callable[[str], str],
-) -> None:
-    guest.up()
-    snapshot = vmsnapshot("deleted", domain=guest.name)
-    stack.wait(snapshot)
-    before = set(proof.leftovers(lab))
-    name = vmrestore("going", snapshot, mode="NewVM", newVM={"name": fresh("never")})
-    until("it has begun", lambda: "finalizers" in (stack.get_restore(name) or {}).get("metadata", {}))
-    stack.delete_restore(name)
-    assert set(proof.leftovers(lab)) <= before
-    assert not [d for d in lab.libvirt().listAllDomains() if d.name().startswith("never")]
-
-
 def test_an_operator_that_is_killed_sets_back_all_disks(
     lab: Lab,
     stack: Stack,

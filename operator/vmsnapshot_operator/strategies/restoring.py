@@ -200,9 +200,11 @@ async def _look(
         seen = replace(seen, agent_answers=await _agent(found.client, defined))
     if not request.in_place and seen.finalizer:
         seen = replace(seen, held=await _held(world, request, found.record))
-    if seen.is_done or seen.ended:
+    if seen.ended:
         return seen
     seen = await _safety(world, request, seen)
+    if seen.is_done:
+        return seen
     if refusal is not None and not seen.gated:
         return replace(seen, refusal=refusal)
     if request.in_place:
