@@ -480,6 +480,11 @@ class Reason(StrEnum):
         "An overlay of ours stands in a way that it must not be committed: the VM's chain was changed by another hand.",
         "Look at the VM's disks (`virsh domblklist`, `virsh domblkinfo`) and end what the message names; then it is committed by itself.",
     )
+    OVERLAY_FULL = (
+        "OverlayFull",
+        "The copy was given up, because what the VM wrote meanwhile left too little room in the overlays' pool.",
+        "Give the overlay pool more room, or take the snapshot when the VM writes less.",
+    )
     OVERLAY_LOST = (
         "OverlayLost",
         "An overlay that held the VM's writes is gone from under it.",

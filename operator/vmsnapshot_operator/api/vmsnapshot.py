@@ -257,6 +257,10 @@ class GroupReport(Report):
     """How long the cut took."""
     ready_time: Time | None = None
     """When it could be restored."""
+    copied_bytes: Bytes | None = None
+    """Where it has to be copied: how much of it is. It may stand still or jump."""
+    bytes_to_copy: Bytes | None = None
+    """Where it has to be copied: how much there is."""
 
 
 class Excluded(Report):

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vmsnapshot_operator.core.effects import (
@@ -31,6 +31,7 @@ from vmsnapshot_operator.core.volumes import Seconds
 from vmsnapshot_operator.errors import ConflictError, RefusedError, SnapshotError
 from vmsnapshot_operator.kube import conditions
 from vmsnapshot_operator.plan import report
+from vmsnapshot_operator.plan.conditions import RECONCILING
 from vmsnapshot_operator.strategies.gather import gather
 from vmsnapshot_operator.strategies.registry import choose
 from vmsnapshot_operator.strategies.world import World, clock
@@ -39,6 +40,8 @@ log = logging.getLogger(__name__)
 
 STANDBY_SECONDS = 1.0
 MAX_BACKOFF_SECONDS = 60.0
+TELL_EVERY = 3.0
+"""How often the progress of what takes long is told."""
 MAX_STEPS = 50
 """More effects in a row than any snapshot needs: a loop that does not end by itself is ended, and said so."""
 
@@ -92,7 +95,7 @@ class Reconciler:
                 return STANDBY_SECONDS
             log.info("VMSnapshot %s/%s: %s", namespace, name, type(decision.effect).__name__)
             if isinstance(decision.effect, _LONG):
-                self._start(decision.effect, seen, body)
+                self._start(decision, seen, body)
                 return None
             await self._apply(decision.effect, seen, body)
         log.error("VMSnapshot %s/%s did not come to rest after %d effects", namespace, name, MAX_STEPS)
@@ -107,9 +110,18 @@ class Reconciler:
         for uid in list(self._world.memories):
             await self._world.forget(uid)
 
-    def _start(self, effect: Effect, seen: Observation, body: Mapping[str, Any]) -> None:
-        request = seen.request
-        task = asyncio.create_task(self._apply(effect, seen, body), name=f"{type(effect).__name__} {request.uid}")
+    def _start(self, decision: Decision, seen: Observation, body: Mapping[str, Any]) -> None:
+        request, effect = seen.request, decision.effect
+
+        async def run() -> None:
+            teller = asyncio.create_task(self._keep_telling(decision, seen, body))
+            try:
+                await self._apply(effect, seen, body)
+            finally:
+                teller.cancel()
+                await asyncio.wait({teller})
+
+        task = asyncio.create_task(run(), name=f"{type(effect).__name__} {request.uid}")
         self._running[request.uid] = _Running(effect, task)
 
         def done(_: asyncio.Task[None]) -> None:
@@ -117,6 +129,21 @@ class Reconciler:
             self._wake(request.namespace, request.name, request.uid)
 
         task.add_done_callback(done)
+
+    async def _keep_telling(self, decision: Decision, seen: Observation, body: Mapping[str, Any]) -> None:
+        """Tell how far copies and commits are, until cancelled."""
+        memory = self._world.memory(seen.request.uid)
+        while True:
+            await asyncio.sleep(TELL_EVERY)
+            if not (told := report.under_way(memory.copied, memory.committed)):
+                continue
+            now = tuple(replace(c, message=told) if c.type == RECONCILING else c for c in decision.conditions)
+            try:
+                body = await self._tell(
+                    replace(seen, copied=dict(memory.copied)), replace(decision, conditions=now), body
+                )
+            except SnapshotError as error:
+                log.info("progress of %s is not told: %s", seen.request.uid, error.message)
 
     def _hurry(self, uid: str, body: Mapping[str, Any]) -> None:
         """A deletion does not wait for a copy; it waits for a window."""
@@ -176,5 +203,5 @@ class Reconciler:
 def _is_final(effect: Effect, error: SnapshotError) -> bool:
     """Whether no retry can help. What was taken is given up only when the storage says that it is gone."""
     if isinstance(effect, Settle):
-        return error.reason == "SnapshotLost"
+        return error.reason in ("SnapshotLost", "OverlayFull")
     return isinstance(effect, Prepare) and not error.retryable

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -38,6 +39,17 @@ def phase(seen: Observation, conditions: tuple[Condition, ...]) -> str:
     return by_type[RECONCILING].reason if RECONCILING in by_type else "Unknown"
 
 
+def under_way(copied: Mapping[str, tuple[int, int]], committed: Mapping[str, tuple[int, int]]) -> str:
+    """Say how far copies (by class) and commits (by disk) are, or nothing."""
+    words = [f'class "{c}": {_of(done, total)} copied' for c, (done, total) in sorted(copied.items())]
+    words += [f"disk {t}: {_of(done, total)} committed" for t, (done, total) in sorted(committed.items())]
+    return clip("; ".join(words))
+
+
+def _of(done: int, total: int) -> str:
+    return f"{done >> 20} of {max(1, total >> 20)} MiB"
+
+
 def status(seen: Observation, conditions: tuple[Condition, ...]) -> dict[str, Any]:
     """Return the whole status but for `conditions` and `observedGeneration`; empty parts are left out."""
     record = seen.record if seen.record is not None and not seen.record.problem else None
@@ -54,7 +66,7 @@ def status(seen: Observation, conditions: tuple[Condition, ...]) -> dict[str, An
     if plan is not None:
         parts |= _of_plan(plan) | {"quiesce": _quiesce(plan, record)}
         parts["volumes"] = [_volume(plan, record, i) for i in range(len(plan.volumes))]
-        parts["groups"] = [_group(plan, record, g.class_name) for g in plan.groups]
+        parts["groups"] = [_group(plan, record, g.class_name, seen.copied) for g in plan.groups]
     if record is not None and record.outcome is not None and record.taken:
         parts["creationTime"] = stamp(record.outcome.cut_time)
     return {k: v for k, v in parts.items() if v is not None}
@@ -101,7 +113,7 @@ def _volume(plan: Plan, record: Record | None, index: int) -> dict[str, Any]:
     return parts
 
 
-def _group(plan: Plan, record: Record | None, class_name: str) -> dict[str, Any]:
+def _group(plan: Plan, record: Record | None, class_name: str, copied: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
     planned = next(g for g in plan.groups if g.class_name == class_name)
     parts: dict[str, Any] = {"className": class_name, "driver": planned.driver, "volumes": len(planned.volumes)}
     kept = record.groups.get(class_name) if record is not None else None
@@ -111,6 +123,9 @@ def _group(plan: Plan, record: Record | None, class_name: str) -> dict[str, Any]
             "cutMilliseconds": kept.cut_milliseconds,
             "readyTime": stamp(record.ready_time),
         }
+    if class_name in copied:
+        done, total = copied[class_name]
+        parts |= {"copiedBytes": done, "bytesToCopy": total}
     return {k: v for k, v in parts.items() if v is not None}
 
 

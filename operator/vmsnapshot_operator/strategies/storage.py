@@ -37,7 +37,6 @@ from vmsnapshot_operator.core.effects import (
 )
 from vmsnapshot_operator.core.evidence import Evidence, GroupOutcome, WindowOutcome
 from vmsnapshot_operator.core.journal import Journal
-from vmsnapshot_operator.core.machine import PowerState
 from vmsnapshot_operator.core.steps import Step, step
 from vmsnapshot_operator.core.volumes import Seconds, VolumeId
 from vmsnapshot_operator.drivers.host import DriverHost, Slot
@@ -51,9 +50,9 @@ from vmsnapshot_operator.errors import (
     SnapshotError,
 )
 from vmsnapshot_operator.kube import contents
-from vmsnapshot_operator.plan import collapse, next_effect, verdict
+from vmsnapshot_operator.plan import next_effect, verdict
 from vmsnapshot_operator.quiesce.base import release, undisturbed
-from vmsnapshot_operator.strategies import overlays, window
+from vmsnapshot_operator.strategies import overlays, settling, window
 from vmsnapshot_operator.strategies.gather import locate
 from vmsnapshot_operator.strategies.world import Memory, Prepared, World, clock, now
 
@@ -62,8 +61,6 @@ log = logging.getLogger(__name__)
 RESERVE_TIMEOUT = Seconds(120.0)
 """Back-pressure: so long a snapshot waits for a free process of each class, with its VM untouched."""
 DELETE_TIMEOUT = Seconds(60.0)
-SETTLE_TIMEOUT = Seconds(300.0)
-"""Of one call: it is repeated until the ready deadline, so that a lost connection does not hold a process until then."""
 RECOVER_PAUSE = Seconds(1.0)
 
 
@@ -193,12 +190,12 @@ class StorageStrategy:
         client, ref = await locate(self._world, seen.request, seen.record)
 
         def told(rulings: tuple[Ruling, ...]) -> None:
-            memory.progress = {r.target: (r.done, r.total) for r in rulings if r.total}
+            memory.committed = {r.target: (r.done, r.total) for r in rulings if r.total}
 
         try:
             rulings = await overlays.collapse(client, ref, journal, live.overlay if live is not None else None, told)
         finally:
-            memory.progress = {}
+            memory.committed = {}
         for ruling in rulings:
             if ruling.move is Move.KEEP:
                 message = f"overlay {ruling.overlay} is kept, and so is its base: {ruling.why}"
@@ -299,40 +296,10 @@ class StorageStrategy:
         )
 
     async def _settle(self, groups: Mapping[str, RecordedGroup], seen: Observation) -> None:
-        assert seen.record is not None, "only what is on record settles"  # noqa: S101 - invariant of decide
-        request = seen.request
-        left = (request.created - self._world.now()).total_seconds() + request.ready_deadline_seconds
-
-        async def wait(group: RecordedGroup) -> None:
-            if group.result is None:
-                return
-            host = await self._world.classes.host_of_record(group)
-            async with step(Step.SETTLE_DRIVER, request.uid, group.class_name):
-                await host.wait_ready(group.request, group.result, timeout=Seconds(min(SETTLE_TIMEOUT, max(1.0, left))))
-
-        # All of them to their end: one that was left to itself would hold a process, and might copy what is deleted meanwhile.
-        results = await asyncio.gather(*(wait(g) for g in groups.values()), return_exceptions=True)
-        if failed := [r for r in results if isinstance(r, BaseException)]:
-            raise min(failed, key=lambda e: getattr(e, "reason", "") != "SnapshotLost")
-        if seen.record.needs_base:
-            await self._stood_still(seen, seen.record)
-        await self._write(replace(seen.record, ready=True, ready_time=self._world.now()), seen, create=False)
-
-    async def _stood_still(self, seen: Observation, record: Record) -> None:
-        """Raise DriverError (`SnapshotLost`) unless what was copied has stood still until now."""
-        client, ref = await locate(self._world, seen.request, record)
-        if record.overlaid:
-            journal = await client.read_journal(ref)
-            if journal is None or journal.owner_uid != seen.request.uid:
-                why = "the VM's metadata says no more that it is on overlays"
-            else:
-                why = collapse.stands(journal, await overlays.look(client, ref, journal))
-        else:
-            machine = await client.describe(ref, ask_agent=False)
-            off = machine.power is PowerState.SHUT_OFF and machine.run_id == record.plan.run_id
-            why = "" if off else f"the VM is {machine.power}, and was off when the copy began"
-        if why:
-            raise DriverError(f"the disks did not stand still while they were copied: {why}", reason="SnapshotLost")
+        record = seen.record
+        assert record is not None, "only what is on record settles"  # noqa: S101 - invariant of decide
+        await settling.settle(self._world, record, groups, seen.request)
+        await self._write(replace(record, ready=True, ready_time=self._world.now()), seen, create=False)
 
     async def _roll_back(self, held: Mapping[str, frozenset[str]], seen: Observation) -> None:
         """Delete every name, go on after errors, and report what is left.

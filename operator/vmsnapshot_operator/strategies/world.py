@@ -77,14 +77,18 @@ class Prepared:
 
 @dataclass(slots=True)
 class Memory:
-    """What this process remembers of one VMSnapshot between two looks, while it is the leader (`term`, see `kube.lease`)."""
+    """What this process remembers of one VMSnapshot between two looks, while it is the leader (`term`, see `kube.lease`).
+
+    `copied` by class and `committed` by disk: bytes done and to do of what is under way.
+    """
 
     since: Seconds
     prepared: Prepared | None = None
     outcome: WindowOutcome | None = None
     broken: Failure | None = None
     agent_failed: str = ""
-    progress: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    copied: dict[str, tuple[int, int]] = field(default_factory=dict)
+    committed: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     trouble: str = ""
     retry_at: Seconds | None = None
     failures: int = 0

@@ -118,6 +118,12 @@ class Metrics:
             "Names on storage that failed or deleted VMSnapshots left and that are not removed yet, and storage that cannot say",
             registry=self.registry,
         )
+        self._copied = Counter(
+            "vmsnapshot_copied_bytes_total",
+            "Bytes that storage drivers have copied to make snapshots restorable",
+            ("class_name",),
+            registry=self.registry,
+        )
         self._queue = Gauge("vmsnapshot_queue_depth", "Objects that wait for a worker", registry=self.registry)
         self._left_behind = Gauge(
             "vmsnapshot_hypervisor_calls_left_behind",
@@ -180,12 +186,16 @@ class Metrics:
 
     def forget_class(self, class_name: str) -> None:
         """A StorageDriverClass is gone, and its series with it."""
-        for metric in (self._orphans, self._orphans_removed, self._scan_failures):
+        for metric in (self._orphans, self._orphans_removed, self._scan_failures, self._copied):
             metric.remove_by_labels({"class_name": class_name})
 
     def thaw_failed(self, *, hypervisor: str) -> None:
         """Nobody confirmed that a VM goes on."""
         self._thaw_failures.labels(hypervisor).inc()
+
+    def copied(self, class_name: str, count: int) -> None:
+        """So many bytes more were copied."""
+        self._copied.labels(class_name).inc(count)
 
     def snapshot(self, *, consistency: str, outcome: str) -> None:
         """One VMSnapshot was `taken` or has `failed`."""

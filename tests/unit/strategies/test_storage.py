@@ -11,16 +11,19 @@ import pytest
 
 from tests.unit.handlers import fakes
 from tests.unit.kube import records
-from vmsnapshot_operator.core.driver import SnapshotRequest
+from vmsnapshot_operator.core.driver import Progress, SnapshotRequest
 from vmsnapshot_operator.core.effects import Observation, Prepare, Record, Settle
 from vmsnapshot_operator.core.evidence import Evidence, WindowOutcome
+from vmsnapshot_operator.core.planning import Method, OverlaySettings
 from vmsnapshot_operator.core.volumes import Seconds
 from vmsnapshot_operator.errors import DriverError, NotPermittedError
+from vmsnapshot_operator.plan import report
+from vmsnapshot_operator.strategies import settling
 from vmsnapshot_operator.strategies.storage import StorageStrategy
-from vmsnapshot_operator.strategies.world import Memory, Prepared, World
+from vmsnapshot_operator.strategies.world import LiveHypervisor, Memory, Prepared, World
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
     from contextlib import AsyncExitStack
 
 pytestmark = pytest.mark.looptime
@@ -35,8 +38,15 @@ class Host(fakes.FakeHost):
     reserved: int = 0
     log: list[str] = field(default_factory=list)
 
-    async def wait_ready(self, *_: object, timeout: float) -> None:  # noqa: ASYNC109 - as the real one
+    async def wait_ready(
+        self,
+        *_: object,
+        timeout: float,  # noqa: ASYNC109 - as the real one
+        stall: float,
+        on_progress: Callable[[Progress], None],
+    ) -> None:
         self.log.append("wait_ready")
+        on_progress(Progress(done_bytes=1 << 20, total_bytes=4 << 20))
         try:
             await asyncio.sleep(self.hangs)
         finally:
@@ -88,6 +98,47 @@ async def test_when_one_class_fails_to_settle_the_others_are_not_left_to_themsel
     with pytest.raises(DriverError, match="no connection"):
         await lab.strategy.apply(Settle(lab.seen.record.groups), lab.seen, {})
     assert lab.hosts["slow"].log == ["wait_ready", "over"], "it goes on while something else begins"
+    assert not lab.written
+
+
+async def test_how_far_a_copy_is_can_be_told_while_it_runs() -> None:
+    lab = Lab(records.example())
+    lab.hosts["slow"].hangs = 200.0
+    assert lab.seen.record is not None
+    task = asyncio.create_task(lab.strategy.apply(Settle(lab.seen.record.groups), lab.seen, {}))
+    await asyncio.sleep(1)
+    memory = lab.world.memory(lab.seen.request.uid)
+    assert memory.copied["slow"] == (1 << 20, 4 << 20)
+    assert report.under_way(memory.copied, {"vda": (5 << 20, 8 << 20)}) == (
+        'class "fast": 1 of 4 MiB copied; class "slow": 1 of 4 MiB copied; disk vda: 5 of 8 MiB committed'
+    )
+    await task
+    assert memory.copied == {}
+
+
+async def test_a_copy_is_given_up_before_the_overlays_have_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    record = records.example()
+    quiesce = replace(record.plan.quiesce, method=Method.HYPERVISOR_SNAPSHOT, overlay_pool="over")
+    lab = Lab(replace(record, plan=replace(record.plan, quiesce=quiesce)))
+    lab.hosts["slow"].hangs = 200.0
+    free = iter([100 << 20, 50 << 20, 49 << 20])
+
+    class Overlays:
+        async def free_bytes(self, pool: str) -> int:
+            assert pool == "over"
+            return next(free)
+
+    async def locate(*_: object) -> tuple[object, None]:
+        return type("Client", (), {"overlays": lambda _self, _ref: Overlays()})(), None
+
+    live = LiveHypervisor(name="lab", overlay=OverlaySettings(pool="over", min_free_bytes=100 << 20))
+    monkeypatch.setattr(settling, "locate", locate)
+    lab.world.hypervisors = cast("Any", {lab.seen.request.hypervisor: live})
+    assert lab.seen.record is not None
+    with pytest.raises(DriverError, match="given up") as caught:
+        await lab.strategy.apply(Settle(lab.seen.record.groups), lab.seen, {})
+    assert (caught.value.reason, next(free, None)) == ("OverlayFull", None)
+    assert lab.hosts["slow"].log == ["wait_ready", "over"], "the copy has ended"
     assert not lab.written
 
 

@@ -1,0 +1,127 @@
+"""Making what was cut restorable while the VM runs: the drivers copy, and what they copy from has to stand still and fit.
+
+Not when that is due (`plan.next_effect`), nor what is written down of it (`storage`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import Any
+
+from vmsnapshot_operator.core.driver import Progress
+from vmsnapshot_operator.core.effects import Record, RecordedGroup
+from vmsnapshot_operator.core.machine import PowerState
+from vmsnapshot_operator.core.planning import Request
+from vmsnapshot_operator.core.steps import Step, step
+from vmsnapshot_operator.core.volumes import Seconds
+from vmsnapshot_operator.errors import DriverError, SnapshotError
+from vmsnapshot_operator.plan import collapse
+from vmsnapshot_operator.strategies import overlays
+from vmsnapshot_operator.strategies.gather import locate
+from vmsnapshot_operator.strategies.world import World
+
+log = logging.getLogger(__name__)
+
+STALL_TIMEOUT = Seconds(300.0)
+"""A driver that says nothing of its progress for so long is called again, until the ready deadline: so a lost connection does not hold a
+process until then.
+"""
+ROOM_SECONDS = 2.0
+"""How often it is looked how much room is left to overlays."""
+
+
+async def settle(world: World, record: Record, groups: Mapping[str, RecordedGroup], request: Request) -> None:
+    """Wait until every group can be restored. Raises DriverError; `SnapshotLost` and `OverlayFull`: no retry helps."""
+    memory = world.memory(request.uid)
+    left = (request.created - world.now()).total_seconds() + request.ready_deadline_seconds
+
+    async def wait(group: RecordedGroup) -> None:
+        if group.result is None:
+            return
+        host = await world.classes.host_of_record(group)
+        async with step(Step.SETTLE_DRIVER, request.uid, group.class_name):
+            await host.wait_ready(
+                group.request,
+                group.result,
+                timeout=Seconds(max(1.0, left)),
+                stall=STALL_TIMEOUT,
+                on_progress=note(group.class_name),
+            )
+
+    def note(class_name: str) -> Callable[[Progress], None]:
+        def told(progress: Progress) -> None:
+            before, _ = memory.copied.get(class_name, (0, 0))
+            memory.copied[class_name] = (progress.done_bytes, progress.total_bytes)
+            world.metrics.copied(class_name, max(0, progress.done_bytes - before))
+
+        return told
+
+    try:
+        results = await _while_there_is_room(world, record, request, [wait(g) for g in groups.values()])
+    finally:
+        memory.copied.clear()
+    if failed := [r for r in results if isinstance(r, BaseException)]:
+        raise min(failed, key=lambda e: getattr(e, "reason", "") != "SnapshotLost")
+    if record.needs_base:
+        await _stood_still(world, record, request)
+
+
+async def _while_there_is_room(
+    world: World, record: Record, request: Request, work: Sequence[Coroutine[Any, Any, None]]
+) -> list[BaseException | None]:
+    """Do all of the work to its end, and end all of it before the VM's writes find no room for their overlays.
+
+    One that was left to itself would hold a process, and might copy what is deleted meanwhile.
+    """
+    working: asyncio.Future[Any] = asyncio.gather(*work, return_exceptions=True)
+    if not record.overlaid:
+        return list(await working)
+    watch: asyncio.Future[Any] = asyncio.create_task(_watch_room(world, record, request), name=f"room {request.uid}")
+    try:
+        await asyncio.wait({working, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            await watch
+        return list(await working)
+    finally:
+        working.cancel()
+        watch.cancel()
+        await asyncio.gather(working, watch, return_exceptions=True)
+
+
+async def _watch_room(world: World, record: Record, request: Request) -> None:
+    """Return only by raising DriverError (`OverlayFull`): the overlays' pool is about to be full."""
+    live, pool = world.hypervisors.get(request.hypervisor), record.plan.quiesce.overlay_pool
+    least = live.overlay.min_free_bytes // 2 if live is not None and live.overlay is not None else 0
+    while True:
+        await asyncio.sleep(ROOM_SECONDS)
+        try:
+            client, ref = await locate(world, request, record)
+            free = await client.overlays(ref).free_bytes(pool)
+        except SnapshotError as error:
+            log.info("room for the overlays of snapshot %s is not known: %s", request.uid, error.message)
+            continue
+        if free < least:
+            text = (
+                f"the copy was given up: what the VM wrote meanwhile has left {free >> 20} MiB in the pool {pool} of its overlays, "
+                f"and with none the VM would stand still (limit: {least >> 20} MiB)"
+            )
+            raise DriverError(text, reason="OverlayFull")
+
+
+async def _stood_still(world: World, record: Record, request: Request) -> None:
+    """Raise DriverError (`SnapshotLost`) unless what was copied has stood still until now."""
+    client, ref = await locate(world, request, record)
+    if record.overlaid:
+        journal = await client.read_journal(ref)
+        if journal is None or journal.owner_uid != request.uid:
+            why = "the VM's metadata says no more that it is on overlays"
+        else:
+            why = collapse.stands(journal, await overlays.look(client, ref, journal))
+    else:
+        machine = await client.describe(ref, ask_agent=False)
+        off = machine.power is PowerState.SHUT_OFF and machine.run_id == record.plan.run_id
+        why = "" if off else f"the VM is {machine.power}, and was off when the copy began"
+    if why:
+        raise DriverError(f"the disks did not stand still while they were copied: {why}", reason="SnapshotLost")
