@@ -122,6 +122,7 @@ class Observation:
     restored_by: str = ""
     broken: Failure | None = None
     lost: Mapping[str, Any] = field(default_factory=dict)
+    degraded: str = ""
     copied: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     trouble: str = ""
     retry_in: Seconds = _NO_TIME

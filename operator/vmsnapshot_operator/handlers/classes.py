@@ -98,10 +98,7 @@ class Classes:
         Raises DriverUnavailableError.
         """
         live = self._live.get(group.class_name)
-        same = (
-            live is not None and live.cls.driver == group.driver and dict(live.cls.parameters) == dict(group.parameters)
-        )
-        if live is not None and same:
+        if live is not None and self.serves(group):
             if live.host is None:
                 raise DriverUnavailableError(f'class "{group.class_name}": its driver has not started yet')
             return live.host
@@ -112,6 +109,13 @@ class Classes:
                 name = f"{group.class_name} (as recorded)"
                 self._adhoc[key] = await self._launch(name, group.driver, group.parameters, credentials)
         return self._adhoc[key]
+
+    def serves(self, group: RecordedGroup) -> bool:
+        """Whether the class is as it was when this was recorded."""
+        live = self._live.get(group.class_name)
+        return (
+            live is not None and live.cls.driver == group.driver and dict(live.cls.parameters) == dict(group.parameters)
+        )
 
     def expect(self, body: Mapping[str, Any]) -> None:
         """Note a class at once: until its driver has answered, plans wait for it instead of passing it by."""

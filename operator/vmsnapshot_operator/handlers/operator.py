@@ -9,6 +9,7 @@ import asyncio
 import logging
 import os
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -141,7 +142,12 @@ class Operator:
             {doing: partial(self._oldest, doing) for doing in Doing}, leftovers=self._unfinished.leftovers
         )
         scan = OrphanScan(
-            self._world, self._classes, known=self._known, proven=self._hypervisors.proven, told=self._look_at_class
+            self._world,
+            self._classes,
+            known=self._known,
+            proven=self._hypervisors.proven,
+            told=self._look_at_class,
+            lost=self._look_at_snapshots,
         )
         for task in (self._queue.run(), self._beat(metrics), scan.run()):
             self._keep(asyncio.create_task(task))
@@ -201,6 +207,10 @@ class Operator:
     def _look_at_class(self, name: str) -> None:
         if (body := self._bodies.get((CLASSES, name))) is not None:
             self._add(Key(CLASSES, "", name, body["metadata"]["uid"]))
+
+    def _look_at_snapshots(self, uids: AbstractSet[str]) -> None:
+        for key in [k for k in self._snapshots if k.uid in uids]:
+            self._add(key)
 
     def _add(self, key: Key) -> None:
         if self._queue is None:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
+from typing import cast
 
 from vmsnapshot_operator.core import names
 from vmsnapshot_operator.core.volumes import Seconds
@@ -47,7 +49,8 @@ class Known:
 class OrphanScan:
     """Scans all classes for as long as `run` runs.
 
-    `known` asks the watches; `proven` says what journals have proved; `told` is called with a class when there is news of it.
+    `known` asks the watches; `proven` says what journals have proved; `told` is called with a class when there is news of it, `lost` with
+    the UIDs of VMSnapshots when something of them is missing on storage, or is there again.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class OrphanScan:
         known: Callable[[], Known],
         proven: Callable[[], Mapping[str, int]],
         told: Callable[[str], None],
+        lost: Callable[[AbstractSet[str]], None] = lambda _: None,
         jitter: Callable[[], float] = random.random,
     ) -> None:
         self._world = world
@@ -65,6 +69,7 @@ class OrphanScan:
         self._known = known
         self._proven = proven
         self._told = told
+        self._lost = lost
         self._jitter = jitter
         self._due: dict[str, float] = {}
         self._running: dict[str, asyncio.Task[None]] = {}
@@ -89,8 +94,8 @@ class OrphanScan:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     def _forget(self, name: str) -> None:
-        for kept in (self._due, self._reported, self._vanished):
-            kept.pop(name, None)
+        for kept in (self._due, self._reported, self._vanished, self._world.lost):
+            cast("dict[str, object]", kept).pop(name, None)
         self._world.metrics.forget_class(name)
 
     def _start_if_due(self, name: str, host: DriverHost) -> None:
@@ -125,6 +130,7 @@ class OrphanScan:
         """List, and compare with what was known before and is known after: what comes or goes meanwhile is no orphan."""
         world, before = self._world, self._known()
         listed = await host.list(names.installation_prefix(world.installation), timeout=LIST_TIMEOUT)
+        self._note_lost(name, listed, before)
         seen = Listing(
             installation=world.installation,
             listed=listed,
@@ -145,6 +151,14 @@ class OrphanScan:
         going, self._vanished[name] = gone - self._vanished.get(name, frozenset()), gone
         busy = frozenset(world.claims.values()) | going
         return orphans.judge(replace(seen, contents=fresh.contents, snapshots=fresh.snapshots, busy=busy))
+
+    def _note_lost(self, name: str, listed: Sequence[str], known: Known) -> None:
+        """`known`: before it was listed. What was deleted since is missing, too; nobody asks for it any more."""
+        found = orphans.lost(known.contents, listed, lambda g: g.class_name == name and self._classes.serves(g))
+        last, self._world.lost[name] = self._world.lost.get(name, {}), found
+        if changed := found.keys() ^ last.keys():
+            log.warning("class %s: of %d VMSnapshots something is missing, or is there again", name, len(changed))
+            self._lost(changed)
 
     async def _remove(self, name: str, host: DriverHost, found: Findings) -> Findings:
         """Remove what is proved to be ours; return what is left, with what could not be removed among the reported."""

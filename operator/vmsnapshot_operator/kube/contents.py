@@ -77,6 +77,7 @@ def kept(body: Mapping[str, Any], installation: str) -> Kept:
         uid=bound.uid,
         attempt=record.attempt,
         names=frozenset(g.request.name for g in record.groups.values()),
+        ready=tuple(record.groups.values()) if record.ready and record.failure is None else (),
         problem=record.problem,
     )
 

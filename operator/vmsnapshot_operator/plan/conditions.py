@@ -12,6 +12,7 @@ QUIESCED = "Quiesced"
 VOLUMES_SNAPSHOTTED = "VolumesSnapshotted"
 UNQUIESCED = "Unquiesced"
 READY = "Ready"
+DEGRADED = "Degraded"
 RECONCILING = "Reconciling"
 STALLED = "Stalled"
 
@@ -195,5 +196,10 @@ def ready(seen: Observation, record: Record, under_way: str = "", message: str =
         _planned(seen),
         *_of_window(seen, record),
         Condition(type=READY, status=True, reason="Ready", message=f"consistency {word}"),
+        *(
+            [Condition(type=DEGRADED, status=True, reason="SnapshotLost", message=seen.degraded)]
+            if seen.degraded
+            else []
+        ),
         *(_progress(True, under_way, message) if under_way else _progress(False, "Ready")),
     )

@@ -7,10 +7,11 @@ VMSnapshot (`plan.unbound`), nor how anything is listed or removed (`handlers.or
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from vmsnapshot_operator.core import names
+from vmsnapshot_operator.core.effects import RecordedGroup
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,13 +19,15 @@ class Kept:
     """One VMSnapshotContent, as far as it proves what storage holds.
 
     `uid` is that of its VMSnapshot; `names` are all request names on record, of whatever class: two classes may show the
-    same storage. `problem`: why nothing of it is believed; `attempt` and `names` then say nothing.
+    same storage. `ready`: the groups that can be restored from storage. `problem`: why nothing of it is believed; the rest then says
+    nothing.
     """
 
     name: str
     uid: str
     attempt: int = 1
     names: frozenset[str] = frozenset()
+    ready: tuple[RecordedGroup, ...] = ()
     problem: str = ""
 
 
@@ -82,6 +85,17 @@ def judge(seen: Listing) -> Findings:
     ours = _ours(seen)
     found = (_judge(name, seen) for name in ours)
     return Findings(held=len(ours), orphans=tuple(o for o in found if o is not None))
+
+
+def lost(
+    contents: Iterable[Kept], listed: Collection[str], is_served: Callable[[RecordedGroup], bool]
+) -> dict[str, str]:
+    """Return, by the UID of its VMSnapshot, what should be on a storage and was not listed there.
+
+    `is_served`: whether a group lies where was listed; the class may have been changed since.
+    """
+    missing = ((k.uid, g.request.name) for k in contents for g in k.ready if is_served(g))
+    return {uid: name for uid, name in missing if name not in listed}
 
 
 def _ours(seen: Listing) -> list[str]:

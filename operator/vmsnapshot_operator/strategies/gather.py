@@ -92,6 +92,7 @@ async def gather(world: World, body: Mapping[str, Any]) -> Observation:
         guardian=planned.guardian,
         in_use_by=planned.in_use_by,
         restored_by=await _restored_by(world, request, record) if deleting and finalizer else "",
+        degraded=world.lost_of(request.uid) if record is not None and record.ready else "",
         copied=dict(memory.copied),
         trouble=memory.trouble,
         retry_in=Seconds(max(0.0, memory.retry_at - clock())) if memory.retry_at is not None else Seconds(0.0),

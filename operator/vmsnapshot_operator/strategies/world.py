@@ -120,7 +120,9 @@ def now() -> datetime:
 
 @dataclass(slots=True, kw_only=True)
 class World:
-    """The surroundings of all workflows of one process. `known` tells whether a VMSnapshot of this UID exists."""
+    """The surroundings of all workflows of one process. `known` tells whether a VMSnapshot of this UID exists; `lost`, by class and
+    UID, what was not found on storage although it is on record.
+    """
 
     cluster: Cluster
     events: Events
@@ -133,6 +135,7 @@ class World:
     strategies: Mapping[str, SnapshotStrategy] = field(default_factory=dict)
     claims: dict[str, str] = field(default_factory=dict)
     memories: dict[str, Memory] = field(default_factory=dict)
+    lost: dict[str, Mapping[str, str]] = field(default_factory=dict)
     known: Callable[[str], bool] = lambda _uid: True
 
     def now(self) -> datetime:
@@ -144,6 +147,12 @@ class World:
         if uid not in self.memories:
             self.memories[uid] = Memory(since=clock())
         return self.memories[uid]
+
+    def lost_of(self, uid: str) -> str:
+        """What a look at the storages did not find of a VMSnapshot that is Ready; empty if all was there."""
+        return "; ".join(
+            f'class "{c}": {f[uid]} is not on its storage any more' for c, f in sorted(self.lost.items()) if uid in f
+        )
 
     def claim(self, domain: str, uid: str) -> bool:
         """Take the one operation that a domain may have; True if it is this object's now."""

@@ -136,6 +136,9 @@ class FakeClasses:
     async def host_of_record(self, group: RecordedGroup) -> FakeHost:
         return self.by_name[group.class_name]
 
+    def serves(self, group: RecordedGroup) -> bool:
+        return group.parameters.get("edited") is None
+
     def note_findings(self, name: str, found: Any) -> None:
         self.found[name] = found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from collections.abc import Set as AbstractSet
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
@@ -38,6 +39,7 @@ class Lab:
         self.known = Known()
         self.journals: dict[str, int] = {}
         self.told: list[str] = []
+        self.lost: list[AbstractSet[str]] = []
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -47,6 +49,7 @@ class Lab:
             known=lambda: self.known,
             proven=lambda: self.journals,
             told=self.told.append,
+            lost=self.lost.append,
             jitter=lambda: 0.5,
         )
         task = asyncio.create_task(scan.run())
@@ -114,6 +117,23 @@ async def test_what_the_watch_does_not_know_yet_is_looked_up() -> None:
     async with lab.running():
         assert lab.orphans() == []
     assert lab.cluster.lists == 1
+
+
+async def test_what_is_missing_on_storage_is_told_and_so_is_its_return() -> None:
+    lab = Lab()
+    group = next(iter(records.example().groups.values()))
+    of_files = replace(group, class_name="files")
+    elsewhere = replace(group, class_name="files", parameters={"edited": "since"})
+    kept = [Kept(name="c", uid=UID, ready=(of_files,)), Kept(name="d", uid="other", ready=(elsewhere,))]
+    lab.known = Known(contents=tuple(kept), snapshots=frozenset({UID, "other"}))
+    async with lab.running():
+        assert lab.lost == [{UID}]
+        assert lab.world.lost_of(UID) == f'class "files": {group.request.name} is not on its storage any more'
+        assert lab.world.lost_of("other") == ""
+        lab.files.held = {group.request.name}
+        await asyncio.sleep(2 * SCAN_EVERY)
+        assert lab.lost == [{UID}, {UID}]
+        assert lab.world.lost_of(UID) == ""
 
 
 async def test_what_goes_meanwhile_is_no_orphan_and_what_stays_is_one() -> None:
