@@ -120,8 +120,10 @@ def now() -> datetime:
 
 @dataclass(slots=True, kw_only=True)
 class World:
-    """The surroundings of all workflows of one process. `known` tells whether a VMSnapshot of this UID exists; `lost`, by class and
-    UID, what was not found on storage although it is on record.
+    """The surroundings of all workflows of one process.
+
+    `known` tells whether a VMSnapshot of this UID exists; `lost`, by class and UID, what was not found on storage although it is on
+    record.
     """
 
     cluster: Cluster
