@@ -21,6 +21,9 @@ from tests.lab import Lab, LabError
 from tests.stack import ROOT, TENANT, Stack, conditions
 
 RESULT = ROOT / "build" / "demo.json"
+RESTORES = ("vmrestore-new-vm.yaml", "vmrestore-in-place.yaml")
+RESTORE_STEPS = ("Planned", "SafetySnapshotTaken", "VolumesRestored", "VMDefined", "Ready")
+RESTORE_SECONDS = 180
 STEPS = ("Planned", "Quiesced", "VolumesSnapshotted", "Unquiesced", "Ready")
 console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 150)
 
@@ -155,6 +158,74 @@ def judge(shown: Shown) -> None:
         say(f"one point in time, proved from the content: records {counts}; e2fsck clean on each")
 
 
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """One restore as the demo saw it. `proved`: its disks hold exactly the records of the snapshot, and the other VM is as it must be."""
+
+    mode: str
+    proved: bool
+    seconds: float
+    records: Mapping[str, int]
+
+
+def restore(stack: Stack, example: str, held: proof.Truth, into: Path) -> Restored:
+    """Apply an example, wait until it is done, and hold the disks against the snapshot. The VM is left off, to be read."""
+    (document,) = stack.example(example)
+    document["spec"]["startAfter"] = False
+    spec, name = document["spec"], document["metadata"]["name"]
+    guest, begun = stack.lab.guest("demo"), time.monotonic()
+    head(f"{name}: {spec['mode']} from {spec['snapshotName']}")
+    stack.apply(document)
+    shown: set[str] = set()
+    with Progress(
+        SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console, transient=True
+    ) as bar:
+        task = bar.add_task(name)
+        while True:
+            found = conditions(stack.get_restore(name) or {})
+            bar.update(task, description=f"{name}: {found.get('Reconciling', {}).get('reason', '')}")
+            for kind in RESTORE_STEPS:
+                if kind not in shown and found.get(kind, {}).get("status") == "True":
+                    shown.add(kind)
+                    text = f"{kind:<20} {found[kind]['reason']}: {found[kind].get('message', '')}"
+                    say(text[:86], time.monotonic() - begun)
+            if "Ready" in shown:
+                break
+            if found.get("Stalled", {}).get("status") == "True":
+                raise LabError(f"{name}: {found['Stalled']['reason']}: {found['Stalled'].get('message')}")
+            if time.monotonic() > begun + RESTORE_SECONDS:
+                raise LabError(f"{name} was not Ready within {RESTORE_SECONDS} s")
+            time.sleep(0.2)
+    seconds = time.monotonic() - begun
+    connection = stack.lab.libvirt()
+    try:
+        domain = connection.lookupByName(spec.get("newVM", {}).get("name", guest.name))
+        now = proof.of_domain(stack.lab, domain, into)
+    finally:
+        connection.close()
+    proved = now.records == held.records and now.clean
+    counts = ", ".join(f"{t} {n}" for t, n in sorted(now.records.items()))
+    if spec["mode"] == "NewVM":
+        untouched = guest.records() > max(held.records.values())
+        proved = proved and untouched
+        say(f"its disks hold the snapshot's records: {counts}; the VM itself runs on and is ahead: {untouched}")
+    else:
+        say(f"the VM's disks hold the snapshot's records again: {counts}")
+    return Restored(spec["mode"], proved, seconds, now.records)
+
+
+def clear(stack: Stack, *keep: str) -> None:
+    """Delete the restores, what they leave on purpose (the new VM, the safety snapshot), and all other VMSnapshots but these."""
+    for example in RESTORES:
+        (document,) = stack.example(example)
+        stack.delete_restore(document["metadata"]["name"])
+        if "newVM" in document["spec"]:
+            proof.remove_vm(stack.lab, document["spec"]["newVM"]["name"])
+    for document in stack.all("vmsnapshots.vmsnapshot.io"):
+        if document["metadata"]["name"] not in keep:
+            stack.delete(document["metadata"]["name"], namespace=document["metadata"]["namespace"])
+
+
 def table(snapshots: list[Shown], left: list[str]) -> Table:
     """The result for people."""
     result = Table(title="What was taken, and what it holds", title_justify="left")
@@ -174,6 +245,12 @@ def table(snapshots: list[Shown], left: list[str]) -> Table:
         )
     result.caption = f"left behind after deleting both: {len(left)}"
     return result
+
+
+def _held(stack: Stack, example: str, snapshots: list[Shown]) -> proof.Truth:
+    """What the snapshot holds that an example of a restore names."""
+    (document,) = stack.example(example)
+    return next(s.truth for s in snapshots if s.name == document["spec"]["snapshotName"])
 
 
 def step(line: str) -> None:
@@ -198,14 +275,20 @@ def main(examples: tuple[str, ...]) -> None:
     with Stack(lab, lab.state / "demo") as stack:
         config.load_kube_config(str(lab.kubeconfig))
         say("operator (with the chart's permissions) and guardian are up", time.monotonic() - start)
-        for document in stack.all("vmsnapshots.vmsnapshot.io"):
-            stack.delete(document["metadata"]["name"], namespace=document["metadata"]["namespace"])
+        clear(stack)
         for example in examples:
             shown = take(stack, example, lab.state / "proof")
             judge(shown)
             snapshots.append(shown)
             problems += shown.problems
+        restores = [restore(stack, e, _held(stack, e, snapshots), lab.state / "proof") for e in RESTORES]
+        problems += [f"{r.mode}: the disks hold {dict(r.records)}" for r in restores if not r.proved]
+        begun = time.monotonic()
+        lab.guest("demo")
+        say("the VM is started again, and writes on", time.monotonic() - begun)
         head("Deleting")
+        clear(stack, *(s.name for s in snapshots))
+        say("the restores, the VM that one of them made, and the safety snapshot are gone")
         for shown in snapshots:
             begun = time.monotonic()
             stack.delete(shown.name)
@@ -218,7 +301,15 @@ def main(examples: tuple[str, ...]) -> None:
     console.print(table(snapshots, left))
     RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(
-        json.dumps({"snapshots": [s.as_json() for s in snapshots], "leftovers": len(left)}, indent=2) + "\n"
+        json.dumps(
+            {
+                "snapshots": [s.as_json() for s in snapshots],
+                "restores": [{"mode": r.mode, "proved": r.proved, "seconds": round(r.seconds, 1)} for r in restores],
+                "leftovers": len(left),
+            },
+            indent=2,
+        )
+        + "\n"
     )
     for problem in problems:
         console.print(f"[red]✘ {problem}[/red]")
