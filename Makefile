@@ -68,8 +68,8 @@ lint: setup ## Formatting, lint rules, types, layers, generated files
 	$(BIN)/vmsnapshot-operator reasons --check docs/reasons.md
 
 .PHONY: test-unit
-test-unit: setup ## Unit tests; no laboratory
-	$(BIN)/pytest tests/unit --cov --cov-report=term:skip-covered
+test-unit: setup ## Unit tests, on all processors; no laboratory
+	$(BIN)/pytest tests/unit -n auto
 
 .PHONY: test-integration
 test-integration: bindings ## Integration tests on the laboratory
@@ -78,7 +78,7 @@ test-integration: bindings ## Integration tests on the laboratory
 
 .PHONY: test
 test: bindings ## Everything: unit tests, then integration tests on the laboratory
-	$(BIN)/pytest tests/unit --cov --cov-report=term:skip-covered
+	$(BIN)/pytest tests/unit -n auto --cov --cov-report=term:skip-covered
 	$(BIN)/python -m tests.lab up
 	$(BIN)/pytest tests/integration
 
