@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import click
 from rich.console import Console
 
-from tests.benchmarks import isolation, measurements, protection
+from tests.benchmarks import isolation, measurements, protection, wayback
 from tests.benchmarks.result import Result, table
 from tests.lab import Lab
 from tests.stack import Stack, stack
@@ -16,6 +16,7 @@ ALL: dict[str, Callable[[Stack, int], Result | Iterator[Result]]] = {
     **measurements.ALL,
     **protection.ALL,
     **isolation.ALL,
+    **wayback.ALL,
 }
 
 console = Console(highlight=False)
