@@ -128,7 +128,7 @@ def test_an_excluded_target_that_does_not_exist(stack: Stack, vmsnapshot: Callab
 def test_two_classes_with_one_priority(
     stack: Stack, vmsnapshot: Callable[..., str], extra_class: Callable[..., str]
 ) -> None:
-    live = next(c for c in stack.all("storagedriverclasses.vmsnapshot.io") if c["spec"]["driver"] == "libvirt-volume")
+    live = next(c for c in stack.all("storagedriverclasses.vmsnapshot.io") if c["metadata"]["name"] == "reflink-files")
     extra_class(
         "twin",
         "libvirt-volume",
