@@ -17,6 +17,7 @@ from tests.lab import Lab
 from vmsnapshot_operator.core import names
 from vmsnapshot_operator.core.driver import Progress, SnapshotRequest
 from vmsnapshot_operator.core.volumes import Handle, Layer, Seconds, SourceKind, Volume, volume_id
+from vmsnapshot_operator.drivers import probes
 from vmsnapshot_operator.drivers.ceph_cluster import binding
 from vmsnapshot_operator.drivers.ceph_snapshots import snapshot_id
 from vmsnapshot_operator.drivers.host import DriverHost
@@ -67,16 +68,20 @@ class Storage(Protocol):
         """Each byte of a volume."""
         ...
 
-    def held(self) -> set[str]:
-        """Everything in the storage beside the tests' volumes themselves."""
+    def everything(self) -> set[str]:
+        """What the storage has beside the tests' volumes themselves."""
         ...
+
+    def held(self) -> set[str]:
+        """All of that but probes: the operator beside the tests makes some now and then."""
+        return {name for name in self.everything() if probes.PREFIX not in name}
 
     def remove(self, volume: Volume) -> None: ...
     def remove_held(self, name: str) -> None: ...
 
 
 @dataclass
-class CephStorage:
+class CephStorage(Storage):
     """Images in the laboratory's pool; `namespace` may be empty."""
 
     lab: Lab
@@ -154,7 +159,7 @@ class CephStorage:
             image.set_snap_by_id(found)
             return bytes(image.read(0, 64).rstrip(b"\0"))
 
-    def held(self) -> set[str]:
+    def everything(self) -> set[str]:
         """Groups, and snapshots of the tests' images, and images that are not of the tests."""
         found = set()
         with self.pool() as (rbd, io):
@@ -236,7 +241,7 @@ while True:
 
 
 @dataclass
-class LibvirtStorage:
+class LibvirtStorage(Storage):
     """Files in one of the laboratory's pools; `destination` is the pool of the clones."""
 
     lab: Lab
@@ -284,7 +289,7 @@ class LibvirtStorage:
         with Path(handle).open("rb") as file:
             return file.read(64).rstrip(b"\0")
 
-    def held(self) -> set[str]:
+    def everything(self) -> set[str]:
         files = {p.name for pool in {self.pool, self.destination} for p in self.lab.pool_path(pool).iterdir()}
         connection = self.lab.libvirt()
         try:

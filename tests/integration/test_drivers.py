@@ -10,6 +10,7 @@ import pytest
 
 from tests.integration.drivers_support import LONG, CephStorage, LibvirtStorage, Storage, order
 from tests.lab import Lab
+from tests.stack import until
 from vmsnapshot_operator.core import names
 from vmsnapshot_operator.core.driver import CutKind, CutResult, Hold, SnapshotRequest
 from vmsnapshot_operator.core.volumes import Volume
@@ -60,6 +61,7 @@ async def test_capabilities_are_probed_and_the_probe_leaves_nothing(storage: Sto
     assert found.atomic is storage.group_is_atomic
     assert (found.revert, found.clone) == (True, True)
     assert storage.held() == before
+    until("no probe is left, ours or the operator's beside us", lambda: storage.everything() == before)
 
 
 async def test_a_cut_holds_what_was_there_and_nothing_later(storage: Storage, host: DriverHost) -> None:

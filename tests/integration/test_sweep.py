@@ -26,6 +26,7 @@ from vmsnapshot_operator.core import names
 from vmsnapshot_operator.core.endpoint import Endpoint
 from vmsnapshot_operator.core.journal import Journal
 from vmsnapshot_operator.core.volumes import VolumeId
+from vmsnapshot_operator.drivers import probes
 from vmsnapshot_operator.handlers.sweep import sweep
 from vmsnapshot_operator.hypervisors.domains import Hypervisor
 
@@ -255,6 +256,8 @@ def remove_by_hand(stack: Stack, uid: str) -> None:
             if record.startswith(prefix):
                 rbd.RBD().group_remove(io, record)
         for image in rbd.RBD().list(io):
+            if image.startswith(probes.PREFIX):
+                continue  # comes and goes with a driver's probe
             with rbd.Image(io, image) as opened:
                 for snapshot in opened.list_snaps():
                     if snapshot["name"].startswith(prefix):

@@ -9,19 +9,21 @@ import re
 import secrets
 import time
 
-_PREFIX = "vms-probe-"
-_NAME = re.compile(_PREFIX + r"(\d+)-[0-9a-f]{6}")
+PREFIX = "vms-probe-"
+"""What the name of a probe begins with, and no other name of ours."""
+
+_NAME = re.compile(PREFIX + r"(\d+)-[0-9a-f]{6}")
 _STALE_SECONDS = 600
 
 
 def new_name() -> str:
     """Return a name that nobody else has."""
-    return f"{_PREFIX}{int(time.time())}-{secrets.token_hex(3)}"
+    return f"{PREFIX}{int(time.time())}-{secrets.token_hex(3)}"
 
 
 def is_probe(name: str) -> bool:
     """Tell whether a thing in a storage system is (or was made for) a probe."""
-    return name.startswith(_PREFIX)
+    return name.startswith(PREFIX)
 
 
 def is_stale(name: str) -> bool:
