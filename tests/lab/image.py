@@ -95,6 +95,7 @@ def _fill(work: Path) -> None:
     for source, target in (
         (SOURCES / "init", root / "init"),
         (SOURCES / "fsfreeze-hook", root / "etc" / "qemu" / "fsfreeze-hook"),
+        (SOURCES / "windows-agent", root / "usr" / "bin" / "windows-agent"),
     ):
         shutil.copy(source, target)
         target.chmod(0o755)

@@ -12,6 +12,9 @@ from vmsnapshot_operator.core.driver import CutResult
 from vmsnapshot_operator.core.journal import Journal
 from vmsnapshot_operator.core.volumes import Seconds, VolumeId
 
+THAW_SAID = "thaw: "
+"""What a note begins with that says why a thaw ended with an error."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bracket:

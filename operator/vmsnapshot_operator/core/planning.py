@@ -149,11 +149,16 @@ class OverlayRoom:
     problem: str = ""
 
 
+THAW_TIMEOUT = Seconds(5.0)
+"""What a healthy agent needs to thaw is a tenth of a second; a hung one is asked again after this."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuiesceChoice:
     """The chosen method, why, and how long the VM may be held (`budget`, seconds).
 
     `expected_filesystems`: how many the agent would freeze; 0: no freeze is sent. `overlay_pool`: where the overlays are made.
+    `thaw_timeout`: so long one thaw may take to answer (seconds); the guest is free long before it does.
     """
 
     method: str
@@ -163,6 +168,7 @@ class QuiesceChoice:
     expected_filesystems: int = 0
     holds_vm: bool = False
     overlay_pool: str = ""
+    thaw_timeout: Seconds = THAW_TIMEOUT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

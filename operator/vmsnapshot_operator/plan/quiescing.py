@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vmsnapshot_operator.core.driver import CutKind
 from vmsnapshot_operator.core.machine import Agent, AgentState, Machine, PowerState
@@ -24,7 +24,9 @@ DEFAULT_BUDGET = Seconds(30.0)
 WINDOWS_BUDGET = Seconds(
     8.0
 )  # VSS holds writes for 10 s at most (Microsoft, "Overview of processing a backup under VSS")
-
+WINDOWS_THAW = Seconds(60.0)
+"""Windows lets the writes go at once and then ends its shadow copy, for more than 20 s at times (kubevirt#19166): only the
+answer at the end tells whether the writes were held until then."""
 
 FREEZABLE = frozenset(
     {"ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "gfs2", "jfs", "nilfs2", "ocfs2", "reiserfs", "bcachefs", "zonefs"}
@@ -249,21 +251,9 @@ def _running(
     if isinstance(used, Refusal):
         return used
     if isinstance(used, Usable):
-        why = "the guest's agent freezes its file systems around the switch"
-        if over is not None:
-            return _overlaid(over, f"{over.why}; {why}", budget, used, request.mountpoints)
-        return QuiesceChoice(
-            method=Method.GUEST_AGENT,
-            reason=(
-                "asked for by spec.quiesce.method"
-                if request.method == Method.GUEST_AGENT
-                else "every class cuts in an instant and the guest's agent answers"
-            ),
-            budget=budget,
-            mountpoints=request.mountpoints,
-            expected_filesystems=used.filesystems,
-            holds_vm=True,
-        )
+        chosen = _frozen(request, budget, used, over)
+        is_windows = machine.agent is not None and machine.agent.is_windows
+        return replace(chosen, thaw_timeout=WINDOWS_THAW) if is_windows else chosen
     if request.policy is Policy.REQUIRE:
         return Refusal(
             reason=used.reason,
@@ -273,6 +263,24 @@ def _running(
         return _overlaid(over, f"{over.why}; {used.message}; policy Prefer goes without a freeze", budget)
     return QuiesceChoice(
         method=Method.PAUSE, reason=f"{used.message}; policy Prefer falls back to a pause", budget=budget, holds_vm=True
+    )
+
+
+def _frozen(request: Request, budget: Seconds, used: Usable, over: _Over | None) -> QuiesceChoice:
+    """By the agent, and nothing else or around a switch to overlays."""
+    if over is not None:
+        why = f"{over.why}; the guest's agent freezes its file systems around the switch"
+        return _overlaid(over, why, budget, used, request.mountpoints)
+    asked = request.method == Method.GUEST_AGENT
+    return QuiesceChoice(
+        method=Method.GUEST_AGENT,
+        reason="asked for by spec.quiesce.method"
+        if asked
+        else "every class cuts in an instant and the guest's agent answers",
+        budget=budget,
+        mountpoints=request.mountpoints,
+        expected_filesystems=used.filesystems,
+        holds_vm=True,
     )
 
 

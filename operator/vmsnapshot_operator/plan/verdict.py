@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from vmsnapshot_operator.core.effects import Verdict
-from vmsnapshot_operator.core.evidence import Bracket, Evidence, WindowOutcome
+from vmsnapshot_operator.core.evidence import THAW_SAID, Bracket, Evidence, WindowOutcome
 from vmsnapshot_operator.core.machine import PowerState
 from vmsnapshot_operator.core.planning import Method, Plan
 from vmsnapshot_operator.core.volumes import Consistency, VolumeId
@@ -37,6 +37,9 @@ def _not_frozen(plan: Plan, evidence: Evidence) -> str:
         return "the agent froze no file system"
     if evidence.frozen < plan.quiesce.expected_filesystems:
         return f"the agent froze {evidence.frozen} file systems of {plan.quiesce.expected_filesystems}"
+    said = next((n.removeprefix(THAW_SAID) for n in evidence.notes if n.startswith(THAW_SAID)), "")
+    if said and evidence.thawed != evidence.frozen:
+        return f"the thaw ended with an error, so nothing shows that the file systems were frozen until then: {said}"
     if evidence.thawed != evidence.frozen:
         return f"the agent froze {evidence.frozen} file systems and our thaw found {evidence.thawed}: some were thawed early"
     return ""

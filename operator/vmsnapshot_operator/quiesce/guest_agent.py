@@ -11,10 +11,10 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from vmsnapshot_operator.core.evidence import Evidence, Window
+from vmsnapshot_operator.core.evidence import THAW_SAID, Evidence, Window
 from vmsnapshot_operator.core.journal import Journal
 from vmsnapshot_operator.core.machine import AgentState
-from vmsnapshot_operator.core.planning import Method
+from vmsnapshot_operator.core.planning import THAW_TIMEOUT, Method
 from vmsnapshot_operator.core.steps import Step, step
 from vmsnapshot_operator.core.volumes import Seconds
 from vmsnapshot_operator.errors import (
@@ -29,7 +29,6 @@ from vmsnapshot_operator.quiesce.base import RELEASE_PATIENCE, Context, OpenWind
 
 log = logging.getLogger(__name__)
 
-THAW_TIMEOUT = Seconds(5.0)
 STATUS_TIMEOUT = Seconds(2.0)
 FREEZE_SHARE = 0.5
 """Part of the budget that the freeze itself may take: what is left must be enough for the cuts."""
@@ -108,13 +107,14 @@ async def thaw(
     `late`, or once nothing may be done any more: another one may hold the VM by now, who must not be disturbed.
     """
     counted = False
+    timeout = context.plan.quiesce.thaw_timeout if context.plan is not None else THAW_TIMEOUT
 
     async def attempt() -> bool:
         nonlocal counted
         thawed = 0
         ours = journal.nonce if late or context.permit() else ""
         try:
-            thawed = await domain.thaw(timeout=THAW_TIMEOUT, ours=ours)
+            thawed = await domain.thaw(timeout=timeout, ours=ours)
         except DomainGoneError:
             raise
         except ForeignJournalError as error:
@@ -125,7 +125,7 @@ async def thaw(
             # A hook that fails at thaw makes it raise though it thawed: only the state tells. The count is lost.
             log.warning("thaw of domain %s: %s", context.ref.name, error.message)
             if not counted:
-                window.note(f"thaw: {error.message}")
+                window.note(f"{THAW_SAID}{error.message}")
         if not counted:
             # Only the first answer counts what we froze: every later thaw finds nothing to do.
             window.learn(thawed=thawed)

@@ -18,11 +18,20 @@ from vmsnapshot_operator.core.machine import (
     Machine,
     PowerState,
 )
-from vmsnapshot_operator.core.planning import Match, Method, OverlayRoom, Patience, Plan, Policy, Refusal
+from vmsnapshot_operator.core.planning import (
+    THAW_TIMEOUT,
+    Match,
+    Method,
+    OverlayRoom,
+    Patience,
+    Plan,
+    Policy,
+    Refusal,
+)
 from vmsnapshot_operator.core.volumes import volume_id
 from vmsnapshot_operator.plan.access import AccessRule, Requirement, may_use, not_found
 from vmsnapshot_operator.plan.planner import make_plan
-from vmsnapshot_operator.plan.quiescing import coverage
+from vmsnapshot_operator.plan.quiescing import WINDOWS_THAW, coverage
 
 
 def test_volumes_are_grouped_by_their_class() -> None:
@@ -270,6 +279,14 @@ def test_budgets() -> None:
     assert b.plan().quiesce.budget == 30
     assert b.plan(found=b.machine(agent=b.agent(os_id="mswindows"))).quiesce.budget == 8
     assert b.plan(b.request(max_frozen_seconds=3)).quiesce.budget == 3
+
+
+@pytest.mark.parametrize("method", [Method.GUEST_AGENT, Method.HYPERVISOR_SNAPSHOT])
+def test_windows_may_end_its_shadow_copy_slowly(method: str) -> None:
+    request = b.request(method=method)
+    assert b.plan(request, room=b.ROOM).quiesce.thaw_timeout == THAW_TIMEOUT
+    found = b.machine(agent=b.agent(os_id="mswindows"))
+    assert b.plan(request, found=found, room=b.ROOM).quiesce.thaw_timeout == WINDOWS_THAW
 
 
 def test_disks_without_a_file_system_are_not_covered_and_refused_by_require() -> None:

@@ -70,6 +70,14 @@ def test_a_broken_freeze_over_two_drivers_is_per_volume(facts: dict[str, Any]) -
     assert claimed(b.plan(), **facts) is Consistency.PER_VOLUME
 
 
+def test_a_thaw_that_ended_with_an_error_is_told_with_the_guest_s_words() -> None:
+    made = b.plan()
+    said = "couldn't hold writes: fsfreeze is limited up to 10 seconds"
+    found = verdict.judge(made, outcome(made, thawed=0, notes=("cut: slow", f"thaw: {said}")))
+    assert {v.consistency for v in found.values()} == {Consistency.PER_VOLUME}
+    assert all(said in v.why for v in found.values())
+
+
 def test_another_vm_afterwards_is_unknown() -> None:
     assert claimed(b.plan(), same_vm=False) is Consistency.UNKNOWN
 
