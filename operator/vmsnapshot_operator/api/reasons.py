@@ -542,6 +542,11 @@ class Reason(StrEnum):
         "A class cannot make new volumes from what it has snapshotted.",
         "Restore in place (spec.mode InPlace).",
     )
+    DRIVER_TOO_OLD = (
+        "DriverTooOld",
+        "The snapshot was cut by a newer version of its driver, whose handles this one cannot read.",
+        "Install that version of the driver, or a later one: the snapshot is untouched.",
+    )
     DEFINITION_MISSING = (
         "DefinitionMissing",
         "The snapshot does not hold the VM's definition.",

@@ -27,13 +27,17 @@ class Hold(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Capabilities:
-    """What a driver promises for its parameters; shown in the class's status."""
+    """What a driver promises for its parameters; shown in the class's status.
+
+    `handle_format`: counted up by a driver whose handles get another meaning; it has to read those of all earlier formats.
+    """
 
     cut: CutKind
     atomic: bool
     revert: bool
     revert_newest_only: bool = False
     clone: bool = False
+    handle_format: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,8 +29,8 @@ from vmsnapshot_operator.errors import ConflictError, DriverError, RefusedError,
 from vmsnapshot_operator.kube import conditions
 from vmsnapshot_operator.plan import restore_report
 from vmsnapshot_operator.plan.next_restore import decide
-from vmsnapshot_operator.strategies import restoring
-from vmsnapshot_operator.strategies.restoring import Memory
+from vmsnapshot_operator.strategies import restore_apply, restore_gather
+from vmsnapshot_operator.strategies.restore_gather import Memory
 from vmsnapshot_operator.strategies.world import World, clock
 
 log = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ class Restores:
                 return None  # the end of the effect wakes us
             memory = self._memories.setdefault(uid, Memory(since=clock()))
             try:
-                seen = await restoring.gather(self._world, body, memory)
+                seen = await restore_gather.gather(self._world, body, memory)
             except RefusedError as error:
                 log.warning("VMRestore %s/%s cannot be understood: %s", namespace, name, error.message)
                 return None
@@ -150,7 +150,7 @@ class Restores:
     async def _apply(self, effect: RestoreEffect, seen: RestoreSeen, body: Mapping[str, Any], memory: Memory) -> None:
         try:
             async with step(Step(type(effect).__name__), seen.request.uid):
-                await restoring.apply(self._world, effect, seen, body, memory)
+                await restore_apply.apply(self._world, effect, seen, body, memory)
         except ConflictError as error:
             log.info("%s: %s", seen.request.uid, error.message)
         except SnapshotError as error:

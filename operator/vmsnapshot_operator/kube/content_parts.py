@@ -144,6 +144,7 @@ def _group(planned: PlannedGroup, record: Record) -> ContentGroup:
             revert=can.revert,
             revert_newest_only=can.revert_newest_only,
             clone=can.clone,
+            handle_format=can.handle_format,
         ),
         request_name=kept.request.name,
         atomic=result.atomic if result is not None else None,
@@ -270,6 +271,7 @@ def _planned_group(kept: ContentGroup, volumes: Sequence[PlannedVolume]) -> Plan
             revert=can.revert,
             revert_newest_only=can.revert_newest_only,
             clone=can.clone,
+            handle_format=can.handle_format,
         ),
         volumes=tuple(v.volume for v in volumes if v.class_name == kept.class_name),
     )

@@ -130,6 +130,29 @@ def make(record: Record, volumes: Sequence[PlannedVolume], bear: Mapping[str, Vo
     return RestorePlan(groups=tuple(groups), targets=tuple(v.target for v in volumes), notes=tuple(notes))
 
 
+def refuse_clone(plan: RestorePlan, record: Record) -> Refusal | None:
+    """Why these volumes cannot be cloned whatever the storage says, or None."""
+    can = {g.class_name for g in record.plan.groups if g.capabilities.clone}
+    if unable := [g.class_name for g in plan.groups if g.class_name not in can]:
+        message = f"class {', '.join(unable)} cannot clone what it has snapshotted; use mode InPlace"
+        return Refusal(reason="CloneNotSupported", message=message)
+    return None
+
+
+def refuse_formats(known: Mapping[str, int], record: Record) -> Refusal | None:
+    """Why a driver cannot read the handles on record, or None; `known`: the newest format that it reads, by class."""
+    kept = {g.class_name: (g.driver, g.capabilities.handle_format) for g in record.plan.groups}
+    problems = [
+        f'class "{name}": the snapshot was cut by a newer driver {kept[name][0]} (handles of format {kept[name][1]}; this one reads'
+        f" up to {newest})"
+        for name, newest in known.items()
+        if kept[name][1] > newest
+    ]
+    if not problems:
+        return None
+    return Refusal(reason="DriverTooOld", message=f"{'; '.join(problems)}; install that version or a later one")
+
+
 def refuse_fits(answers: Mapping[str, Sequence[Fit]], plan: RestorePlan) -> Refusal | None:
     """Why a driver cannot do it, or None; `answers` by class, one for each volume of the group in its order."""
     problems, reasons = [], []

@@ -1,0 +1,282 @@
+"""Perform one effect of a VMRestore. What follows from what is `plan.next_restore`; what was seen comes from `restore_gather`.
+
+Everything here may be repeated: the gate and the done-marker in the VM's definition say how far it came.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from vmsnapshot_operator.api.meta import API_VERSION
+from vmsnapshot_operator.core.driver import CutResult, Progress
+from vmsnapshot_operator.core.effects import Failure, Record
+from vmsnapshot_operator.core.markers import Gate
+from vmsnapshot_operator.core.restoring import (
+    Claim,
+    Clone,
+    CloseGate,
+    GoBack,
+    HandOver,
+    LetGo,
+    RemoveClones,
+    RestoreEffect,
+    RestoreGroup,
+    RestoreSeen,
+    Revert,
+    Start,
+    Stop,
+    TakeSafety,
+)
+from vmsnapshot_operator.core.steps import Step, step
+from vmsnapshot_operator.core.volumes import Layer, Seconds, VolumeId
+from vmsnapshot_operator.errors import (
+    ConflictError,
+    DomainGoneError,
+    DriverError,
+    SnapshotError,
+)
+from vmsnapshot_operator.hypervisors import definitions
+from vmsnapshot_operator.plan import definition, new_definition, restore_plan
+from vmsnapshot_operator.strategies.restore_gather import Found, Memory, clone_name, find, safety_name
+from vmsnapshot_operator.strategies.world import World
+
+WORK_TIMEOUT = Seconds(86_400.0)
+STALL_SECONDS = Seconds(120.0)
+"""A copy that says nothing for so long is taken to hang."""
+DELETE_TIMEOUT = Seconds(60.0)
+SHUTDOWN_SECONDS = Seconds(120.0)
+
+
+async def apply(
+    world: World, effect: RestoreEffect, seen: RestoreSeen, body: Mapping[str, Any], memory: Memory
+) -> None:
+    """Perform one effect. Raises SnapshotError; the next look sees what was done."""
+    match effect:
+        case Claim():
+            await world.cluster.add_finalizer(body)
+        case LetGo():
+            await world.cluster.remove_finalizer(body)
+        case TakeSafety():
+            await _take_safety(world, seen)
+        case _:
+            record = seen.record
+            assert record is not None, "nothing is done without a record"  # noqa: S101 - invariant of decide
+            snapshot = await world.cluster.snapshot(seen.request.namespace, seen.request.snapshot)
+            if snapshot is None:
+                raise ConflictError(f"VMSnapshot {seen.request.snapshot} is gone; looking again")
+            hypervisor = str(snapshot["spec"]["source"]["hypervisorName"])
+            found = await find(world, seen.request, record, hypervisor)
+            await _act(world, effect, seen, found, memory)
+
+
+async def _act(world: World, effect: RestoreEffect, seen: RestoreSeen, found: Found, memory: Memory) -> None:
+    match effect:
+        case Clone(groups):
+            await _clone(world, groups, seen, found, memory)
+            return
+        case RemoveClones(held):
+            await _remove_clones(world, held, found.record)
+            return
+        case HandOver(held):
+            await _hand_over(world, held, seen.request.uid, found.record)
+            return
+        case _:
+            pass
+    if found.defined is None:
+        raise DomainGoneError(f"domain {seen.vm_name} is gone")
+    client, ref = found.client, found.defined.ref
+    match effect:
+        case Stop():
+            await definitions.stop(client, ref, SHUTDOWN_SECONDS)
+        case CloseGate(targets):
+            await _close_gate(world, seen, found, targets)
+        case Revert(groups):
+            await _revert(world, groups, seen, found, memory)
+        case GoBack():
+            await _go_back(world, seen, found, memory)
+        case Start():
+            await definitions.start(client, ref)
+            memory.started = True
+        case _:
+            raise AssertionError(f"no way to apply {effect!r}")
+
+
+async def _take_safety(world: World, seen: RestoreSeen) -> None:
+    request = seen.request
+    snapshot = await world.cluster.snapshot(request.namespace, request.snapshot)
+    if snapshot is None:
+        raise ConflictError(f"VMSnapshot {request.snapshot} is gone; looking again")
+    spec: dict[str, Any] = {
+        "source": {"hypervisorName": snapshot["spec"]["source"]["hypervisorName"], "domain": seen.vm_uuid},
+        "quiesce": {"policy": "Prefer"},
+    }
+    if excluded := ((snapshot["spec"].get("volumes") or {}).get("exclude")):
+        spec["volumes"] = {"exclude": list(excluded)}
+    await world.cluster.create_snapshot(
+        {
+            "apiVersion": API_VERSION,
+            "kind": "VMSnapshot",
+            "metadata": {
+                "namespace": request.namespace,
+                "name": safety_name(request),
+                "labels": {"vmsnapshot.io/safety-of": request.name[:63]},
+            },
+            "spec": spec,
+        }
+    )
+
+
+async def _close_gate(world: World, seen: RestoreSeen, found: Found, targets: tuple[str, ...]) -> None:
+    assert seen.marker is not None, "told with the record"  # noqa: S101 - for the type checker
+    assert found.defined is not None, "asked before"  # noqa: S101 - for the type checker
+    ref = found.defined.ref
+    if not world.claim(ref.uuid, seen.request.uid):
+        raise ConflictError("another operation on this VM is under way")
+    try:
+        gate = Gate(marker=seen.marker, targets=_targets_now(seen, targets), autostart=found.defined.autostart)
+        async with step(Step.GATE_CLOSE, seen.request.uid):
+            await definitions.redefine(found.client, ref, lambda text: definition.gated(text, gate))
+        await definitions.set_autostart(found.client, ref, on=False)
+    finally:
+        world.release(seen.request.uid)
+
+
+def _targets_now(seen: RestoreSeen, targets: tuple[str, ...]) -> tuple[str, ...]:
+    """Where the disks are plugged now, which may be another target than at the snapshot."""
+    assert seen.plan is not None, "a gate is closed for a plan"  # noqa: S101 - for the type checker
+    now = {v.id: v.label for g in seen.plan.groups for v in g.onto}
+    assert seen.record is not None, "told with the plan"  # noqa: S101 - for the type checker
+    then = {v.target: v.volume.id for v in seen.record.plan.volumes}
+    return tuple(now.get(then[t], t) for t in targets)
+
+
+async def _revert(
+    world: World, groups: tuple[RestoreGroup, ...], seen: RestoreSeen, found: Found, memory: Memory
+) -> None:
+    await _set_back(world, groups, found.record, seen.request.uid, memory)
+    await _open(seen, found, reopen=False)
+
+
+async def _set_back(world: World, groups: Sequence[RestoreGroup], record: Record, uid: str, memory: Memory) -> None:
+    async def revert(group: RestoreGroup) -> None:
+        host = await world.classes.host_of_record(record.groups[group.class_name])
+        async with step(Step.REVERT_DRIVER, uid, group.class_name):
+            await host.revert(
+                group.cut,
+                group.onto,
+                timeout=WORK_TIMEOUT,
+                stall=STALL_SECONDS,
+                on_progress=_progress(memory, group.class_name),
+            )
+
+    await _all(revert(g) for g in groups)
+
+
+def _progress(memory: Memory, class_name: str) -> Callable[[Progress], None]:
+    def note(progress: Progress) -> None:
+        memory.progress[class_name] = (progress.done_bytes, progress.total_bytes)
+
+    return note
+
+
+async def _all(work: Any) -> None:
+    """Do all at once, to the end, and raise the first error: none is left behind at work."""
+    results = await asyncio.gather(*work, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+
+
+async def _open(seen: RestoreSeen, found: Found, *, reopen: bool) -> None:
+    """Put the true disks back into the definition; `reopen`: as if nothing had been done."""
+    marker, gate = seen.marker, seen.gate
+    assert marker is not None, "told with the record"  # noqa: S101 - for the type checker
+    assert found.defined is not None, "asked before"  # noqa: S101 - for the type checker
+    genid = new_definition.genid(seen.request.uid)
+
+    def change(text: str) -> str:
+        return definition.reopened(text, marker) if reopen else definition.restored(text, marker, genid=genid)
+
+    async with step(Step.GATE_OPEN, seen.request.uid):
+        if gate is not None and gate.autostart:
+            await definitions.set_autostart(found.client, found.defined.ref, on=True)
+        await definitions.redefine(found.client, found.defined.ref, change)
+
+
+async def _go_back(world: World, seen: RestoreSeen, found: Found, memory: Memory) -> None:
+    record = seen.safety_record
+    assert record is not None, "one goes back to a safety snapshot that is Ready"  # noqa: S101 - invariant of decide
+    volumes = tuple(v for v in record.plan.volumes if _is_wanted(seen, v.volume.id))
+    plan = restore_plan.make(record, volumes, {v.target: v.volume for v in volumes})
+    await _set_back(world, plan.groups, record, seen.request.uid, memory)
+    await _open(seen, found, reopen=True)
+    if memory.broken is None and seen.refusal is not None:
+        memory.broken = Failure(reason=seen.refusal.reason, message=seen.refusal.message)
+
+
+def _is_wanted(seen: RestoreSeen, volume: VolumeId) -> bool:
+    include = seen.request.include
+    record = seen.record
+    return record is None or any(
+        v.volume.id == volume and (not include or v.target in include) for v in record.plan.volumes
+    )
+
+
+async def _clone(
+    world: World, groups: tuple[RestoreGroup, ...], seen: RestoreSeen, found: Found, memory: Memory
+) -> None:
+    """Clone all wanted volumes, and define the new VM on them."""
+    request, record, marker = seen.request, found.record, seen.marker
+    assert marker is not None, "told with the record"  # noqa: S101 - for the type checker
+    made: dict[VolumeId, Layer] = {}
+
+    async def clone(group: RestoreGroup) -> None:
+        host = await world.classes.host_of_record(record.groups[group.class_name])
+        wanted = {v.id for v in group.onto}
+        cut = CutResult(
+            handles={v: h for v, h in group.cut.handles.items() if v in wanted},
+            atomic=group.cut.atomic,
+            group=group.cut.group,
+        )
+        async with step(Step.CLONE_DRIVER, request.uid, group.class_name):
+            made.update(
+                await host.clone(
+                    cut,
+                    clone_name(world, request, group),
+                    timeout=WORK_TIMEOUT,
+                    stall=STALL_SECONDS,
+                    on_progress=_progress(memory, group.class_name),
+                )
+            )
+
+    await _all(clone(g) for g in groups)
+    sources = {v.target: made[v.volume.id] for v in record.plan.volumes if v.volume.id in made}
+    identity = new_definition.Identity(name=request.new_name, seed=request.uid)
+    new = new_definition.as_new_vm(record.plan.definition, identity, sources, marker)
+    endpoint = record.plan.endpoint if record.plan.endpoint in found.client.endpoints else found.client.endpoints[0]
+    async with step(Step.CLONE_DEFINE, request.uid):
+        await definitions.define(found.client, endpoint, new.xml)
+
+
+async def _hand_over(world: World, held: frozenset[str], uid: str, record: Record) -> None:
+    for class_name, group in record.groups.items():
+        host = await world.classes.host_of_record(group)
+        for name in sorted(held):
+            async with step(Step.CLONE_KEEP, uid, class_name):
+                await host.keep(name, timeout=DELETE_TIMEOUT)
+
+
+async def _remove_clones(world: World, held: frozenset[str], record: Record) -> None:
+    problems = []
+    for class_name, group in record.groups.items():
+        host = await world.classes.host_of_record(group)
+        for name in sorted(held):
+            try:
+                await host.delete(name, timeout=DELETE_TIMEOUT)
+            except SnapshotError as error:
+                problems.append(f'class "{class_name}": {name}: {error.message}')
+    if problems:
+        text = f"still on storage, trying again: {'; '.join(problems)}"
+        raise DriverError(text, reason="StorageUnavailable", retryable=True)

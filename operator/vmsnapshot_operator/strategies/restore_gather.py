@@ -1,0 +1,309 @@
+"""Look at the world once for one VMRestore and write down what was seen. Only looks; what follows is `plan.next_restore`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from vmsnapshot_operator.api.meta import FINALIZER
+from vmsnapshot_operator.core import names
+from vmsnapshot_operator.core.driver import Fit
+from vmsnapshot_operator.core.effects import Condition, Failure, Record
+from vmsnapshot_operator.core.machine import AgentState, PowerState
+from vmsnapshot_operator.core.markers import Marker
+from vmsnapshot_operator.core.planning import Patience, Refusal
+from vmsnapshot_operator.core.restoring import (
+    RestoreGroup,
+    RestorePlan,
+    RestoreRequest,
+    RestoreSeen,
+    Safety,
+)
+from vmsnapshot_operator.core.volumes import Seconds
+from vmsnapshot_operator.errors import (
+    DriverError,
+    HypervisorError,
+    RefusedError,
+)
+from vmsnapshot_operator.hypervisors import definitions
+from vmsnapshot_operator.hypervisors.domains import Hypervisor
+from vmsnapshot_operator.kube import contents, distill
+from vmsnapshot_operator.plan import access, definition, restore_plan
+from vmsnapshot_operator.plan.next_restore import conditions_of_end
+from vmsnapshot_operator.strategies.world import LiveHypervisor, World, clock
+
+CHECK_TIMEOUT = Seconds(30.0)
+AGENT_SECONDS = Seconds(2.0)
+
+
+@dataclass(slots=True)
+class Memory:
+    """What this process remembers of one VMRestore between two looks; it may be lost at any moment without harm."""
+
+    since: Seconds
+    broken: Failure | None = None
+    started: bool = False
+    trouble: str = ""
+    retry_at: Seconds | None = None
+    failures: int = 0
+    progress: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """Where a restore works: the snapshot's record, the hypervisor, and the VM that is set back or was made."""
+
+    record: Record
+    hypervisor: str
+    live: LiveHypervisor
+    client: Hypervisor
+    defined: definitions.Defined | None
+
+
+def marker_of(world: World, request: RestoreRequest, snapshot_uid: str) -> Marker:
+    """What stands in a VM that this restore has changed."""
+    return Marker(
+        installation=world.installation,
+        restore=f"{request.namespace}/{request.name}",
+        restore_uid=request.uid,
+        snapshot_uid=snapshot_uid,
+    )
+
+
+def safety_name(request: RestoreRequest) -> str:
+    """Name of the safety snapshot's VMSnapshot: follows from the restore, so that a repeat finds it."""
+    return f"{request.name[:200]}-safety-{request.uid[:8]}"
+
+
+async def gather(world: World, body: Mapping[str, Any], memory: Memory) -> RestoreSeen:
+    """Return one frozen observation of everything that concerns this VMRestore. Raises RefusedError, KubeError."""
+    request = distill.restore(body)
+    seen = RestoreSeen(
+        request=request,
+        deleting=bool(body["metadata"].get("deletionTimestamp")),
+        finalizer=FINALIZER in (body["metadata"].get("finalizers") or ()),
+        ended=_ended(body),
+        broken=memory.broken,
+        started=memory.started,
+        leader=world.leadership.is_leader(),
+        known_for=Seconds(clock() - memory.since),
+        trouble=memory.trouble,
+        retry_in=Seconds(max(0.0, memory.retry_at - clock())) if memory.retry_at is not None else Seconds(0.0),
+        progress=dict(memory.progress),
+    )
+    snapshot = await world.cluster.snapshot(request.namespace, request.snapshot)
+    uid = str(snapshot["metadata"]["uid"]) if snapshot is not None else ""
+    record = await record_of(world, snapshot)
+    refusal = restore_plan.refuse_snapshot(request, restore_plan.SnapshotSeen(body=snapshot, record=record))
+    if record is None or record.problem or snapshot is None:
+        return replace(seen, refusal=refusal)
+    seen = replace(seen, record=record, marker=marker_of(world, request, uid))
+    hypervisor = str(snapshot["spec"]["source"]["hypervisorName"])
+    try:
+        found = await find(world, request, record, hypervisor)
+        return await _look(world, request, seen, found, refusal)
+    except HypervisorError as error:
+        return replace(seen, problem=error.message, refusal=refusal)
+    except RefusedError as error:
+        return replace(seen, refusal=Refusal(reason=error.reason, message=error.message))
+
+
+def _ended(body: Mapping[str, Any]) -> tuple[Condition, ...]:
+    """An end that was told before, as it was told; else nothing."""
+    words = {"True": True, "False": False}
+    told = tuple(
+        Condition(
+            type=str(c.get("type")),
+            status=words.get(str(c.get("status"))),
+            reason=str(c.get("reason", "")),
+            message=str(c.get("message", "")),
+        )
+        for c in (body.get("status") or {}).get("conditions") or ()
+    )
+    return told if conditions_of_end(told) else ()
+
+
+async def record_of(world: World, snapshot: Mapping[str, Any] | None) -> Record | None:
+    """Return what is on record of a VMSnapshot, or None. Raises KubeError."""
+    if snapshot is None:
+        return None
+    asked = distill.request(snapshot)
+    content = await world.cluster.content(contents.name_for(asked.uid))
+    return contents.from_body(content, asked, world.installation) if content is not None else None
+
+
+async def find(world: World, request: RestoreRequest, record: Record, hypervisor: str) -> Found:
+    """Return where this restore works. Raises HypervisorError."""
+    live = world.hypervisors.get(hypervisor)
+    if live is None:
+        raise HypervisorError(f'there is no Hypervisor "{hypervisor}"', reason="HypervisorNotFound")
+    if live.client is None:
+        raise HypervisorError(
+            f'hypervisor "{hypervisor}" cannot be used: {live.problem}', reason="HypervisorUnreachable", retryable=True
+        )
+    wanted = record.plan.vm_uuid if request.in_place else request.new_name
+    return Found(
+        record=record,
+        hypervisor=hypervisor,
+        live=live,
+        client=live.client,
+        defined=await definitions.look(live.client, wanted),
+    )
+
+
+async def _look(
+    world: World, request: RestoreRequest, seen: RestoreSeen, found: Found, refusal: Refusal | None
+) -> RestoreSeen:
+    labels = await world.cluster.namespace_labels(request.namespace)
+    name = found.defined.ref.name if found.defined is not None else request.new_name or found.record.plan.vm_name
+    if not access.may_use(found.live.access, labels, name):
+        return replace(seen, refusal=access.not_found(name, found.hypervisor, request.namespace))
+    defined = found.defined
+    if defined is not None:
+        seen = replace(
+            seen,
+            gate=definition.gate_of(defined.xml) if request.in_place else None,
+            done=definition.done(defined.xml),
+            power=defined.power,
+            vm_name=defined.ref.name,
+            vm_uuid=defined.ref.uuid,
+        )
+    if seen.is_done and request.start_after and seen.power is PowerState.RUNNING and defined is not None:
+        seen = replace(seen, agent_answers=await _agent(found.client, defined))
+    if not request.in_place and seen.finalizer:
+        seen = replace(seen, held=await _held(world, request, found.record))
+    if seen.ended:
+        return seen
+    seen = await _safety(world, request, seen)
+    if seen.is_done:
+        return seen
+    if refusal is not None and not seen.gated:
+        return replace(seen, refusal=refusal)
+    if request.in_place:
+        return await _plan_in_place(world, request, seen, found)
+    return await _plan_new(world, request, seen, found)
+
+
+async def _agent(client: Hypervisor, defined: definitions.Defined) -> bool | None:
+    if not defined.agent_channel:
+        return None
+    try:
+        state, _ = await definitions.wait_for_agent(client, defined.ref, AGENT_SECONDS)
+    except HypervisorError:
+        return False
+    return state not in (AgentState.ABSENT, AgentState.SILENT)
+
+
+async def _safety(world: World, request: RestoreRequest, seen: RestoreSeen) -> RestoreSeen:
+    if not request.in_place or not request.safety:
+        return seen
+    name = safety_name(request)
+    body = await world.cluster.snapshot(request.namespace, name)
+    if body is None:
+        return replace(seen, safety_name=name)
+    conditions = {c.get("type"): c for c in (body.get("status") or {}).get("conditions") or ()}
+    record = await record_of(world, body)
+    if record is not None and record.taken and record.ready and not record.problem:
+        return replace(seen, safety_name=name, safety=Safety.READY, safety_record=record)
+    stalled = conditions.get("Stalled") or {}
+    if stalled.get("status") == "True" or body["metadata"].get("deletionTimestamp"):
+        message = str(stalled.get("message", "it is being deleted"))
+        return replace(seen, safety_name=name, safety=Safety.FAILED, safety_message=message)
+    under_way = str((conditions.get("Reconciling") or {}).get("message", ""))
+    return replace(seen, safety_name=name, safety=Safety.TAKING, safety_message=under_way)
+
+
+async def _plan_in_place(world: World, request: RestoreRequest, seen: RestoreSeen, found: Found) -> RestoreSeen:
+    volumes = restore_plan.wanted(request, found.record)
+    if isinstance(volumes, Refusal):
+        return replace(seen, refusal=volumes)
+    if found.defined is None:
+        return replace(seen, refusal=access.not_found(found.record.plan.vm_name, found.hypervisor, request.namespace))
+    if seen.gate is not None and not seen.gated:
+        message = f"VMRestore {seen.gate.marker.restore} has begun to set this VM back; waiting until that has ended"
+        return replace(seen, in_use_by=message)
+    holder = world.claims.get(found.defined.ref.uuid, request.uid)
+    if holder != request.uid and not seen.gated:
+        return replace(seen, in_use_by="another operation on this VM is under way; waiting until it has ended")
+    if seen.gated:
+        # The disks were held against what is on record before the gate was closed; now the gate holds them.
+        return replace(seen, plan=restore_plan.make(found.record, volumes, {v.target: v.volume for v in volumes}))
+    machine = await found.client.describe(found.defined.ref, ask_agent=False)
+    if (refusal := restore_plan.refuse_vm(request, machine, gated=False)) is not None:
+        return replace(seen, refusal=refusal)
+    bear = restore_plan.onto(volumes, machine.disks)
+    if isinstance(bear, Refusal):
+        return replace(seen, refusal=bear)
+    plan = restore_plan.make(found.record, volumes, bear)
+    if (refusal := await _refuse_formats(world, plan, found.record)) is not None:
+        return replace(seen, refusal=refusal)
+    if machine.power is PowerState.SHUT_OFF:  # while it runs, every driver would say that its disks are in use
+        try:
+            answers = await _ask(world, plan, found.record)
+        except DriverError as error:
+            refusal = Refusal(reason=error.reason, message=error.message, patience=Patience.WAIT)
+            return replace(seen, refusal=refusal)
+        if (refusal := restore_plan.refuse_fits(answers, plan)) is not None:
+            return replace(seen, refusal=refusal)
+    return replace(seen, plan=plan)
+
+
+async def _plan_new(world: World, request: RestoreRequest, seen: RestoreSeen, found: Found) -> RestoreSeen:
+    volumes = restore_plan.wanted(request, found.record)
+    if isinstance(volumes, Refusal):
+        return replace(seen, refusal=volumes)
+    if found.defined is not None:
+        message = f'there is a VM "{request.new_name}" already; take another name (spec.newVM.name)'
+        return replace(seen, refusal=Refusal(reason="NameTaken", message=message))
+    if not found.record.plan.definition:
+        message = "the snapshot does not hold the VM's definition: define the new VM by hand, from clones"
+        return replace(seen, refusal=Refusal(reason="DefinitionMissing", message=message))
+    plan = restore_plan.make(found.record, volumes, {})
+    if (refusal := restore_plan.refuse_clone(plan, found.record)) is not None:
+        return replace(seen, refusal=refusal)
+    refusal = await _refuse_formats(world, plan, found.record)
+    return replace(seen, refusal=refusal) if refusal is not None else replace(seen, plan=plan)
+
+
+async def _refuse_formats(world: World, plan: RestorePlan, record: Record) -> Refusal | None:
+    """Ask the drivers whether they can read the handles; why not, or that they do not answer, or None."""
+
+    async def ask(group: RestoreGroup) -> tuple[str, int]:
+        host = await world.classes.host_of_record(record.groups[group.class_name])
+        return group.class_name, (await host.capabilities(timeout=CHECK_TIMEOUT)).handle_format
+
+    try:
+        known = dict(await asyncio.gather(*(ask(g) for g in plan.groups)))
+    except DriverError as error:
+        return Refusal(reason=error.reason, message=error.message, patience=Patience.WAIT)
+    return restore_plan.refuse_formats(known, record)
+
+
+async def _ask(world: World, plan: RestorePlan, record: Record) -> Mapping[str, Sequence[Fit]]:
+    async def ask(group: RestoreGroup) -> tuple[str, Sequence[Fit]]:
+        host = await world.classes.host_of_record(record.groups[group.class_name])
+        return group.class_name, await host.check_revert(group.cut, group.onto, timeout=CHECK_TIMEOUT)
+
+    return dict(await asyncio.gather(*(ask(g) for g in plan.groups)))
+
+
+def clone_name(world: World, request: RestoreRequest, group: RestoreGroup | str) -> str:
+    """What the clones of one class are called until they are the new VM's."""
+    class_name = group if isinstance(group, str) else group.class_name
+    return names.request_name(world.installation, request.uid, 1, class_name, ())
+
+
+async def _held(world: World, request: RestoreRequest, record: Record) -> frozenset[str] | None:
+    prefix = names.object_prefix(world.installation, request.uid)
+
+    async def ask(class_name: str) -> Sequence[str]:
+        host = await world.classes.host_of_record(record.groups[class_name])
+        return await host.list(prefix, timeout=CHECK_TIMEOUT)
+
+    try:
+        found = await asyncio.gather(*(ask(c) for c in record.groups))
+    except DriverError:
+        return None
+    return frozenset(n for part in found for n in part if n.startswith(prefix))
