@@ -23,6 +23,8 @@ AGENT_SECONDS = 10
 WRITES_SECONDS = 10.0
 """So long every disk of a free guest with a writer gets to be written to; the slowest writer makes a round in a quarter of a second."""
 _OURS = "vmsnapshot.io"
+_STAYS = "{https://vmsnapshot.io/restored/1}restored"
+"""Tells that a restore was done, so that nobody does it again: it belongs to the VM from then on."""
 _STATES = {
     libvirt.VIR_DOMAIN_RUNNING: "running",
     libvirt.VIR_DOMAIN_BLOCKED: "running",
@@ -61,7 +63,9 @@ def _domain(domain: Any) -> Domain | None:
             name=domain.name(),
             state=state,
             disks=tuple(d for place, root in roots.items() for d in _disks(place, root)),
-            journals=tuple(p for p, root in roots.items() for e in root.findall("metadata/*") if _OURS in e.tag),
+            journals=tuple(
+                p for p, root in roots.items() for e in root.findall("metadata/*") if _OURS in e.tag and e.tag != _STAYS
+            ),
             snapshots=tuple(str(s.getName()) for s in domain.listAllSnapshots()),
             opened=_opened(domain) if alive else (),
             jobs=tuple(str(j["device"]) for j in _monitor(domain, "query-block-jobs")) if alive else (),

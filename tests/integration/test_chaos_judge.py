@@ -219,9 +219,9 @@ def test_a_guest_that_is_paused_or_off_unless_it_may_be(world: World) -> None:
 # --- leaked ----------------------------------------------------------------------------------------------------------------------
 
 
-def mark(guest: Guest, element: str | None, flags: int) -> None:
+def mark(guest: Guest, element: str | None, flags: int, namespace: str = JOURNAL) -> None:
     prefix = None if element is None else "vmsnapshot"
-    guest.domain().setMetadata(libvirt.VIR_DOMAIN_METADATA_ELEMENT, element, prefix, JOURNAL, flags)
+    guest.domain().setMetadata(libvirt.VIR_DOMAIN_METADATA_ELEMENT, element, prefix, namespace, flags)
 
 
 @pytest.mark.parametrize(
@@ -234,6 +234,19 @@ def test_a_journal(world: World, place: str, flags: int) -> None:
         world.one("leaked", "domain demo", f"a journal of ours in the metadata of its {place} definition")
     finally:
         mark(world.guest, None, flags)
+
+
+def test_a_gate_is_a_leak_and_that_a_restore_was_done_is_none(world: World) -> None:
+    gate, done = "https://vmsnapshot.io/gate/1", "https://vmsnapshot.io/restored/1"
+    stored = libvirt.VIR_DOMAIN_AFFECT_CONFIG
+    before = world.guest.domain().XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
+    try:
+        mark(world.guest, "<restored/>", stored, done)
+        assert world.found() == []
+        mark(world.guest, "<gate/>", stored, gate)
+        world.one("leaked", "domain demo", "a journal of ours in the metadata of its stored definition")
+    finally:
+        world.guest.connection().defineXML(before)
 
 
 def test_an_overlay_is_one_leak_beside_its_file(world: World) -> None:
