@@ -257,8 +257,10 @@ async def test_a_lost_snapshot_is_not_reverted_to(storage: Storage, host: Driver
     volumes = (storage.volume(b"1"),)
     request = order(*volumes)
     cut = await take(host, request)
+    assert await host.missing([cut], timeout=LONG) == frozenset()
     await host.delete(request.name, timeout=LONG)
 
+    assert await host.missing([cut], timeout=LONG) == set(cut.handles.values())
     (fit,) = await host.check_revert(cut, volumes, timeout=LONG)
     assert (fit.ok, fit.reason) == (False, "SnapshotLost")
     with pytest.raises(DriverError, match="does not exist"):

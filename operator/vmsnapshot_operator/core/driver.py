@@ -158,3 +158,7 @@ class StorageDriver(Protocol):
     def list(self, prefix: str) -> Sequence[str]:
         """Name the requests and clones (not their members) whose names start so and of which anything is held."""
         ...
+
+    def missing(self, cuts: Sequence[CutResult]) -> Sequence[Handle]:
+        """Name those handles of these cuts, all of them ready, of which the storage does not hold everything (any more). Only look."""
+        ...

@@ -272,6 +272,18 @@ class CephRbdDriver:
         with self._pool() as (rbd, io), told(f"listing the groups of {self._place}"):
             return [n for n in ceph_snapshots.held(rbd, io, prefix) if not probes.is_probe(n)]
 
+    def missing(self, cuts: Sequence[CutResult]) -> Sequence[Handle]:
+        """Look for each snapshot at its image: the record of a request stays when somebody removes the snapshot alone."""
+        asked: dict[str, list[Handle]] = {}
+        for handle in (h for cut in cuts for h in cut.handles.values()):
+            asked.setdefault(_source(handle).image, []).append(handle)
+        gone: list[Handle] = []
+        with self._pool() as (rbd, io), told(f"looking for snapshots of {self._place}"):
+            for image, handles in asked.items():
+                there = ceph_snapshots.requests_of(rbd, io, image)
+                gone += [h for h in handles if _source(h).name not in there]
+        return gone
+
     def rest(self) -> None:
         """Close what `prepare` opened: with a watcher on it, nobody can remove an image or roll it back."""
         for opened in self._warm.values():

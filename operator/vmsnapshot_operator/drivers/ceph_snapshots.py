@@ -27,15 +27,30 @@ def already_cut(name: str) -> AlreadyCutError:
     return AlreadyCutError(f"{name} was cut before: delete it and take another name")
 
 
+def _ids(image: Any) -> dict[str, int]:
+    """Return the ids of an open image's snapshots by the request that each would belong to."""
+    found = {}
+    for snapshot in image.list_snaps():
+        group = snapshot.get("group") or {}
+        if snapshot["namespace"] == _USER:
+            found[str(snapshot["name"])] = int(snapshot["id"])
+        elif snapshot["namespace"] == _GROUP and group.get("name") == group.get("snap_name"):
+            found[str(group.get("name"))] = int(snapshot["id"])
+    return found
+
+
 def snapshot_id(image: Any, name: str) -> int | None:
     """Return the id of the snapshot of an open image that belongs to a request: for `set_snap_by_id`."""
-    for snapshot in image.list_snaps():
-        if snapshot["namespace"] == _USER and snapshot["name"] == name:
-            return int(snapshot["id"])
-        group = snapshot.get("group") or {}
-        if snapshot["namespace"] == _GROUP and group.get("name") == name and group.get("snap_name") == name:
-            return int(snapshot["id"])
-    return None
+    return _ids(image).get(name)
+
+
+def requests_of(rbd: Any, io: Any, image: str) -> frozenset[str]:
+    """Return the names of which an image has a snapshot; none if there is no such image."""
+    try:
+        with rbd.Image(io, image, read_only=True) as opened:
+            return frozenset(_ids(opened))
+    except rbd.ImageNotFound:
+        return frozenset()
 
 
 def holder_of(image: Any, io: Any) -> str | None:

@@ -16,7 +16,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from vmsnapshot_operator.core.driver import Capabilities, CutResult, Fit, Progress, SnapshotRequest
-from vmsnapshot_operator.core.volumes import Layer, Volume, VolumeId
+from vmsnapshot_operator.core.volumes import Handle, Layer, Volume, VolumeId
 from vmsnapshot_operator.drivers import registry, wire
 from vmsnapshot_operator.drivers.process import DriverProcess, Setup, word
 from vmsnapshot_operator.errors import DriverError, DriverTimeoutError, DriverUnavailableError
@@ -141,6 +141,10 @@ class DriverHost:
     ) -> None:
         """Wait until the cut can be restored; a copying driver copies here."""
         await self._call("wait_ready", (request, cut), timeout, stall, on_progress)
+
+    async def missing(self, cuts: Sequence[CutResult], *, timeout: float) -> frozenset[Handle]:
+        """Ask which handles of these cuts, all of them ready, are not held (any more)."""
+        return frozenset(await self._call("missing", (tuple(cuts),), timeout))
 
     async def check_revert(self, cut: CutResult, onto: Sequence[Volume], *, timeout: float) -> tuple[Fit, ...]:
         """Ask, for each volume in order, whether it could be set back."""

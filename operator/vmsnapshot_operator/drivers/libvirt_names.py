@@ -36,6 +36,11 @@ def whole_mark(volume_name: str) -> str:
     return f"{volume_name}{_WHOLE}"
 
 
+def whole(volume_name: str, *, copied: bool) -> frozenset[str]:
+    """Return the names that are there if a volume is whole; `copied`: it was not made at once."""
+    return frozenset({volume_name, whole_mark(volume_name)} if copied else {volume_name})
+
+
 def revert_mark(cut: str) -> str:
     """Return the name of what says that a disk is being set back to this cut of it."""
     return f"{cut}{_REVERT}"

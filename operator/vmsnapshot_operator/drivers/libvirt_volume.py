@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 from typing import Any
 
 import libvirt
@@ -222,6 +223,18 @@ class LibvirtVolumeDriver:
                 storage.reread(pool)
                 found |= {naming.holder(v.name()) for v in pool.listAllVolumes(0)}
         return sorted(n for n in found if n and n.startswith(prefix))
+
+    def missing(self, cuts: Sequence[CutResult]) -> Sequence[Handle]:
+        """Look for each clone, and for the mark of each copy that it is whole."""
+        with self._open() as connection, told(f"listing the pool {self._destination}"):
+            _, held = self._pools(connection)
+            storage.reread(held)
+            there = frozenset(v.name() for v in held.listAllVolumes(0))
+
+        def is_whole(handle: Handle, cut: CutResult) -> bool:
+            return naming.whole(PurePosixPath(handle).name, copied=cut.hold is Hold.BASE) <= there
+
+        return [h for cut in cuts for h in cut.handles.values() if not is_whole(h, cut)]
 
     def rest(self) -> None:
         """Close what `prepare` opened."""

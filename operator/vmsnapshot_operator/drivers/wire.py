@@ -17,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from vmsnapshot_operator import errors
 from vmsnapshot_operator.core.driver import Capabilities, CutResult, Fit, Progress, SnapshotRequest
-from vmsnapshot_operator.core.volumes import Layer, Volume, VolumeId
+from vmsnapshot_operator.core.volumes import Handle, Layer, Volume, VolumeId
 from vmsnapshot_operator.errors import DriverError
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ OPERATIONS: Final[Mapping[str, Operation]] = {
     "keep": _operation(None, str),
     "delete": _operation(None, str),
     "list": _operation(tuple[str, ...], str),
+    "missing": _operation(tuple[Handle, ...], tuple[CutResult, ...]),
 }
 
 LONG: Final = frozenset({"wait_ready", "revert", "clone"})

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from typing import cast
@@ -130,7 +130,7 @@ class OrphanScan:
         """List, and compare with what was known before and is known after: what comes or goes meanwhile is no orphan."""
         world, before = self._world, self._known()
         listed = await host.list(names.installation_prefix(world.installation), timeout=LIST_TIMEOUT)
-        self._note_lost(name, listed, before)
+        await self._note_lost(name, host, before)
         seen = Listing(
             installation=world.installation,
             listed=listed,
@@ -152,9 +152,14 @@ class OrphanScan:
         busy = frozenset(world.claims.values()) | going
         return orphans.judge(replace(seen, contents=fresh.contents, snapshots=fresh.snapshots, busy=busy))
 
-    def _note_lost(self, name: str, listed: Sequence[str], known: Known) -> None:
-        """`known`: before it was listed. What was deleted since is missing, too; nobody asks for it any more."""
-        found = orphans.lost(known.contents, listed, lambda g: g.class_name == name and self._classes.serves(g))
+    async def _note_lost(self, name: str, host: DriverHost, known: Known) -> None:
+        """`known`: before the storage is asked. What was deleted since is missing, too; nobody asks for it any more."""
+        groups = [
+            (k.uid, g) for k in known.contents for g in k.ready if g.class_name == name and self._classes.serves(g)
+        ]
+        cuts = [g.result for _, g in groups if g.result is not None]
+        missing = await host.missing(cuts, timeout=LIST_TIMEOUT) if cuts else frozenset()
+        found = orphans.lost(groups, missing)
         last, self._world.lost[name] = self._world.lost.get(name, {}), found
         if changed := found.keys() ^ last.keys():
             log.warning("class %s: of %d VMSnapshots something is missing, or is there again", name, len(changed))

@@ -7,11 +7,12 @@ VMSnapshot (`plan.unbound`), nor how anything is listed or removed (`handlers.or
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from vmsnapshot_operator.core import names
 from vmsnapshot_operator.core.effects import RecordedGroup
+from vmsnapshot_operator.core.volumes import Handle
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,15 +88,15 @@ def judge(seen: Listing) -> Findings:
     return Findings(held=len(ours), orphans=tuple(o for o in found if o is not None))
 
 
-def lost(
-    contents: Iterable[Kept], listed: Collection[str], is_served: Callable[[RecordedGroup], bool]
-) -> dict[str, str]:
-    """Return, by the UID of its VMSnapshot, what should be on a storage and was not listed there.
-
-    `is_served`: whether a group lies where was listed; the class may have been changed since.
-    """
-    missing = ((k.uid, g.request.name) for k in contents for g in k.ready if is_served(g))
-    return {uid: name for uid, name in missing if name not in listed}
+def lost(groups: Iterable[tuple[str, RecordedGroup]], missing: Collection[Handle]) -> dict[str, str]:
+    """Return, by the UID of its VMSnapshot, the disks (by target) of whose cuts something is missing on a storage."""
+    found = {}
+    for uid, group in groups:
+        handles = group.result.handles if group.result is not None else {}
+        gone = [v.label for v in group.request.volumes if handles.get(v.id) in missing]
+        if gone:
+            found[uid] = ", ".join(gone)
+    return found
 
 
 def _ours(seen: Listing) -> list[str]:

@@ -153,7 +153,9 @@ class World:
     def lost_of(self, uid: str) -> str:
         """What a look at the storages did not find of a VMSnapshot that is Ready; empty if all was there."""
         return "; ".join(
-            f'class "{c}": {f[uid]} is not on its storage any more' for c, f in sorted(self.lost.items()) if uid in f
+            f'class "{c}": of disk {f[uid]} the storage does not hold what was cut any more'
+            for c, f in sorted(self.lost.items())
+            if uid in f
         )
 
     def claim(self, domain: str, uid: str) -> bool:

@@ -106,6 +106,9 @@ class Toy:
     def clone(self, cut, name):
         return {v: Layer(kind=SourceKind.FILE, source=f"/{name}", format="raw") for v in cut.handles}
 
+    def missing(self, cuts):
+        return [h for c in cuts for h in c.handles.values() if h.startswith("lost")]
+
     def keep(self, name):
         pass
 

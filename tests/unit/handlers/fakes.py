@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vmsnapshot_operator.core.driver import CutResult
 from vmsnapshot_operator.core.effects import RecordedGroup
 from vmsnapshot_operator.core.journal import Journal
 from vmsnapshot_operator.errors import ConflictError, DriverError, GuardianError, KubeUnavailableError, SnapshotError
@@ -96,6 +97,7 @@ class FakeHost:
     """A class's process: what storage holds; `hangs`: it answers only after so many seconds, `broken`: not at all."""
 
     held: set[str] = field(default_factory=set)
+    gone: set[str] = field(default_factory=set)
     hangs: float = 0.0
     broken: str = ""
     undeletable: set[str] = field(default_factory=set)
@@ -106,6 +108,10 @@ class FakeHost:
         self.lists.append(asyncio.get_running_loop().time())
         await self._answer(timeout)
         return tuple(sorted(n for n in self.held if n.startswith(prefix)))
+
+    async def missing(self, cuts: Sequence[CutResult], *, timeout: float) -> frozenset[str]:  # noqa: ASYNC109 - as the real one
+        await self._answer(timeout)
+        return frozenset(h for c in cuts for h in c.handles.values() if h in self.gone)
 
     async def delete(self, name: str, *, timeout: float) -> None:  # noqa: ASYNC109 - as the real one
         await self._answer(timeout)

@@ -126,11 +126,13 @@ async def test_what_is_missing_on_storage_is_told_and_so_is_its_return() -> None
     elsewhere = replace(group, class_name="files", parameters={"edited": "since"})
     kept = [Kept(name="c", uid=UID, ready=(of_files,)), Kept(name="d", uid="other", ready=(elsewhere,))]
     lab.known = Known(contents=tuple(kept), snapshots=frozenset({UID, "other"}))
+    lab.files.held = {group.request.name}
+    lab.files.gone = {"h-vdb"}
     async with lab.running():
         assert lab.lost == [{UID}]
-        assert lab.world.lost_of(UID) == f'class "files": {group.request.name} is not on its storage any more'
+        assert lab.world.lost_of(UID) == 'class "files": of disk vdb the storage does not hold what was cut any more'
         assert lab.world.lost_of("other") == ""
-        lab.files.held = {group.request.name}
+        lab.files.gone = set()
         await asyncio.sleep(2 * SCAN_EVERY)
         assert lab.lost == [{UID}, {UID}]
         assert lab.world.lost_of(UID) == ""
