@@ -1,0 +1,293 @@
+"""What a restore is refused for on real parts, before anything is touched; and what has to wait for each other."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from xml.etree import ElementTree as ET
+
+import libvirt
+import pytest
+
+from tests import proof
+from tests.integration.test_restores import finished, refused
+from tests.lab import Lab
+from tests.lab.definition import GuestDisk
+from tests.lab.guests import Guest
+from tests.stack import TENANT, Stack, conditions, until
+
+DISKS = {"vda": GuestDisk(kind="file"), "vdb": GuestDisk(kind="file"), "vdc": GuestDisk(kind="rbd")}
+COPIED = {"vda": GuestDisk(kind="file", pool="plain")}
+SNAPSHOTS, CONTENTS = "vmsnapshots.vmsnapshot.io", "vmsnapshotcontents.vmsnapshot.io"
+
+
+class Rig:
+    """A VM that boots nothing, and what is made of it; all of it is taken away at the end of a test."""
+
+    def __init__(self, stack: Stack, vm: Guest, fresh: Callable[[str], str]) -> None:
+        self.stack, self.vm, self.fresh = stack, vm, fresh
+        self.snapshots: list[str] = []
+        self.restores: list[str] = []
+
+    def snapshot(self, **spec: object) -> str:
+        """A VMSnapshot that is Ready."""
+        name = self.stack.snapshot(self.fresh("row"), self.vm.name, **spec)
+        self.snapshots.append(name)
+        self.stack.wait(name)
+        return name
+
+    def restore(self, snapshot: str, **spec: object) -> str:
+        """A VMRestore without a safety snapshot: the next thing that is done is the deed."""
+        if spec.get("mode", "InPlace") == "InPlace":
+            spec.setdefault("safetySnapshot", False)
+        self.restores.append(self.stack.restore(self.fresh("row"), snapshot, **spec))
+        return self.restores[-1]
+
+    def refused(self, snapshot: str, reason: str, **spec: object) -> str:
+        """The refusal's message."""
+        return refused(self.stack, self.restore(snapshot, **spec), reason)
+
+    def off(self) -> None:
+        if self.vm.domain().isActive():
+            self.vm.destroy()
+
+    @contextmanager
+    def redefined(self, change: Callable[[ET.Element], None]) -> Iterator[None]:
+        """The stored definition is another one meanwhile."""
+        before = self.vm.domain().XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE | libvirt.VIR_DOMAIN_XML_SECURE)
+        root = ET.fromstring(before)  # noqa: S314 - libvirt's own
+        change(root)
+        self.vm.connection().defineXML(ET.tostring(root, encoding="unicode"))
+        try:
+            yield
+        finally:
+            self.vm.connection().defineXML(before)
+
+    def clean(self) -> None:
+        for name in self.restores:
+            self.stack.delete_restore(name)
+        for name in self.snapshots:
+            self.stack.delete(name)
+
+
+@pytest.fixture
+def rig(lab: Lab, stack: Stack, fresh: Callable[[str], str]) -> Iterator[Rig]:
+    vm = lab.domain_stub("demo-rows", DISKS)
+    made = Rig(stack, vm, fresh)
+    yield made
+    made.clean()
+    vm.remove()
+
+
+def _disk(root: ET.Element, target: str) -> ET.Element:
+    return next(d for d in root.iter("disk") if d.find("target").get("dev") == target)  # type: ignore[union-attr]  # each has one
+
+
+# --- the VM's disks -------------------------------------------------------------------------------------------------------
+
+
+def test_disks_that_are_not_what_they_were(rig: Rig) -> None:
+    snapshot = rig.snapshot()
+    rig.off()
+    path = Path(rig.vm.disks["vdb"].path)
+    size = path.stat().st_size
+    os.truncate(path, size + (1 << 20))
+    try:
+        assert "resize it back" in rig.refused(snapshot, "DisksChanged")
+    finally:
+        os.truncate(path, size)
+
+    def unplug(root: ET.Element) -> None:
+        root.find("devices").remove(_disk(root, "vdb"))  # type: ignore[union-attr]  # there is one
+
+    with rig.redefined(unplug):
+        assert "no disk vdb any more" in rig.refused(snapshot, "DisksChanged")
+
+    def exchange(root: ET.Element) -> None:
+        _disk(root, "vdb").find("source").set("file", str(path.with_name("another.raw")))  # type: ignore[union-attr]  # has one
+
+    another = path.with_name("another.raw")
+    shutil.copyfile(path, another)
+    try:
+        with rig.redefined(exchange):
+            assert f"and was {path}" in rig.refused(snapshot, "DisksChanged")
+    finally:
+        another.unlink()
+
+
+def test_a_disk_that_is_plugged_elsewhere_and_another_one_beside_it_do_no_harm(rig: Rig, lab: Lab) -> None:
+    snapshot = rig.snapshot()
+    rig.off()
+    beside = lab.pool_path("reflink") / "beside.raw"
+    beside.write_bytes(b"mine" + bytes((1 << 20) - 4))
+    path = Path(rig.vm.disks["vdb"].path)
+    before = path.read_bytes()
+    with path.open("r+b") as disk:
+        disk.write(b"later")
+
+    def move(root: ET.Element) -> None:
+        moved = _disk(root, "vdb")
+        moved.find("target").set("dev", "vdy")  # type: ignore[union-attr]  # has one
+        more = ET.fromstring(ET.tostring(moved))  # noqa: S314 - ours
+        more.find("target").set("dev", "vdz")  # type: ignore[union-attr]  # has one
+        more.find("source").set("file", str(beside))  # type: ignore[union-attr]  # has one
+        for element in (moved, more):
+            for address in element.findall("address"):
+                element.remove(address)
+        root.find("devices").append(more)  # type: ignore[union-attr]  # there is one
+
+    try:
+        with rig.redefined(move):
+            rig.stack.wait_restore(rig.restore(snapshot))
+            targets = [d.find("target").get("dev") for d in ET.fromstring(rig.vm.domain().XMLDesc()).iter("disk")]  # type: ignore[union-attr]  # noqa: S314 - each has one; libvirt's own
+            assert {"vdy", "vdz"} <= set(targets), targets
+        assert path.read_bytes() == before
+        assert beside.read_bytes().startswith(b"mine")
+    finally:
+        beside.unlink()
+
+
+def test_a_vm_that_is_gone_and_one_that_runs(rig: Rig, lab: Lab) -> None:
+    snapshot = rig.snapshot()
+    assert "runningVM" in rig.refused(snapshot, "VMRunning", runningVM="Refuse")
+    rig.off()
+    before = rig.vm.domain().XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE | libvirt.VIR_DOMAIN_XML_SECURE)
+    rig.vm.domain().undefine()
+    try:
+        rig.refused(snapshot, "DomainNotFound")
+        new = rig.fresh("demo-again")
+        rig.stack.wait_restore(rig.restore(snapshot, mode="NewVM", newVM={"name": new}))
+        proof.remove_vm(lab, new)
+    finally:
+        rig.vm.connection().defineXML(before)
+
+
+# --- the snapshot ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_snapshot_that_is_not_one_to_go_back_to(rig: Rig, lab: Lab) -> None:
+    stack = rig.stack
+    missing = stack.snapshot(rig.fresh("row"), "no-such-vm")
+    rig.snapshots.append(missing)
+    stack.wait(missing, "Stalled")
+    rig.refused(missing, "SnapshotNotReady")
+
+    snapshot = rig.snapshot()
+    lab.kubectl("create", "namespace", "team-z")
+    try:
+        name = stack.restore(rig.fresh("row"), snapshot, namespace="team-z")
+        found = conditions(stack.wait_restore(name, "Stalled", namespace="team-z"))["Stalled"]
+        assert found["reason"] == "SnapshotNotFound"
+        assert "of its own namespace only" in found["message"]
+        stack.delete_restore(name, namespace="team-z")
+    finally:
+        lab.kubectl("delete", "namespace", "team-z", "--wait=false")
+
+    _finalizers(lab, snapshot, add="example.com/hold")
+    stack.delete(snapshot, wait=False)
+    rig.refused(snapshot, "SnapshotDeleting")
+    _finalizers(lab, snapshot, remove="example.com/hold")
+
+
+def _finalizers(lab: Lab, name: str, *, add: str = "", remove: str = "") -> None:
+    there = json.loads(lab.kubectl("-n", TENANT, "get", SNAPSHOTS, name, "-o", "json"))["metadata"].get(
+        "finalizers", []
+    )
+    wanted = [f for f in there if f != remove] + ([add] if add else [])
+    patch = json.dumps({"metadata": {"finalizers": wanted}})
+    lab.kubectl("-n", TENANT, "patch", SNAPSHOTS, name, "--type=merge", "-p", patch)
+
+
+def test_a_member_that_is_lost_on_the_storage_makes_it_degraded(rig: Rig) -> None:
+    snapshot = rig.snapshot()
+    content = rig.stack.content(snapshot)
+    assert content is not None
+    files = [v for v in content["spec"]["volumes"] if v["handle"].startswith("/")]
+    assert len(files) == 2
+    Path(files[0]["handle"]).unlink()
+    rig.stack.programs["operator"].stop()
+    rig.stack.start_operator()  # it looks at once, and then every ten minutes
+    found = conditions(rig.stack.wait(snapshot, "Degraded"))["Degraded"]
+    assert found["reason"] == "SnapshotLost"
+    assert f"disk {files[0]['target']} " in found["message"]
+    rig.off()
+    assert files[0]["target"] in rig.refused(snapshot, "SnapshotDegraded")
+
+
+def test_handles_of_a_later_driver_are_not_guessed_at(rig: Rig, lab: Lab) -> None:
+    snapshot = rig.snapshot()
+    content = rig.stack.content(snapshot)
+    assert content is not None
+    groups = content["spec"]["groups"]
+    groups[0]["capabilities"]["handleFormat"] = 99
+    patch = json.dumps({"spec": {"groups": groups}})
+    lab.kubectl("patch", CONTENTS, content["metadata"]["name"], "--type=merge", "-p", patch)
+    rig.off()
+    assert "99" in rig.refused(snapshot, "DriverTooOld")
+    new = rig.fresh("demo-never")
+    assert "99" in rig.refused(snapshot, "DriverTooOld", mode="NewVM", newVM={"name": new})
+
+
+# --- room -----------------------------------------------------------------------------------------------------------------
+
+
+def test_without_room_for_a_copy_nothing_is_left(lab: Lab, stack: Stack, fresh: Callable[[str], str]) -> None:
+    vm = lab.domain_stub("demo-copied", COPIED)
+    rig = Rig(stack, vm, fresh)
+    filler = lab.pool_path("plain") / "filler"
+    try:
+        rig.off()
+        disk = Path(vm.disks["vda"].path)
+        with disk.open("r+b") as file:
+            file.write(os.urandom(8 << 20))
+        snapshot = rig.snapshot()
+        free = shutil.disk_usage(filler.parent).free
+        with filler.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, max(1, free - (4 << 20)))
+        before = proof.files(lab)
+        said = rig.refused(snapshot, "", mode="NewVM", newVM={"name": fresh("demo-full")})
+        assert "free" in said or "space" in said, said
+        assert proof.files(lab) == before
+        held = disk.read_bytes()
+        said = rig.refused(snapshot, "")
+        assert "free" in said or "space" in said, said
+        assert disk.read_bytes() == held
+    finally:
+        filler.unlink(missing_ok=True)
+        rig.clean()
+        vm.remove()
+
+
+# --- at the same time -----------------------------------------------------------------------------------------------------
+
+
+def test_two_restores_and_a_snapshot_of_one_vm_come_one_after_the_other(rig: Rig) -> None:
+    first, second = rig.snapshot(), rig.snapshot()
+    rig.off()
+    names = [rig.restore(first), rig.restore(second)]
+    meanwhile = rig.stack.snapshot(rig.fresh("row"), rig.vm.name)
+    rig.snapshots.append(meanwhile)
+    for name in names:
+        rig.stack.wait_restore(name)
+    rig.stack.wait(meanwhile)
+    assert all(finished(rig.stack, n) for n in names)
+    assert not [x for x in proof.leftovers(rig.stack.lab) if "metadata" in x]
+
+
+def test_a_snapshot_that_a_restore_uses_is_deleted_after_it(rig: Rig) -> None:
+    """The restore cannot go on while its storage class has no driver; the snapshot waits and says for whom."""
+    snapshot = rig.snapshot()
+    name = rig.restore(snapshot, runningVM="Stop", safetySnapshot=True)
+    until(
+        "the restore is at it", lambda: bool((rig.stack.get_restore(name) or {}).get("metadata", {}).get("finalizers"))
+    )
+    rig.stack.delete(snapshot, wait=False)
+    rig.stack.wait_restore(name)
+    until("the snapshot is gone", lambda: rig.stack.get(snapshot) is None)
+    for body in rig.stack.all(SNAPSHOTS):
+        if body["metadata"].get("labels", {}).get("vmsnapshot.io/safety-of") == name:
+            rig.snapshots.append(body["metadata"]["name"])
