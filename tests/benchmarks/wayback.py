@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import libvirt
@@ -13,11 +17,14 @@ import rbd
 from tests import proof
 from tests.benchmarks.result import Result
 from tests.lab import Lab
+from tests.lab.definition import GuestDisk
 from tests.lab.guests import Guest
 from tests.lab.run import run
 from tests.stack import Stack, until
 
 OVERLAY_GOAL = 0.85
+COPY_GOAL = 1.1
+BIG_MIB = 4096
 
 
 def overlay(stack: Stack, pairs: int) -> Iterator[Result]:
@@ -191,4 +198,117 @@ def _copy(pool: libvirt.virStoragePool, source: libvirt.virStorageVol, name: str
     return pool.createXMLFrom(xml, source, libvirt.VIR_STORAGE_VOL_CREATE_REFLINK)
 
 
-ALL: dict[str, Callable[[Stack, int], Iterator[Result]]] = {"overlay": overlay, "restore": restore}
+def writer(stack: Stack, pairs: int) -> Iterator[Result]:
+    """What the guest's writer sees from apply to Ready, and back on its own disks, against an undisturbed run of the same length."""
+    guest = stack.lab.guest("demo")
+    for name, spec in (("writer", {"method": "GuestAgent"}), ("writer-overlay", {"method": "HypervisorSnapshot"})):
+        ours, against, lost, seconds = [], [], [], []
+        for number in range(max(3, pairs // 3)):
+            first, begun = guest.records(), time.monotonic()
+            taken = stack.snapshot(f"bench-{name}-{number}", quiesce=spec)
+            stack.wait(taken)
+            until("the VM is on its own disks", lambda: not _on_overlays(stack.lab, guest))
+            seconds.append(time.monotonic() - begun)
+            busy = _Rounds.read(guest, first)
+            stack.delete(taken)
+            first = guest.records()
+            time.sleep(seconds[-1])
+            calm = _Rounds.read(guest, first)
+            ours.append(busy.longest)
+            against.append(calm.longest)
+            lost.append(100 * (1 - busy.per_second / calm.per_second))
+        yield Result(
+            name=name,
+            unit="ms longest stall",
+            ours=ours,
+            against=against,
+            ours_is=f"while a snapshot is taken by {spec['method']}",
+            against_is="undisturbed, for the same time",
+            details={
+                "lost throughput meanwhile (median %)": round(statistics.median(lost), 1),
+                "from apply to Ready, on its own disks (median s)": round(statistics.median(seconds), 2),
+            },
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Rounds:
+    """The writer's rounds between two moments: milliseconds of the longest one, and how many in a second."""
+
+    longest: float
+    per_second: float
+
+    @classmethod
+    def read(cls, guest: Guest, first: int) -> _Rounds:
+        """Read the records from this one on, each with the time at which its round began, as the guest's clock says."""
+        last = guest.records()
+        skip = first % _SLOTS
+        count = min(last - first, _SLOTS - skip)  # no further than to the end of the ring
+        script = f"dd if=/mnt/vda/log bs=64 skip={skip} count={count} 2>/dev/null | cut -c20-48"
+        times = [float(line) for line in guest.control(["sh", "-c", script]).split()]
+        gaps = [b - a for a, b in itertools.pairwise(times)]
+        return cls(longest=max(gaps) * 1000, per_second=len(gaps) / (times[-1] - times[0]))
+
+
+_SLOTS = 131_072
+"""Records in the ring that the guest's writer fills (writer.c)."""
+
+
+def copy(stack: Stack, pairs: int) -> Result:
+    """How long a guest is frozen for a driver that copies, with 4 GiB of data against 64 MiB."""
+    big = stack.lab.guest("demo-big", {"vda": GuestDisk(kind="file", pool="plain", size_mib=BIG_MIB)}, memory_mib=96)
+    small = stack.lab.guest("demo-small", {"vda": GuestDisk(kind="file", pool="plain", size_mib=64)}, memory_mib=96)
+    frozen: dict[str, list[float]] = {"demo-big": [], "demo-small": []}
+    whole: dict[str, list[float]] = {"demo-big": [], "demo-small": []}
+    try:
+        _fill(big)
+        for number in range(max(5, pairs // 3) + 1):  # the first pair warms caches and is not counted
+            for guest in (big, small):
+                begun = time.monotonic()
+                name = stack.snapshot(f"bench-copy-{number}-{guest.name}", guest.name, readyDeadlineSeconds=3600)
+                body = stack.wait(name, timeout=600)
+                if number:
+                    frozen[guest.name].append(float(body["status"]["quiesce"]["frozenMilliseconds"]))
+                    whole[guest.name].append(time.monotonic() - begun)
+                stack.delete(name)
+    finally:
+        big.remove()
+        small.remove()
+    return Result(
+        name="copy",
+        unit="ms frozen",
+        ours=frozen["demo-big"],
+        against=frozen["demo-small"],
+        ours_is=f"{BIG_MIB >> 10} GiB to copy",
+        against_is="64 MiB to copy",
+        goal=f"median ratio at most {COPY_GOAL}",
+        details={f"{n}: from apply to Ready (median s)": round(statistics.median(v), 1) for n, v in whole.items()},
+    ).judged(COPY_GOAL)
+
+
+def _fill(guest: Guest) -> None:
+    """Fill the guest's disk with data that is not sparse."""
+    guest.shutdown()
+    folder = Path(guest.disks["vda"].path).with_suffix(".mnt")
+    folder.mkdir()
+    try:
+        run("mount", "-o", "loop", guest.disks["vda"].path, folder)
+        try:
+            chunk = os.urandom(1 << 20)
+            room = shutil.disk_usage(folder).free - (64 << 20)
+            with (folder / "filler").open("wb") as file:
+                for _ in range(room >> 20):
+                    file.write(chunk)
+        finally:
+            run("umount", folder, timeout=300)
+    finally:
+        folder.rmdir()
+    guest.up()
+
+
+ALL: dict[str, Callable[[Stack, int], Result | Iterator[Result]]] = {
+    "overlay": overlay,
+    "restore": restore,
+    "writer": writer,
+    "copy": copy,
+}

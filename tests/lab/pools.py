@@ -6,7 +6,8 @@ from pathlib import Path
 
 from tests.lab.run import run
 
-_MAKE = {"reflink": ("6G", "mkfs.xfs", "-q", "-m", "reflink=1"), "plain": ("1G", "mkfs.ext4", "-q", "-F")}
+_MAKE = {"reflink": (6, "mkfs.xfs", "-q", "-m", "reflink=1"), "plain": (12, "mkfs.ext4", "-q", "-F")}
+"""By pool: its size in GiB, of a sparse file, and what makes the file system."""
 NAMES = tuple(_MAKE)
 
 
@@ -22,9 +23,9 @@ def mount(state: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if folder.is_mount():
             continue
-        if not image.exists():
+        if not image.exists() or image.stat().st_size < size << 30:
             unfinished = image.with_suffix(".new")
-            run("truncate", "-s", size, unfinished)
+            run("truncate", "-s", f"{size}G", unfinished)
             run(*make, unfinished)
             unfinished.rename(image)
         run("mount", "-o", "loop,noatime", image, folder)
