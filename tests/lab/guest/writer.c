@@ -4,11 +4,11 @@
  * (n - 1) % SLOTS, so the disks do not fill.
  *
  * usage: writer MICROSECONDS_BETWEEN_ROUNDS FILE...
- * SIGUSR1 holds it between two rounds (then /run/writer.held is there), SIGUSR2 lets it go on.
+ * While /run/writer.hold is there it is held between two rounds; /run/writer.held says that it is. No signals: two that are pending
+ * at once are handled in the wrong order, and a writer that waits for its disk gets them so.
  * /run/writer.count is the number of the last record that all disks hold. */
 #define _GNU_SOURCE
 #include <fcntl.h>
-#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -16,10 +16,7 @@
 #include <unistd.h>
 
 enum { RECORD = 64, SLOTS = 131072, MOST = 16 };
-static const char *const HELD = "/run/writer.held", *const COUNT = "/run/writer.count";
-static volatile sig_atomic_t held = 0;
-
-static void on_signal(int number) { held = (number == SIGUSR1); }
+static const char *const HOLD = "/run/writer.hold", *const HELD = "/run/writer.held", *const COUNT = "/run/writer.count";
 
 static int put(int fd, unsigned long n, int disk, const char *word) {
   char line[RECORD + 64];
@@ -41,8 +38,10 @@ static unsigned long last(int fd) {
 }
 
 static void hold(void) {
-  close(open(HELD, O_CREAT | O_WRONLY, 0644));
-  while (held) usleep(2000);
+  while (access(HOLD, F_OK) == 0) {
+    close(open(HELD, O_CREAT | O_WRONLY, 0644)); /* again: who holds it takes away what an earlier one left */
+    usleep(2000);
+  }
   unlink(HELD);
 }
 
@@ -51,8 +50,6 @@ int main(int count, char **words) {
   unsigned long have[MOST], n = 0;
   if (files < 1 || files > MOST) return 1;
   int pause_us = atoi(words[1]);
-  signal(SIGUSR1, on_signal);
-  signal(SIGUSR2, on_signal);
   for (int i = 0; i < files; i++) {
     fds[i] = open(words[i + 2], O_RDWR | O_CREAT, 0644);
     if (fds[i] < 0) { perror(words[i + 2]); return 1; }
@@ -66,7 +63,7 @@ int main(int count, char **words) {
   }
   int counter = open(COUNT, O_CREAT | O_WRONLY, 0644);
   for (;;) {
-    if (held) hold();
+    if (access(HOLD, F_OK) == 0) hold();
     n++;
     struct timespec now;
     clock_gettime(CLOCK_REALTIME, &now);
