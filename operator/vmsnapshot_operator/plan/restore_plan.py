@@ -101,7 +101,7 @@ def onto(volumes: Sequence[PlannedVolume], disks: Sequence[Disk]) -> Mapping[str
         elif [layer.source for layer in disk.layers[1:]] != [layer.source for layer in volume.backing]:
             problems.append(f"disk {planned.target} lies on other layers than when it was snapshotted")
         else:
-            found[planned.target] = replace(volume, writable=disk.layers[0])
+            found[planned.target] = replace(volume, label=disk.target, writable=disk.layers[0])
     if problems:
         return Refusal(reason="DisksChanged", message=f"{'; '.join(problems)}; or use mode NewVM")
     return found

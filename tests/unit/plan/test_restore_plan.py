@@ -157,6 +157,7 @@ def test_disks_that_were_added_or_plugged_elsewhere_do_no_harm() -> None:
     found = restore_plan.onto(VOLUMES, [*disks(vdb=moved), _elsewhere("vdd")])
     assert not isinstance(found, Refusal)
     assert {t: v.id for t, v in found.items()} == {v.target: v.volume.id for v in VOLUMES}
+    assert found["vdb"].label == "vdz", "the gate is closed for the target that it has now"
 
 
 # --- the drivers ----------------------------------------------------------------------------------------------------------
