@@ -130,7 +130,6 @@ class OrphanScan:
         """List, and compare with what was known before and is known after: what comes or goes meanwhile is no orphan."""
         world, before = self._world, self._known()
         listed = await host.list(names.installation_prefix(world.installation), timeout=LIST_TIMEOUT)
-        await self._note_lost(name, host, before)
         seen = Listing(
             installation=world.installation,
             listed=listed,
@@ -141,11 +140,13 @@ class OrphanScan:
         )
         if not orphans.unexplained(seen):
             self._vanished.pop(name, None)
+            await self._note_lost(name, host, before)
             return orphans.judge(seen)
         fresh = Known(
             contents=tuple([contents.kept(body, world.installation) async for body in world.cluster.contents()]),
             snapshots=await world.cluster.snapshot_uids(),
         )
+        await self._note_lost(name, host, fresh)
         gone = before.uids - fresh.uids
         # A watch that fell silent must not hide for ever what is gone: one scan's grace is enough for a deletion.
         going, self._vanished[name] = gone - self._vanished.get(name, frozenset()), gone

@@ -126,7 +126,6 @@ async def test_what_is_missing_on_storage_is_told_and_so_is_its_return() -> None
     elsewhere = replace(group, class_name="files", parameters={"edited": "since"})
     kept = [Kept(name="c", uid=UID, ready=(of_files,)), Kept(name="d", uid="other", ready=(elsewhere,))]
     lab.known = Known(contents=tuple(kept), snapshots=frozenset({UID, "other"}))
-    lab.files.held = {group.request.name}
     lab.files.gone = {"h-vdb"}
     async with lab.running():
         assert lab.lost == [{UID}]
@@ -136,6 +135,18 @@ async def test_what_is_missing_on_storage_is_told_and_so_is_its_return() -> None
         await asyncio.sleep(2 * SCAN_EVERY)
         assert lab.lost == [{UID}, {UID}]
         assert lab.world.lost_of(UID) == ""
+
+
+async def test_what_is_missing_is_found_at_once_though_the_watch_does_not_know_it_yet() -> None:
+    lab = Lab()
+    record = replace(records.example(), ready=True, ready_time=records.REQUEST.created)
+    body = contents.to_body(record, records.REQUEST, records.INSTALLATION)
+    lab.cluster.contents_by_name[record.name] = body
+    fast = record.groups["fast"]
+    lab.classes.by_name = {"fast": lab.files}
+    lab.files.held, lab.files.gone = {fast.request.name}, {"h-vda"}
+    async with lab.running():
+        assert "disk vda" in lab.world.lost_of(UID)
 
 
 async def test_what_goes_meanwhile_is_no_orphan_and_what_stays_is_one() -> None:
