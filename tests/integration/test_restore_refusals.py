@@ -279,16 +279,33 @@ def test_two_restores_and_a_snapshot_of_one_vm_come_one_after_the_other(rig: Rig
     assert not [x for x in proof.leftovers(rig.stack.lab) if "metadata" in x]
 
 
-def test_a_snapshot_that_a_restore_uses_is_deleted_after_it(rig: Rig) -> None:
-    """The restore cannot go on while its storage class has no driver; the snapshot waits and says for whom."""
-    snapshot = rig.snapshot()
-    name = rig.restore(snapshot, runningVM="Stop", safetySnapshot=True)
-    until(
-        "the restore is at it", lambda: bool((rig.stack.get_restore(name) or {}).get("metadata", {}).get("finalizers"))
-    )
-    rig.stack.delete(snapshot, wait=False)
-    rig.stack.wait_restore(name)
-    until("the snapshot is gone", lambda: rig.stack.get(snapshot) is None)
-    for body in rig.stack.all(SNAPSHOTS):
-        if body["metadata"].get("labels", {}).get("vmsnapshot.io/safety-of") == name:
-            rig.snapshots.append(body["metadata"]["name"])
+def test_a_snapshot_that_a_restore_uses_is_deleted_after_it(
+    lab: Lab, stack: Stack, fresh: Callable[[str], str]
+) -> None:
+    """The restore waits for a guest that does not hear it; the snapshot waits for the restore, and says so."""
+    vm = lab.guest("demo-deaf", {"vda": GuestDisk(kind="file")}, writer=False, memory_mib=96)
+    rig = Rig(stack, vm, fresh)
+    try:
+        snapshot = rig.snapshot()
+        vm.hang_agent()
+        try:
+            name = rig.restore(snapshot, runningVM="Stop")
+            until("the restore is at it", lambda: _has_finalizer(stack, name))
+            stack.delete(snapshot, wait=False)
+
+            def is_told() -> bool:
+                found = conditions(stack.get(snapshot) or {})
+                return any(c.get("reason") == "InUseByRestore" and name in c["message"] for c in found.values())
+
+            until("the snapshot says for whom it waits", is_told)
+        finally:
+            vm.hang_agent(hang=False)
+        assert "being deleted" in refused(stack, name, "SnapshotDeleting")
+        until("the snapshot is gone", lambda: stack.get(snapshot) is None)
+    finally:
+        rig.clean()
+        vm.remove()
+
+
+def _has_finalizer(stack: Stack, name: str) -> bool:
+    return bool((stack.get_restore(name) or {}).get("metadata", {}).get("finalizers"))

@@ -302,6 +302,17 @@ def test_a_content_that_is_lost_is_said_and_nothing_is_taken_again() -> None:
     assert next_effect.decide(deleted, b.CREATED, installation=b.INSTALLATION).effect == e.RollBack(held)
 
 
+def test_a_snapshot_that_a_restore_uses_is_not_deleted_under_it() -> None:
+    done = World()
+    done.settle_down()
+    seen = replace(done.gather(), deleting=True, restored_by="back")
+    decision = next_effect.decide(seen, b.CREATED, installation=b.INSTALLATION)
+    assert isinstance(decision.effect, e.Wait)
+    assert [c.message for c in decision.conditions if c.reason == "InUseByRestore" and "back" in c.message]
+    free = next_effect.decide(replace(seen, restored_by=""), b.CREATED, installation=b.INSTALLATION)
+    assert isinstance(free.effect, e.RollBack)
+
+
 def test_nothing_begins_without_the_lease_a_guardian_or_a_free_vm() -> None:
     seen = World().gather()
     for change in ({"leader": False}, {"in_use_by": "another snapshot"}):
