@@ -305,7 +305,8 @@ def test_a_content_that_is_lost_is_said_and_nothing_is_taken_again() -> None:
 def test_a_snapshot_that_a_restore_uses_is_not_deleted_under_it() -> None:
     done = World()
     done.settle_down()
-    seen = replace(done.gather(), deleting=True, restored_by="back")
+    held = {"files": frozenset({"n"})}
+    seen = replace(done.gather(), deleting=True, restored_by="back", held=held)
     decision = next_effect.decide(seen, b.CREATED, installation=b.INSTALLATION)
     assert isinstance(decision.effect, e.Wait)
     assert [c.message for c in decision.conditions if c.reason == "InUseByRestore" and "back" in c.message]
