@@ -39,8 +39,8 @@ class Journal:
     """Who holds a VM still, how, and for how long at most (`budget`, seconds from the moment a guardian first sees it).
 
     `overlays`: the path of the overlay of each volume (by its id) that has one or is about to get one; `bases`: what betrays a
-    change of the base since the switch; `pivoted`: volumes whose overlay was seen to be committed and left; `run_id`: libvirt's
-    id of the run of the VM that was switched.
+    change of the base since the switch; `begun`: volumes whose commit may have begun, so that their bases change by it; `pivoted`:
+    those whose overlay was seen to be committed and left; `run_id`: libvirt's id of the run of the VM that was switched.
     """
 
     installation: str
@@ -52,6 +52,7 @@ class Journal:
     members: tuple[str, ...] = ()
     overlays: Mapping[str, str] = field(default_factory=dict)
     bases: Mapping[str, str] = field(default_factory=dict)
+    begun: tuple[str, ...] = ()
     pivoted: tuple[str, ...] = ()
     run_id: int = -1
     phase: Phase = Phase.HOLDING
@@ -81,7 +82,8 @@ def to_xml(journal: Journal) -> str:
     if journal.overlays:
         # A program that does not know the phases takes the VM for held, and thaws what is not frozen: that does no harm.
         element.set("phase", journal.phase)
-        body |= {"bases": dict(journal.bases), "pivoted": list(journal.pivoted), "run": journal.run_id}
+        body |= {"bases": dict(journal.bases), "begun": list(journal.begun), "pivoted": list(journal.pivoted)}
+        body["run"] = journal.run_id
     element.text = json.dumps(body, sort_keys=True)
     return ET.tostring(element, encoding="unicode")
 
@@ -103,6 +105,7 @@ def from_xml(text: str) -> Journal:
             members=tuple(str(m) for m in body.get("members", ())),
             overlays={str(k): str(v) for k, v in body.get("overlays", {}).items()},
             bases={str(k): str(v) for k, v in body.get("bases", {}).items()},
+            begun=tuple(str(v) for v in body.get("begun", ())),
             pivoted=tuple(str(v) for v in body.get("pivoted", ())),
             run_id=int(body.get("run", -1)),
             phase=Phase(element.attrib.get("phase", Phase.HOLDING)),

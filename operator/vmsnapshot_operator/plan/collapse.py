@@ -79,7 +79,7 @@ def _left(journal: Journal, seen: Overlaid, chains: Chains, rule: _Rule, volume:
         return rule(Move.REMOVE, "it was committed")
     if volume in seen.pristine:
         return rule(Move.REMOVE, "nobody wrote to it")
-    if journal.phase is Phase.COLLAPSING and _same_run(journal, chains):
+    if volume in journal.begun and _same_run(journal, chains):
         return rule(Move.REMOVE, "it was committed, and the VM went on without it")
     return rule(
         Move.KEEP,
@@ -89,7 +89,7 @@ def _left(journal: Journal, seen: Overlaid, chains: Chains, rule: _Rule, volume:
 
 def _on_it(journal: Journal, seen: Overlaid, chains: Chains, rule: _Rule, volume: str, disk: DiskChain) -> Ruling:
     """The running VM writes to the overlay."""
-    if journal.phase is not Phase.COLLAPSING:
+    if volume not in journal.begun:  # whatever became of the other disks
         then, now = journal.bases.get(volume, ""), seen.fingerprints.get(volume, "")
         if then and not now:
             return rule(Move.WAIT, "whether its base has changed cannot be seen", disk.target)

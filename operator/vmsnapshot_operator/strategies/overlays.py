@@ -89,9 +89,10 @@ async def collapse(
         if not plans.actionable(rulings):
             return rulings
         moves = {m: [r for r in rulings if r.move is m] for m in Move}
-        if moves[Move.COMMIT] and journal.phase is not Phase.COLLAPSING:
+        if fresh := [r.volume for r in moves[Move.COMMIT] if r.volume not in journal.begun]:
             async with step(Step.COLLAPSE_BEGIN, uid):
-                journal = await _note(client, ref, replace(journal, phase=Phase.COLLAPSING))
+                begun = replace(journal, phase=Phase.COLLAPSING, begun=(*journal.begun, *fresh))
+                journal = await _note(client, ref, begun)
         for ruling in moves[Move.COMMIT]:
             async with step(Step.COLLAPSE_COMMIT, uid, ruling.target):
                 await overlays.commit(ruling.target, ruling.overlay, bandwidth)

@@ -25,6 +25,7 @@ JOURNAL = Journal(
     run_id=7,
     phase=Phase.OVERLAID,
 )
+BEGUN = replace(JOURNAL, phase=Phase.COLLAPSING, begun=("v",))
 ON = ("/overlays/v", "/base")
 OFF = ("/base",)
 
@@ -55,14 +56,17 @@ def move(journal: Journal, found: Overlaid) -> Move:
 )
 def test_a_running_vm_on_its_overlay(job: BlockJob | None, expected: Move) -> None:
     assert move(JOURNAL, seen(job=job)) is expected
-    assert move(replace(JOURNAL, phase=Phase.COLLAPSING), seen(job=job)) is expected
+    assert move(BEGUN, seen(job=job)) is expected
 
 
 def test_a_base_that_changed_is_never_committed_onto() -> None:
     assert move(JOURNAL, replace(seen(), fingerprints={"v": "now"})) is Move.KEEP
     assert move(JOURNAL, replace(seen(), fingerprints={})) is Move.WAIT, "it cannot be seen now"
-    collapsing = replace(JOURNAL, phase=Phase.COLLAPSING)
-    assert move(collapsing, replace(seen(), fingerprints={"v": "now"})) is Move.COMMIT, "we changed it ourselves"
+    assert move(BEGUN, replace(seen(), fingerprints={"v": "now"})) is Move.COMMIT, "we changed it ourselves"
+    another = replace(JOURNAL, phase=Phase.COLLAPSING, begun=("w",))
+    assert move(another, replace(seen(), fingerprints={"v": "now"})) is Move.KEEP, (
+        "the commit of another disk is no excuse"
+    )
 
 
 def test_a_switch_whose_bases_were_not_noted() -> None:
@@ -83,8 +87,9 @@ def test_somebody_elses_layer_on_top() -> None:
 def test_an_overlay_that_was_left() -> None:
     assert move(JOURNAL, seen(OFF)) is Move.KEEP, "it holds writes, and nobody committed it"
     assert move(replace(JOURNAL, pivoted=("v",), phase=Phase.COLLAPSING), seen(OFF, run=9)) is Move.REMOVE
-    assert move(replace(JOURNAL, phase=Phase.COLLAPSING), seen(OFF)) is Move.REMOVE, "the same run left it by a pivot"
-    assert move(replace(JOURNAL, phase=Phase.COLLAPSING), seen(OFF, run=9)) is Move.KEEP
+    assert move(BEGUN, seen(OFF)) is Move.REMOVE, "the same run left it by a pivot"
+    assert move(BEGUN, seen(OFF, run=9)) is Move.KEEP
+    assert move(replace(BEGUN, begun=("w",)), seen(OFF)) is Move.KEEP, "it was another disk that was committed"
     assert move(JOURNAL, replace(seen(OFF), pristine=frozenset({"v"}))) is Move.REMOVE
     assert move(JOURNAL, replace(seen(OFF), missing=frozenset({"v"}))) is Move.GONE
 
@@ -115,24 +120,25 @@ CHAINS = st.sampled_from([ON, OFF, ("/other", *ON), ("/elsewhere",)])
     st.integers(7, 8),
     st.sampled_from(["", "then", "now"]),
     st.booleans(),
+    st.sampled_from([(), ("w",), ("v",), ("v", "w")]),
 )
 def test_an_overlay_with_writes_is_removed_only_after_a_proven_commit(
-    phase: Phase, chain: tuple[str, ...], power: PowerState, run: int, now: str, noted: bool
+    phase: Phase, chain: tuple[str, ...], power: PowerState, run: int, now: str, noted: bool, begun: tuple[str, ...]
 ) -> None:
-    journal = replace(JOURNAL, phase=phase, pivoted=("v",) if noted else ())
+    journal = replace(JOURNAL, phase=phase, pivoted=("v",) if noted else (), begun=begun)
     found = replace(seen(chain, power=power, run=run), fingerprints={"v": now} if now else {})
     made = move(journal, found)
     if made is Move.REMOVE:
         assert found.chains is not None
         assert found.chains.with_image(ON[0]) is None
-        assert noted or (phase is Phase.COLLAPSING and run == 7 and power is PowerState.RUNNING)
+        assert noted or ("v" in begun and run == 7 and power is PowerState.RUNNING)
     if made is Move.COMMIT:
         assert chain == ON
         assert power is PowerState.RUNNING
-        assert phase is Phase.COLLAPSING or now == "then"
+        assert "v" in begun or now == "then"
 
 
 @given(PHASES, st.booleans(), st.integers(-1, 99))
 def test_the_journal_says_it_again(phase: Phase, pivoted: bool, run: int) -> None:
-    journal = replace(JOURNAL, phase=phase, pivoted=("v",) if pivoted else (), run_id=run)
+    journal = replace(JOURNAL, phase=phase, begun=("v", "w"), pivoted=("v",) if pivoted else (), run_id=run)
     assert from_xml(to_xml(journal)) == journal

@@ -186,7 +186,7 @@ class World:
         for ruling in seen.overlays:
             if ruling.move in (collapse.Move.COMMIT, collapse.Move.PIVOT):
                 self.step()
-                self.journal = replace(self.journal, phase=Phase.COLLAPSING)
+                self.journal = replace(self.journal, phase=Phase.COLLAPSING, begun=("volume",))
                 self.step()
                 self.overlay = "committing"
                 self.base = "committed onto"
