@@ -261,6 +261,7 @@ async def test_a_vm_that_goes_on_without_its_overlays_loses_none(
 ) -> None:
     ref, told = switched
     text = guest.domain().XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE | libvirt.VIR_DOMAIN_XML_SECURE)
+    guest.control(["sh", "-c", "echo precious > /mnt/vda/precious && sync"])
     guest.destroy()
     overlay = told.overlays[str(volume_id(file_layer(guest.disks["vda"].path)))]
     guest.domain().connect().defineXML(
