@@ -245,10 +245,7 @@ def test_without_room_for_a_copy_nothing_is_left(lab: Lab, stack: Stack, fresh: 
         with disk.open("r+b") as file:
             file.write(os.urandom(8 << 20))
         snapshot = rig.snapshot()
-        stat = os.statvfs(filler.parent)
-        free = stat.f_bfree * stat.f_frsize  # root may use what is reserved
-        with filler.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, max(1, free - (4 << 20)))
+        _fill(filler, leave=4 << 20)
         before = proof.files(lab)
         said = rig.refused(snapshot, "", mode="NewVM", newVM={"name": fresh("demo-full")})
         assert "free" in said or "space" in said, said
@@ -261,6 +258,14 @@ def test_without_room_for_a_copy_nothing_is_left(lab: Lab, stack: Stack, fresh: 
         filler.unlink(missing_ok=True)
         rig.clean()
         vm.remove()
+
+
+def _fill(path: Path, leave: int) -> None:
+    """Take the room of a file system, also what is reserved for root, but for so many bytes."""
+    with path.open("wb") as file:
+        for step in (256 << 20, 16 << 20, 1 << 20):
+            while (stat := os.fstatvfs(file.fileno())).f_bfree * stat.f_frsize > leave + 2 * step:
+                os.posix_fallocate(file.fileno(), os.fstat(file.fileno()).st_size, step)
 
 
 # --- at the same time -----------------------------------------------------------------------------------------------------

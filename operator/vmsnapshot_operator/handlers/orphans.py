@@ -138,7 +138,8 @@ class OrphanScan:
             busy=frozenset(world.claims.values()),
             journals=dict(self._proven()),
         )
-        if not orphans.unexplained(seen):
+        # At first, too: right after the start the watches may know of snapshots, and of their contents not yet.
+        if name in world.lost and not orphans.unexplained(seen):
             self._vanished.pop(name, None)
             await self._note_lost(name, host, before)
             return orphans.judge(seen)
