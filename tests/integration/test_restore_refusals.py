@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -264,8 +265,9 @@ def _fill(path: Path, leave: int) -> None:
     """Take the room of a file system, also what is reserved for root, but for so many bytes."""
     with path.open("wb") as file:
         for step in (256 << 20, 16 << 20, 1 << 20):
-            while (stat := os.fstatvfs(file.fileno())).f_bfree * stat.f_frsize > leave + 2 * step:
-                os.posix_fallocate(file.fileno(), os.fstat(file.fileno()).st_size, step)
+            with contextlib.suppress(OSError):  # the last of it, a file system keeps for itself
+                while (stat := os.fstatvfs(file.fileno())).f_bfree * stat.f_frsize > leave + step:
+                    os.posix_fallocate(file.fileno(), os.fstat(file.fileno()).st_size, step)
 
 
 # --- at the same time -----------------------------------------------------------------------------------------------------
