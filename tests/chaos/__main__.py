@@ -24,12 +24,25 @@ console = Console(highlight=False)
 @click.option("--seed", default=1, show_default=True, help="Decides which faults meet which steps, and in which order.")
 @click.option("--first", default=0, show_default=True, help="Leave out so many of the walk: to extend an earlier run.")
 @click.option("--case", "names", multiple=True, help="Replay this case alone: fault@step:when. Can be repeated.")
+@click.option(
+    "--way", "ways", multiple=True, type=click.Choice(list(cases.Way)), help="Only steps on this way. Can be repeated."
+)
 @click.option("--list", "listing", is_flag=True, help="List all cases and end.")
 @click.option(
     "--fleet", default=0, show_default=True, help="Afterwards so many VMSnapshots over 16 guests, a fault each."
 )
 @click.option("--quick", is_flag=True, help="Leave out faults that take longer than half a minute each.")
-def main(*, number: int, seed: int, first: int, names: tuple[str, ...], listing: bool, fleet: int, quick: bool) -> None:
+def main(
+    *,
+    number: int,
+    seed: int,
+    first: int,
+    names: tuple[str, ...],
+    ways: tuple[str, ...],
+    listing: bool,
+    fleet: int,
+    quick: bool,
+) -> None:
     """Inject faults into the laboratory and judge what is left of the world. Exit status 1 if the judge found anything.
 
     A run is repeated by its seed: `make chaos N=100 SEED=7`. A failing case prints the command that replays it alone.
@@ -39,7 +52,9 @@ def main(*, number: int, seed: int, first: int, names: tuple[str, ...], listing:
             click.echo(case.name)
         return
     try:
-        chosen = [cases.parse(n) for n in names] or cases.walk(first + number, seed, slow=not quick)[first:]
+        chosen = [cases.parse(n) for n in names] or cases.walk(
+            first + number, seed, slow=not quick, ways=[cases.Way(w) for w in ways]
+        )[first:]
     except ValueError as error:
         raise click.BadParameter(str(error)) from error
     lab = Lab.up(report=lambda line: console.print(f"[dim]{line}[/dim]"))
@@ -72,7 +87,7 @@ def main(*, number: int, seed: int, first: int, names: tuple[str, ...], listing:
         found = runner.write(suite.results, seed, BUILD / "chaos.json")
     console.print(_table(found))
     console.print("written to build/chaos.json, and one line for each injection to build/chaos.jsonl")
-    sys.exit(1 if found["leftFrozen"] or found["leaked"] or found["lied"] or found["stuck"] else 0)
+    sys.exit(1 if any(found[kind] for kind in runner.KINDS.values()) else 0)
 
 
 def _progress() -> Progress:
@@ -94,6 +109,7 @@ def _table(found: dict[str, object]) -> Table:
         ("leaked", found["leaked"]),
         ("lied", found["lied"]),
         ("stuck", found["stuck"]),
+        ("unbootable", found["unbootable"]),
         ("recovery, seconds", found["recoverySeconds"]),
         ("longest freeze, ms", found["longestFreezeMilliseconds"]),
         ("seed", found["seed"]),

@@ -6,6 +6,7 @@ an error at import: no new step escapes.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from enum import StrEnum
 from random import Random
@@ -141,17 +142,22 @@ def parse(name: str) -> Case:
     raise ValueError(f'no case "{name}"; names are fault@step:when, with when one of {", ".join(At)}')
 
 
-def walk(number: int, seed: int, *, slow: bool = True) -> list[Case]:
-    """`number` cases: every fault once before any twice, at steps that the seed chooses, no case twice before all were."""
+def walk(number: int, seed: int, *, slow: bool = True, ways: Collection[Way] = ()) -> list[Case]:
+    """`number` cases: every fault once before any twice, at steps that the seed chooses, no case twice before all were.
+
+    `ways`: none but cases of these, and none but faults that have some.
+    """
     random = Random(seed)  # noqa: S311 - nothing secret
     left: dict[str, list[Case]] = {}
     chosen: list[Case] = []
+    cases = [c for c in every() if not ways or c.way in ways]
+    met = [c.fault for c in cases]
     while len(chosen) < number:
-        faults = [f for f in FAULTS if slow or not f.slow]
+        faults = [f for f in FAULTS if (slow or not f.slow) and f in met]
         random.shuffle(faults)
         for fault in faults:
             if not left.get(fault.name):
-                left[fault.name] = [c for c in every() if c.fault is fault]
+                left[fault.name] = [c for c in cases if c.fault is fault]
                 random.shuffle(left[fault.name])
             chosen.append(left[fault.name].pop())
     return chosen[:number]

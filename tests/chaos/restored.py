@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import libvirt
+import libvirt_qemu
 
 from tests import proof
 from tests.chaos.faults import Scene
 from tests.chaos.seen import Finding
+from tests.lab import LabError
 from tests.stack import TENANT, Stack, conditions, until
 
 SECONDS = 240.0
+BOOT_SECONDS = 120.0
 
 
 def is_over(stack: Stack, name: str) -> bool:
@@ -79,16 +82,40 @@ def _of_disks(scene: Scene, name: str, body: Mapping[str, Any]) -> Iterator[Find
 
 
 def _of_new_vm(scene: Scene, name: str, body: Mapping[str, Any] | None) -> Iterator[Finding]:
-    """A new VM is there as a whole, or not at all."""
+    """A new VM is there as a whole, or not at all, and its guest comes up."""
     connection = scene.lab.libvirt()
     try:
         there = scene.new_vm in [d.name() for d in connection.listAllDomains()]
     finally:
         connection.close()
     subject = f"VMRestore {name}"
+    if there:
+        yield from _boots(scene)
     if _is_true(body, "Ready") and not there:
         yield Finding("lied", subject, f"it is Ready, and there is no VM {scene.new_vm}")
     if body is not None and _is_true(body, "Stalled") and there:
         reason = conditions(body)["Stalled"].get("reason")
         if reason not in ("AgentSilent", "DeadlineExceeded"):  # it was made, and did not start well
             yield Finding("leaked", f"domain {scene.new_vm}", f"its restore {name} is Stalled: {reason}")
+
+
+def _boots(scene: Scene) -> Iterator[Finding]:
+    connection = scene.lab.libvirt()
+    try:
+        domain = connection.lookupByName(scene.new_vm)
+        try:
+            if not domain.isActive():
+                domain.create()
+            until(f"the guest of {scene.new_vm} answers", lambda: _answers(domain), BOOT_SECONDS)
+        except (libvirt.libvirtError, LabError) as error:
+            yield Finding("unbootable", f"domain {scene.new_vm}", str(error))
+    finally:
+        connection.close()
+
+
+def _answers(domain: libvirt.virDomain) -> bool:
+    try:
+        libvirt_qemu.qemuAgentCommand(domain, '{"execute":"guest-ping"}', 2, 0)
+    except libvirt.libvirtError:
+        return False
+    return True

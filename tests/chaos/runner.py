@@ -20,7 +20,7 @@ from typing import Any
 from tests.chaos import judge, restored, ways
 from tests.chaos.annex import Annex
 from tests.chaos.apiproxy import ApiProxy
-from tests.chaos.cases import RESTORING, Case, Way
+from tests.chaos.cases import RESTORING, WAYS, Case, Way
 from tests.chaos.faults import At, Fault, NoEffectError, Scene
 from tests.chaos.faults.neighbours import is_over
 from tests.chaos.injector import Injector, Trap
@@ -28,6 +28,10 @@ from tests.chaos.judge import Finding
 from tests.lab import Lab, LabError
 from tests.lab.guests import Guest
 from tests.stack import NAMESPACE, SERVICE_ACCOUNT, TENANT, Stack, conditions, until
+from vmsnapshot_operator.core.steps import Step
+
+KINDS = {"frozen": "leftFrozen", "leaked": "leaked", "lied": "lied", "stuck": "stuck", "unbootable": "unbootable"}
+"""What the judge may find, and how it is counted: all have to stay 0."""
 
 HEAL_SECONDS = 3.0
 END_SECONDS = 240.0
@@ -174,7 +178,7 @@ class Suite:
         try:
             findings += restored.judge(scene)
             for guest in guests:
-                guest.up()
+                findings += _booted(scene, guest)
             names = [n for n in (scene.name, *scene.others, *scene.beside) if self.stack.get(n, TENANT) is not None]
             for name in names:
                 now = scene.guest.records()
@@ -194,6 +198,19 @@ class Suite:
         except LabError as error:
             findings.append(Finding("stuck", scene.name, str(error)))
         return findings
+
+
+def _booted(scene: Scene, guest: Guest) -> list[Finding]:
+    """Start a guest that is off. Raises LabError if it does not come up, but for one whose disks were restored: that is a finding."""
+    try:
+        guest.up()
+    except LabError as error:
+        if not scene.restores:
+            raise
+        guest.remove()
+        guest.up()
+        return [Finding("unbootable", f"domain {guest.name}", str(error))]
+    return []
 
 
 def hurt(fault: Fault, scene: Scene, trap: Trap) -> None:
@@ -239,6 +256,12 @@ def suite(lab: Lab, seed: int) -> Iterator[Suite]:
             yield Suite(lab=lab, stack=stack, proxy=proxy, injector=injector, guest=guest, annex=annex, seed=seed)
 
 
+def _way(name: str) -> str:
+    """On which way to its step a fault was injected; those of the fleet have none."""
+    step = name.partition("@")[2].rpartition(":")[0]
+    return str(WAYS[Step(step)]) if step in list(Step) else "fleet"
+
+
 def summary(results: list[Result], seed: int) -> dict[str, Any]:
     """What `build/chaos.json` holds."""
     made = [r for r in results if r.reached]
@@ -248,10 +271,8 @@ def summary(results: list[Result], seed: int) -> dict[str, Any]:
     return {
         "injections": len(made),
         "byFault": dict(sorted(Counter(r.case.partition("@")[0] for r in made).items())),
-        "leftFrozen": kinds["frozen"],
-        "leaked": kinds["leaked"],
-        "lied": kinds["lied"],
-        "stuck": kinds["stuck"],
+        "byWay": dict(sorted(Counter(_way(r.case) for r in made).items())),
+        **{name: kinds[kind] for kind, name in KINDS.items()},
         "recoverySeconds": {"p50": round(cuts[49], 2), "p99": round(cuts[98], 2), "max": max(recovery, default=0.0)},
         "longestFreezeMilliseconds": max((r.longest_freeze_milliseconds for r in made), default=0),
         "seed": seed,

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Kind = Literal["frozen", "leaked", "lied", "stuck"]
+Kind = Literal["frozen", "leaked", "lied", "stuck", "unbootable"]
 
 
 @dataclass(frozen=True, slots=True, order=True)
