@@ -22,6 +22,7 @@ def capabilities(can: Capabilities) -> dict[str, Any]:
         "revert": can.revert,
         "revertNewestOnly": can.revert_newest_only,
         "clone": can.clone,
+        "handleFormat": can.handle_format,
     }
 
 
