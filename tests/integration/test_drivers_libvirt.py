@@ -435,6 +435,8 @@ async def test_a_disk_is_not_deleted_where_its_content_would_not_fit(
         cut = await slot.cut(request)
     await host.wait_ready(request, cut, timeout=LONG)
     copying.write(volume, b"2")
+    (fit,) = await poor.check_revert(cut, [volume], timeout=LONG)
+    assert (fit.ok, fit.reason) == (False, "NoSpace"), "it is known before anything is touched"
     with pytest.raises(DriverError, match="minFreeBytes") as caught:
         await poor.revert(cut, [volume], timeout=LONG)
     with pytest.raises(DriverError, match="minFreeBytes"):

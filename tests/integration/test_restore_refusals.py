@@ -257,6 +257,9 @@ def test_without_room_for_a_copy_nothing_is_left(lab: Lab, stack: Stack, fresh: 
         until("it says how much room is missing, and tries again", is_told)
         stack.delete_restore(name)
         assert proof.files(lab) == before
+        held = disk.read_bytes()
+        assert "are needed" in rig.refused(snapshot, "NoSpace")
+        assert disk.read_bytes() == held
     finally:
         filler.unlink(missing_ok=True)
         rig.clean()

@@ -24,8 +24,11 @@ Copying = Callable[[Any, Iterable[Any]], AbstractContextManager[Callable[[str, A
 _SERVED = frozenset({SourceKind.FILE, SourceKind.VOLUME})
 
 
-def check(home: Any, held: Any, cut: CutResult, volume: Volume) -> Fit:
-    """Say whether a disk's cut is there and whole, and whether the disk is still what was cut. Changes nothing."""
+def check(home: Any, held: Any, cut: CutResult, volume: Volume, room: int | None = None) -> Fit:
+    """Say whether a disk's cut is there and whole, and whether the disk is still what was cut. Changes nothing.
+
+    `room`: so many bytes have to be left after the cut was copied into the disk's place; None: it is not copied, or not asked.
+    """
     layer, path = volume.writable, PurePosixPath(volume.writable.source)
     place = storage.directory_of(home) if layer.kind is SourceKind.FILE else home.name()
     if layer.kind not in _SERVED or layer.format != "raw" or str(path.parent) != place or volume.id not in cut.handles:
@@ -45,6 +48,11 @@ def check(home: Any, held: Any, cut: CutResult, volume: Volume) -> Fit:
     size, was = now.info()[1], source.info()[1]
     if size != was:
         return _no("SizeChanged", f"{path} has {size} bytes now and had {was} when it was cut")
+    if room is not None:
+        try:
+            copies.must_have_room(home, copies.occupied(source) - copies.occupied(now), room)
+        except DriverError as error:
+            return _no(error.reason, error.message)
     return Fit(ok=True, reason="Fits")
 
 

@@ -154,17 +154,22 @@ class LibvirtVolumeDriver:
                     raise DriverError(f"the clone {handle} does not exist (any more)", reason="SnapshotLost")
 
     def check_revert(self, cut: CutResult, onto: Sequence[Volume]) -> Sequence[Fit]:
-        """Say for each volume whether its cut is there and whole, and whether the volume is still what was cut."""
+        """Say for each volume whether its cut is there and whole, whether the volume is still what was cut, and whether there is room."""
+        return self._checked(cut, onto, None if self._flags() else self._parameters.min_free_bytes)
+
+    def _checked(self, cut: CutResult, onto: Sequence[Volume], room: int | None) -> Sequence[Fit]:
         with self._open() as connection, told("looking at the clones"):
             home, held = self._pools(connection)
             storage.reread(home)
             if held is not home:
                 storage.reread(held)
-            return [restore.check(home, held, cut, volume) for volume in onto]
+            return [restore.check(home, held, cut, volume, room) for volume in onto]
 
     def revert(self, cut: CutResult, onto: Sequence[Volume]) -> None:
         """Put a clone of the cut in the place of each volume; see `libvirt_copies.replace`, and the module on who uses it."""
-        for fit in self.check_revert(cut, onto):
+        for fit in self._checked(
+            cut, onto, room=None
+        ):  # that there is no room now may be mended, and is no reason to give up
             if not fit.ok:
                 raise DriverError(fit.message, reason=fit.reason)
         flags = self._flags()
