@@ -38,6 +38,9 @@ class ServerClock:
             told = parsedate_to_datetime(date or "").astimezone(UTC)
         except ValueError:
             return
+        own = self._own()
+        if timedelta(0) <= own - told < TOLERANCE:
+            told = own  # it agrees, and knows the part of the second: what is told to people is of one clock then
         zero = told - timedelta(seconds=self._elapsed())
         if self._zero is None or abs(zero - self._zero) > TOLERANCE:
             self._zero = zero

@@ -39,6 +39,12 @@ def test_our_own_being_wrong_or_stepped_changes_nothing(clock: ServerClock, here
     assert clock.now() == NOON + timedelta(seconds=10.5)
 
 
+def test_our_own_that_agrees_tells_the_part_of_the_second(clock: ServerClock, here: Here) -> None:
+    here.wall = NOON + timedelta(seconds=0.7)
+    clock.note(HEADER)
+    assert clock.now() == here.wall
+
+
 def test_seconds_of_the_header_do_not_make_it_jump(clock: ServerClock, here: Here) -> None:
     clock.note(HEADER)
     here.elapsed += 1.9
