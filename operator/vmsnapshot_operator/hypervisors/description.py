@@ -116,9 +116,10 @@ def _completed(connection: Any, domain: Any, disk: Disk, power: PowerState) -> D
     layers = disk.layers
     if power is PowerState.SHUT_OFF and len(layers) == 1:
         layers = _chain(connection, layers[0])
+    still = power is PowerState.SHUT_OFF  # else the first layer changes all the time
     return replace(
         disk,
-        layers=tuple(_placed(connection, layer, fingerprint=i > 0) for i, layer in enumerate(layers)),
+        layers=tuple(_placed(connection, layer, fingerprint=still or i > 0) for i, layer in enumerate(layers)),
         size_bytes=_size(domain, disk),
         in_block_job=disk.in_block_job or _has_block_job(domain, disk, power),
     )
@@ -158,7 +159,7 @@ def _chain(connection: Any, top: Layer) -> tuple[Layer, ...]:
 
 
 def _placed(connection: Any, layer: Layer, *, fingerprint: bool) -> Layer:
-    """Add the libvirt pool that holds a layer, and to a read-only one what betrays a later change."""
+    """Add the libvirt pool that holds a layer, and to one that nobody writes to what betrays a later change."""
     if layer.kind not in (SourceKind.FILE, SourceKind.BLOCK):
         return layer
     try:

@@ -15,6 +15,7 @@ from vmsnapshot_operator.core.machine import Disk, Machine, PowerState
 from vmsnapshot_operator.core.planning import Patience, PlannedVolume, Refusal
 from vmsnapshot_operator.core.restoring import RestoreGroup, RestorePlan, RestoreRequest
 from vmsnapshot_operator.core.volumes import Volume, volume_id
+from vmsnapshot_operator.plan import fingerprints
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +101,10 @@ def onto(volumes: Sequence[PlannedVolume], disks: Sequence[Disk]) -> Mapping[str
             )
         elif [layer.source for layer in disk.layers[1:]] != [layer.source for layer in volume.backing]:
             problems.append(f"disk {planned.target} lies on other layers than when it was snapshotted")
+        elif changed := fingerprints.changed(volume.backing, disk.layers[1:]):
+            problems.append(
+                f"disk {planned.target} lies on {', '.join(changed)}, which was written to since it was snapshotted"
+            )
         else:
             found[planned.target] = replace(volume, label=disk.target, writable=disk.layers[0])
     if problems:

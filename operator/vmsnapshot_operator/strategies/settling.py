@@ -17,7 +17,7 @@ from vmsnapshot_operator.core.planning import Request
 from vmsnapshot_operator.core.steps import Step, step
 from vmsnapshot_operator.core.volumes import Seconds
 from vmsnapshot_operator.errors import DriverError, SnapshotError
-from vmsnapshot_operator.plan import collapse
+from vmsnapshot_operator.plan import collapse, fingerprints
 from vmsnapshot_operator.strategies import overlays
 from vmsnapshot_operator.strategies.gather import locate
 from vmsnapshot_operator.strategies.world import World
@@ -123,5 +123,7 @@ async def _stood_still(world: World, record: Record, request: Request) -> None:
         machine = await client.describe(ref, ask_agent=False)
         off = machine.power is PowerState.SHUT_OFF and machine.run_id == record.plan.run_id
         why = "" if off else f"the VM is {machine.power}, and was off when the copy began"
+        if off and (changed := fingerprints.written_to(record.plan.volumes, machine.disks)):
+            why = f"disk {', '.join(changed)} was written to: the VM ran meanwhile, or somebody else has it"
     if why:
         raise DriverError(f"the disks did not stand still while they were copied: {why}", reason="SnapshotLost")

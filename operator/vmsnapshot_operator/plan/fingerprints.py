@@ -1,0 +1,22 @@
+"""Whether images were written to since they were looked at, as far as their storage can tell. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from vmsnapshot_operator.core.machine import Disk
+from vmsnapshot_operator.core.planning import PlannedVolume
+from vmsnapshot_operator.core.volumes import Layer, volume_id
+
+
+def changed(then: Sequence[Layer], now: Sequence[Layer]) -> list[str]:
+    """Return the sources of those images of one chain whose fingerprint is another one now; both have as many layers."""
+    pairs = zip(then, now, strict=True)
+    return [n.source for t, n in pairs if t.fingerprint and n.fingerprint and t.fingerprint != n.fingerprint]
+
+
+def written_to(volumes: Sequence[PlannedVolume], disks: Sequence[Disk]) -> list[str]:
+    """Return the targets of disks, of a VM that is off now and was when it was planned, that were written to since."""
+    now = {volume_id(d.layers[0]): d.layers[0] for d in disks if d.layers}
+    pairs = [(v, now.get(v.volume.id)) for v in volumes]
+    return [v.target for v, layer in pairs if layer is not None and changed([v.volume.writable], [layer])]

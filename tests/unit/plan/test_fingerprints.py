@@ -1,0 +1,42 @@
+"""What betrays that somebody wrote to an image which had to stand still."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from tests.unit.kube import records
+from tests.unit.plan import builders as b
+from vmsnapshot_operator.core.machine import Disk
+from vmsnapshot_operator.core.planning import PlannedVolume, Refusal
+from vmsnapshot_operator.plan import fingerprints, restore_plan
+
+
+def planned(fingerprint: str) -> PlannedVolume:
+    """The first disk of a snapshot."""
+    volume = records.example().plan.volumes[0]
+    layer = replace(volume.volume.writable, fingerprint=fingerprint)
+    return replace(volume, volume=replace(volume.volume, writable=layer))
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "told"), [("1", "1", False), ("1", "2", True), ("", "2", False), ("1", "", False)]
+)
+def test_a_disk_of_a_vm_that_is_off(then: str, now: str, *, told: bool) -> None:
+    disk = Disk(target="vdz", layers=(planned(now).volume.writable,))
+    assert fingerprints.written_to([planned(then)], [disk]) == (["vda"] if told else [])
+    assert fingerprints.written_to([planned(then)], []) == [], "a disk that is not there is told elsewhere"
+
+
+@pytest.mark.parametrize(("now", "fits"), [("1", True), ("2", False)])
+def test_nothing_is_set_back_onto_a_layer_that_was_written_to(now: str, *, fits: bool) -> None:
+    then = planned("")
+    base = b.file_layer("base", fingerprint="1")
+    then = replace(then, volume=replace(then.volume, backing=(base,)))
+    disk = Disk(target="vda", layers=(then.volume.writable, replace(base, fingerprint=now)), size_bytes=1)
+    found = restore_plan.onto([then], [disk])
+    assert isinstance(found, Refusal) is not fits
+    if isinstance(found, Refusal):
+        assert found.reason == "DisksChanged"
+        assert "/pool/base.raw, which was written to" in found.message
