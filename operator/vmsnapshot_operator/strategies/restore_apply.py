@@ -168,14 +168,16 @@ async def _set_back(world: World, groups: Sequence[RestoreGroup], record: Record
                 group.onto,
                 timeout=WORK_TIMEOUT,
                 stall=STALL_SECONDS,
-                on_progress=_progress(memory, group.class_name),
+                on_progress=_progress(world, memory, group.class_name),
             )
 
     await _all(revert(g) for g in groups)
 
 
-def _progress(memory: Memory, class_name: str) -> Callable[[Progress], None]:
+def _progress(world: World, memory: Memory, class_name: str) -> Callable[[Progress], None]:
     def note(progress: Progress) -> None:
+        before, _ = memory.progress.get(class_name, (0, 0))
+        world.metrics.copied(class_name, max(0, progress.done_bytes - before))
         memory.progress[class_name] = (progress.done_bytes, progress.total_bytes)
 
     return note
@@ -247,7 +249,7 @@ async def _clone(
                     clone_name(world, request, group),
                     timeout=WORK_TIMEOUT,
                     stall=STALL_SECONDS,
-                    on_progress=_progress(memory, group.class_name),
+                    on_progress=_progress(world, memory, group.class_name),
                 )
             )
 

@@ -120,7 +120,7 @@ class Metrics:
         )
         self._copied = Counter(
             "vmsnapshot_copied_bytes_total",
-            "Bytes that storage drivers have copied to make snapshots restorable",
+            "Bytes that storage drivers have copied to make snapshots restorable, and to restore them",
             ("class_name",),
             registry=self.registry,
         )
