@@ -33,6 +33,9 @@ from vmsnapshot_operator.core.steps import Step
 KINDS = {"frozen": "leftFrozen", "leaked": "leaked", "lied": "lied", "stuck": "stuck", "unbootable": "unbootable"}
 """What the judge may find, and how it is counted: all have to stay 0."""
 
+WRITER_MICROSECONDS = 20_000
+"""Pause of the guest's writer between two rounds: an emulated guest that writes faster takes half of a processor from all others."""
+
 HEAL_SECONDS = 3.0
 END_SECONDS = 240.0
 """So long after the mending everything may need to come to its end; after that it is stuck."""
@@ -242,7 +245,7 @@ def _longest_freeze(guest: Guest) -> int:
 @contextlib.contextmanager
 def suite(lab: Lab, seed: int) -> Iterator[Suite]:
     """The operator under observation, and the guest that is hurt."""
-    guest = lab.guest("demo")
+    guest = lab.guest("demo", writer_us=WRITER_MICROSECONDS)
     state = lab.state / "chaos"
     state.mkdir(parents=True, exist_ok=True)
     stack = Stack(lab, state)
