@@ -25,6 +25,8 @@ import yaml
 from tests.lab import Lab, LabError
 from tests.lab.hypervisor import Host
 from tests.lab.supervisor import die_with_parent
+from vmsnapshot_operator.core import names
+from vmsnapshot_operator.drivers import probes
 
 ROOT = Path(__file__).resolve().parent.parent
 CHART = ROOT / "charts" / "vmsnapshot-operator"
@@ -317,6 +319,30 @@ class Stack:
             "-n", namespace, "get", "vmsnapshots.vmsnapshot.io", name, "-o", "json", "--ignore-not-found"
         )
         return json.loads(text) if text.strip() else None
+
+    def installation(self) -> str:
+        """The id of the installation that runs here."""
+        text = self.lab.kubectl("-n", NAMESPACE, "get", "configmap", "vmsnapshot-installation", "-o", "json")
+        return names.installation_id(json.loads(text)["data"]["seed"])
+
+    def remove_by_hand(self, uid: str) -> None:
+        """Delete what one VMSnapshot left on the storage systems, as their administrator would; a driver's probe may be beside it."""
+        import rbd  # Debian's bindings; only where the laboratory is
+
+        prefix = names.object_prefix(self.installation(), uid)
+        for file in self.lab.pool_path("reflink").glob(f"{prefix}*"):
+            file.unlink()
+        with self.lab.ceph.connect() as (_, io):
+            for record in rbd.RBD().group_list(io):
+                if record.startswith(prefix):
+                    rbd.RBD().group_remove(io, record)
+            for image in rbd.RBD().list(io):
+                if probes.is_probe(image):
+                    continue
+                with rbd.Image(io, image) as opened:
+                    for snapshot in opened.list_snaps():
+                        if snapshot["name"].startswith(prefix):
+                            opened.remove_snap(snapshot["name"])
 
     def all(self, resource: str) -> list[dict[str, Any]]:
         """All objects of a resource."""

@@ -26,7 +26,6 @@ from vmsnapshot_operator.core import names
 from vmsnapshot_operator.core.endpoint import Endpoint
 from vmsnapshot_operator.core.journal import Journal
 from vmsnapshot_operator.core.volumes import VolumeId
-from vmsnapshot_operator.drivers import probes
 from vmsnapshot_operator.handlers.sweep import sweep
 from vmsnapshot_operator.hypervisors.domains import Hypervisor
 
@@ -78,12 +77,6 @@ def a_journal(installation: str, **changes: Any) -> Journal:
     return Journal(installation=installation, **(facts | changes))
 
 
-def installation(stack: Stack) -> str:
-    """The id of the installation that runs here."""
-    text = stack.lab.kubectl("-n", NAMESPACE, "get", "configmap", "vmsnapshot-installation", "-o", "json")
-    return names.installation_id(json.loads(text)["data"]["seed"])
-
-
 def get(stack: Stack, resource: str, name: str) -> dict[str, Any] | None:
     text = stack.lab.kubectl("get", resource, name, "-o", "json", "--ignore-not-found")
     return json.loads(text) if text.strip() else None
@@ -123,7 +116,7 @@ def taken(stack: Stack, name: str, **spec: Any) -> tuple[str, dict[str, Any]]:
 
 def on_storage(stack: Stack, uid: str) -> list[str]:
     """What the storage systems hold under the names of one VMSnapshot, read past the drivers."""
-    prefix = names.object_prefix(installation(stack), uid)
+    prefix = names.object_prefix(stack.installation(), uid)
     return [x for x in proof.leftovers(stack.lab) if prefix in x]
 
 
@@ -223,10 +216,10 @@ def test_a_content_out_of_a_backup_is_told_and_not_touched(stack: Stack, fresh: 
     restart(stack)
     until(
         "orphans are told",
-        lambda: any(names.object_prefix(installation(stack), uid) in o for o in orphans(stack, "reflink-files") or ()),
+        lambda: any(names.object_prefix(stack.installation(), uid) in o for o in orphans(stack, "reflink-files") or ()),
     )
     assert on_storage(stack, uid), "a name alone proves nothing"
-    remove_by_hand(stack, uid)
+    stack.remove_by_hand(uid)
 
 
 def test_a_vmsnapshot_that_lost_its_content_says_so_and_cleans_up(stack: Stack, fresh: Callable[[str], str]) -> None:
@@ -243,34 +236,13 @@ def test_a_vmsnapshot_that_lost_its_content_says_so_and_cleans_up(stack: Stack, 
     assert not on_storage(stack, uid)
 
 
-def remove_by_hand(stack: Stack, uid: str) -> None:
-    """Delete what one VMSnapshot left, as a storage administrator would."""
-    import rbd
-
-    prefix = names.object_prefix(installation(stack), uid)
-    for file in stack.lab.pool_path("reflink").iterdir():
-        if file.name.startswith(prefix):
-            file.unlink()
-    with stack.lab.ceph.connect() as (_, io):
-        for record in rbd.RBD().group_list(io):
-            if record.startswith(prefix):
-                rbd.RBD().group_remove(io, record)
-        for image in rbd.RBD().list(io):
-            if image.startswith(probes.PREFIX):
-                continue  # comes and goes with a driver's probe
-            with rbd.Image(io, image) as opened:
-                for snapshot in opened.list_snaps():
-                    if snapshot["name"].startswith(prefix):
-                        opened.remove_snap(snapshot["name"])
-
-
 # --- names on storage that nobody knows -----------------------------------------------------------------------------------
 
 
 def test_names_that_somebody_else_made_are_reported_and_left(stack: Stack) -> None:
     import rbd
 
-    ours = installation(stack)
+    ours = stack.installation()
     lonely = names.request_name(ours, NOBODY, 1, "reflink-files", [VolumeId("v")])
     file = stack.lab.pool_path("reflink") / f"{lonely}-{names.member(VolumeId('v'))}"
     strange = f"{names.installation_prefix(ours)}my-own"
@@ -309,7 +281,7 @@ def test_what_an_older_attempt_left_is_removed(stack: Stack, fresh: Callable[[st
         for g in spec["groups"]
     }
     later = [
-        {**g, "requestName": names.request_name(installation(stack), uid, 2, g["className"], members[g["className"]])}
+        {**g, "requestName": names.request_name(stack.installation(), uid, 2, g["className"], members[g["className"]])}
         for g in spec["groups"]
     ]
     held = on_storage(stack, uid)
@@ -318,7 +290,7 @@ def test_what_an_older_attempt_left_is_removed(stack: Stack, fresh: Callable[[st
         change = {"spec": {"attempt": 2, "groups": later}}
         stack.lab.kubectl("patch", CONTENTS, kept, "--type=merge", "-p", json.dumps(change))
     until("it is removed", lambda: not on_storage(stack, uid))
-    assert any(names.object_prefix(installation(stack), uid) in note for note in events(stack, "OrphanRemoved"))
+    assert any(names.object_prefix(stack.installation(), uid) in note for note in events(stack, "OrphanRemoved"))
     stack.delete(name)
 
 
@@ -377,7 +349,7 @@ def test_a_journal_of_ours_without_an_owner_frees_the_vm_first(stack: Stack, gue
     try:
         with without_operator(stack):
             guest.agent("guest-fsfreeze-freeze")
-            mark(guest, journals.to_xml(a_journal(installation(stack))))
+            mark(guest, journals.to_xml(a_journal(stack.installation())))
         until("the guest is thawed", lambda: guest.freeze_status() == "thawed", 30)
         until("the journal is removed", lambda: not marked(guest))
         until("it is told", lambda: any(NOBODY in note for note in events(stack, "VMFreed")))
@@ -387,7 +359,7 @@ def test_a_journal_of_ours_without_an_owner_frees_the_vm_first(stack: Stack, gue
 
 
 def test_a_journal_proves_whose_a_handle_is(stack: Stack, guest: Guest) -> None:
-    ours = installation(stack)
+    ours = stack.installation()
     lonely = names.request_name(ours, NOBODY, 1, "reflink-files", [VolumeId("v")])
     later = names.request_name(ours, NOBODY, 2, "reflink-files", [VolumeId("v")])
     files = [stack.lab.pool_path("reflink") / f"{n}-{names.member(VolumeId('v'))}" for n in (lonely, later)]

@@ -209,21 +209,9 @@ def test_retain_keeps_content_and_cut(lab: Lab, stack: Stack, fresh: Callable[[s
     try:
         assert proof.read(lab, content, tmp_path).one_instant
     finally:
-        _clean(lab, content)
-
-
-def _clean(lab: Lab, content: dict) -> None:  # type: ignore[type-arg]  # plain JSON
-    """Remove what `Retain` kept, as an administrator would: exactly the content's handles, a driver's probe may be beside them."""
-    import rbd  # Debian's bindings; only where the laboratory is
-
-    lab.kubectl("delete", "vmsnapshotcontents.vmsnapshot.io", content["metadata"]["name"])
-    for volume in content["spec"]["volumes"]:
-        if volume["handle"].startswith("/"):
-            Path(volume["handle"]).unlink()
-            continue
-        source, _, snapshot = volume["handle"].rpartition("@")
-        with lab.ceph.connect() as (_, ioctx), rbd.Image(ioctx, source.rpartition("/")[2]) as image:
-            image.remove_snap(snapshot)
+        lab.kubectl("delete", "vmsnapshotcontents.vmsnapshot.io", content["metadata"]["name"])
+        stack.remove_by_hand(content["spec"]["vmSnapshotRef"]["uid"])
+    assert not [x for x in proof.leftovers(lab) if not x.startswith("object")]
 
 
 @pytest.fixture(scope="module")

@@ -34,6 +34,7 @@ class Work:
     total: int
     done: int = 0
     name: str = ""
+    told: int = 0
 
     def step(self, name: str, done: int) -> None:
         """Say what comes next, `done` bytes being done."""
@@ -45,8 +46,10 @@ class Work:
         if name:
             made = storage.find(self.connection.storagePoolLookupByName(self.pool), name)
             done += 0 if made is None else int(made.info()[2])
-        # A source with zeros written in it occupies more than its copy, one that grows less.
-        return Progress(done_bytes=min(done, self.total), total_bytes=self.total)
+        # A source with zeros written in it occupies more than its copy, one that grows less; and a file system gives a block of its
+        # own bookkeeping to a file and takes it back.
+        self.told = max(self.told, min(done, self.total))
+        return Progress(done_bytes=self.told, total_bytes=self.total)
 
 
 def occupied(volume: Any) -> int:
