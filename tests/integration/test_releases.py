@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from tests.integration.test_sweep import installation
 from tests.lab import Lab
 from tests.lab.definition import GuestDisk
 from tests.lab.guests import Guest
@@ -38,7 +37,7 @@ def test_a_snapshot_of_an_earlier_release_is_restored(
     release: Path, lab: Lab, stack: Stack, vm: Guest, fresh: Callable[[str], str]
 ) -> None:
     """The objects are those of the release, but for names of this laboratory; the cuts are made as it made them."""
-    ours = installation(stack)
+    ours = stack.installation()
     stack.programs["operator"].stop()
     try:
         name = stack.snapshot(fresh("old"), vm.name)
