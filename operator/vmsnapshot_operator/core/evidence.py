@@ -119,10 +119,10 @@ class Quiescer(Protocol):
         """
         ...
 
-    async def let_go(self, journal: Journal) -> Journal | None:
-        """Free what this journal may hold: repeatable, by anyone; returns once the VM is confirmed free.
+    async def let_go(self, journal: Journal) -> None:
+        """Free what this journal may hold: repeatable, by anyone; returns once the VM is confirmed free."""
+        ...
 
-        What is returned has to stand in the VM's metadata from then on instead, since something of it is left to be done; None:
-        nothing is.
-        """
+    def left(self, journal: Journal) -> Journal | None:
+        """What has to stand in the metadata of a VM that is free instead, since something is left to be done; None: nothing is."""
         ...

@@ -115,6 +115,7 @@ class Hypervisor:
         self._hosts = {e: _Host(e, u, self._hub) for e, u in uris.items()}
         self._outstanding = Outstanding()
         self._silent: set[str] = set()
+        self._freed: set[str] = set()
         self._folder = folder
 
     @classmethod
@@ -259,6 +260,15 @@ class Hypervisor:
     async def clear_journal(self, ref: Ref, nonce: str) -> None:
         """Remove the journal if it is the one with this nonce."""
         await self._at(ref, f"journal of {ref.name}", lambda domain: journals.clear(domain, nonce))
+        self._freed.discard(nonce)
+
+    def freed(self, nonce: str) -> None:
+        """Note that the VM which the journal with this nonce tells of is free, by the word of who freed it."""
+        self._freed.add(nonce)
+
+    def was_freed(self, nonce: str) -> bool:
+        """Whether `freed` was told so by this process: the journal may have stayed because it could not be removed."""
+        return nonce in self._freed
 
     async def sweep(self) -> list[Sighting]:
         """Return all domains that bear a journal, also one that cannot be read, on the endpoints that answer."""

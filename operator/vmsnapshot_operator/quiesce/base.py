@@ -130,7 +130,11 @@ async def release(hypervisor: Hypervisor, ref: Ref, journal: Journal) -> None:
 
     Raises SnapshotError while nobody can say that the VM is free.
     """
-    rest = await find(journal.method)(Context(hypervisor=hypervisor, ref=ref)).let_go(journal)
+    quiescer = find(journal.method)(Context(hypervisor=hypervisor, ref=ref))
+    # Nothing is asked of a guest that is known to be free: its agent may have died since, and would be waited for without end.
+    if not hypervisor.was_freed(journal.nonce):
+        await quiescer.let_go(journal)
+    rest = quiescer.left(journal)
     if rest is None:
         await hypervisor.clear_journal(ref, journal.nonce)
     else:

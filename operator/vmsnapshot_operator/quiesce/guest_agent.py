@@ -76,9 +76,12 @@ class GuestAgentQuiescer:
                 window.ending()
                 await undisturbed(self._free_as_step(domain, window, journal))
 
-    async def let_go(self, journal: Journal) -> Journal | None:
+    async def let_go(self, journal: Journal) -> None:
         """Thaw until the agent says `thawed`."""
         await let_thaw(self._context, journal)
+
+    def left(self, journal: Journal) -> Journal | None:  # noqa: ARG002 - the protocol's signature
+        """Nothing."""
         return None
 
     async def _free_as_step(self, domain: DomainWindow, window: OpenWindow, journal: Journal) -> None:

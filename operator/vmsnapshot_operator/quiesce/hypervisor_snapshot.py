@@ -50,9 +50,12 @@ class HypervisorSnapshotQuiescer:
         finally:
             window.ending()
 
-    async def let_go(self, journal: Journal) -> Journal | None:
-        """Thaw until the agent says `thawed`; what may be left of the switch is told by the journal from then on."""
+    async def let_go(self, journal: Journal) -> None:
+        """Thaw until the agent says `thawed`."""
         await let_thaw(self._context, journal)
+
+    def left(self, journal: Journal) -> Journal | None:
+        """What may be left of the switch, which the journal tells from then on."""
         return replace(journal, phase=Phase.OVERLAID)
 
     async def _switch(self, domain: DomainWindow, window: OpenWindow, journal: Journal, plan: Plan) -> None:

@@ -39,8 +39,11 @@ class NothingQuiescer:
                     freed_by_other=after.power is not before.power or events.resumed or events.started,
                 )
 
-    async def let_go(self, journal: Journal) -> Journal | None:  # noqa: ARG002 - the protocol's signature
+    async def let_go(self, journal: Journal) -> None:
         """Nothing is held."""
+
+    def left(self, journal: Journal) -> Journal | None:  # noqa: ARG002 - the protocol's signature
+        """Nothing."""
         return None
 
     async def _look(self) -> Machine:

@@ -52,7 +52,7 @@ class PauseQuiescer:
                         window.learn(freed_by_other=True)
                     await undisturbed(self._free_as_step(domain, window, journal))
 
-    async def let_go(self, journal: Journal) -> Journal | None:
+    async def let_go(self, journal: Journal) -> None:
         """Resume the VM if it is paused as we pause.
 
         A person who has paused it since looks the same to libvirt; it is resumed then, as its journal says: better than held.
@@ -66,6 +66,9 @@ class PauseQuiescer:
                 reason="ResumeFailed",
                 retryable=True,
             )
+
+    def left(self, journal: Journal) -> Journal | None:  # noqa: ARG002 - the protocol's signature
+        """Nothing."""
         return None
 
     async def _free_as_step(self, domain: DomainWindow, window: OpenWindow, journal: Journal) -> None:

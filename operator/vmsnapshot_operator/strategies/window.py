@@ -195,6 +195,7 @@ async def _held(
         finally:
             limit.end()
             if progress.is_free():
+                client.freed(journal.nonce)
                 await undisturbed(_unhold(guardian, journal, ref, client, rest=progress.has_rest()))
             else:
                 log.error("domain %s is not confirmed free: its journal and the guardian stay", ref.name)
