@@ -470,6 +470,11 @@ class Reason(StrEnum):
         "The VM could not be switched to overlays, or not all of its disks together.",
         "Do what libvirt's words in the message say; what was switched is committed by itself.",
     )
+    DISK_PLUGGED = (
+        "DiskPlugged",
+        "A disk was plugged into the VM while the snapshot was taken, so it is not in what was cut.",
+        "Nothing: it is taken again with the disk in it. Do not change the VM's disks while it is taken.",
+    )
     COLLAPSING = (
         "Collapsing",
         "The overlays are being committed into the VM's own disks.",
@@ -492,8 +497,8 @@ class Reason(StrEnum):
     )
     OVERLAY_KEPT = (
         "OverlayKept",
-        "An overlay of ours was left on storage, because something still uses it.",
-        "Nothing, if it goes away by itself; else end what the message names.",
+        "An overlay is kept: its base was changed by somebody, or the VM goes on without it. It may hold the only copy of what the VM wrote.",
+        "Do not delete it. Look who changed the base, compare both, and bring together by hand what the message names.",
     )
     JOURNAL_LOST = (
         "JournalLost",

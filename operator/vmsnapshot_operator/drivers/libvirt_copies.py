@@ -40,12 +40,20 @@ class Work:
         """Say what comes next, `done` bytes being done."""
         self.done, self.name = done, name
 
+    def _made(self, name: str) -> int:
+        try:
+            return int(self.connection.storagePoolLookupByName(self.pool).storageVolLookupByName(name).info()[2])
+        except libvirt.libvirtError as error:
+            # libvirt knows a volume a moment before its file is there, and may have removed it since.
+            if storage.is_missing(error):
+                return 0
+            raise
+
     def progress(self) -> Progress:
         """Ask libvirt how much the new volume occupies by now."""
         name, done = self.name, self.done
         if name:
-            made = storage.find(self.connection.storagePoolLookupByName(self.pool), name)
-            done += 0 if made is None else int(made.info()[2])
+            done += self._made(name)
         # A source with zeros written in it occupies more than its copy, one that grows less; and a file system gives a block of its
         # own bookkeeping to a file and takes it back.
         self.told = max(self.told, min(done, self.total))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vmsnapshot_operator.core.machine import DeviceKind, Disk, DiskDevice, Machine
-from vmsnapshot_operator.core.planning import Excluded, Refusal
+from vmsnapshot_operator.core.planning import Excluded, Plan, Refusal
 from vmsnapshot_operator.core.volumes import Volume, volume_id
 
 UNSAFE_CACHE = "unsafe"
@@ -55,6 +55,12 @@ def _objection(disk: Disk) -> str:
     if disk.in_block_job:
         return "has a block job running: wait until it has ended"
     return ""
+
+
+def unplanned(plan: Plan, disks: Sequence[Disk]) -> list[str]:
+    """Return the targets of disks that bear state and are neither cut nor left out by the plan: they came after it was made."""
+    known = {v.target for v in plan.volumes} | {e.name for e in plan.excluded}
+    return [d.target for d in disks if d.target not in known and _left_out(d) is None]
 
 
 def select(machine: Machine, exclude: Sequence[str]) -> Selection | Refusal:

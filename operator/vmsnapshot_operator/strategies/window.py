@@ -35,6 +35,7 @@ from vmsnapshot_operator.errors import (
 from vmsnapshot_operator.hypervisors.domains import Hypervisor, Ref
 from vmsnapshot_operator.hypervisors.guardian_link import GuardianLink
 from vmsnapshot_operator.kube.lease import Leadership
+from vmsnapshot_operator.plan import disks
 from vmsnapshot_operator.quiesce.base import Context, clock, find, undisturbed, wall
 from vmsnapshot_operator.strategies.world import World
 
@@ -304,7 +305,12 @@ async def _cut(request: SnapshotRequest, name: str, slot: Slot, progress: _Progr
 async def _tell(effect: TakeWindow, progress: _Progress, ref: Ref, client: Hypervisor, plan: Plan) -> WindowOutcome:
     evidence = progress.window.evidence if progress.window is not None else Evidence(method=plan.quiesce.method)
     if progress.window is not None:
-        evidence = replace(evidence, same_vm=await _same(plan, ref, client, overlaid=progress.has_rest()))
+        after = await _afterwards(ref, client)
+        same = after is not None and _same(plan, after, overlaid=progress.has_rest())
+        evidence = replace(evidence, same_vm=same)
+        if after is not None and (new := disks.unplanned(plan, after.disks)):
+            text = f"disk {', '.join(new)} was plugged into the VM meanwhile and is not in what was cut"
+            progress.fail("DiskPlugged", text, interrupted=True)
     return WindowOutcome(
         attempt=effect.attempt,
         evidence=evidence,
@@ -318,13 +324,16 @@ async def _tell(effect: TakeWindow, progress: _Progress, ref: Ref, client: Hyper
     )
 
 
-async def _same(plan: Plan, ref: Ref, client: Hypervisor, *, overlaid: bool) -> bool:
-    """Whether it is the same run on the same host with the same disks as when it was planned."""
+async def _afterwards(ref: Ref, client: Hypervisor) -> Machine | None:
     try:
-        after: Machine = await client.describe(ref, ask_agent=False)
+        return await client.describe(ref, ask_agent=False)
     except SnapshotError as error:
         log.warning("domain %s could not be looked at after the window: %s", ref.name, error.message)
-        return False
+        return None
+
+
+def _same(plan: Plan, after: Machine, *, overlaid: bool) -> bool:
+    """Whether it is the same run on the same host with the same disks as when it was planned."""
     # On overlays, the disks that were cut are the layers beneath.
     present = {volume_id(layer) for d in after.disks for layer in (d.layers if overlaid else d.layers[:1])}
     return (

@@ -29,6 +29,7 @@ from vmsnapshot_operator.core.planning import (
     Refusal,
 )
 from vmsnapshot_operator.core.volumes import volume_id
+from vmsnapshot_operator.plan import disks
 from vmsnapshot_operator.plan.access import AccessRule, Requirement, may_use, not_found
 from vmsnapshot_operator.plan.planner import make_plan
 from vmsnapshot_operator.plan.quiescing import WINDOWS_THAW, coverage
@@ -372,3 +373,11 @@ def test_matching_is_by_all_parts_that_are_given() -> None:
     assert b.plan(classes=(other, b.CEPH)).volumes[0].class_name == "files"
     none = replace(b.FILES, match=(Match(type="file", pool="reflink", format="qcow2"),))
     assert b.refusal(classes=(none, b.CEPH)).reason == "NoClassForDisk"
+
+
+def test_a_disk_that_came_after_the_plan_is_found() -> None:
+    made = b.plan(b.request(exclude=("vdb",)))
+    new = b.disk("vdx")
+    drive = b.disk("sda", device=DiskDevice.CDROM)
+    assert disks.unplanned(made, b.DISKS) == []
+    assert disks.unplanned(made, (*b.DISKS, new, drive)) == ["vdx"]
