@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,10 @@ class Read:
     damaged: str = ""
     records: int = 0
     fsck: str = ""
+
+
+PLUGGED = "vdx"
+"""The disk that a fault plugs into a VM that runs: the VM's writer does not know it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,11 +156,12 @@ def _lies(told: Mapping[str, Any], found: Mapping[str, Read], expected: Expected
     if each and rank(whole) > rank(least):
         yield f"claims {whole} of the whole and {least or 'nothing'} of disk {min(t for t, c in each.items() if c == least)}"
     claims = {t: max(rank(whole), rank(each.get(t, ""))) for t in found if not found[t].missing}
+    unwritten = replace(expected, writer=False, records=None)
     for target, claim in sorted(claims.items()):
         if claim >= PER_VOLUME:
             yield from (
                 f"claims {ORDER[min(claim, FILESYSTEM)]} of disk {target}, but {w}"
-                for w in _flaws(found[target], claim, expected)
+                for w in _flaws(found[target], claim, unwritten if target == PLUGGED else expected)
             )
     whole_ones = {t: found[t].records for t, c in claims.items() if c >= CRASH and not found[t].damaged}
     still = {t: n for t, n in whole_ones.items() if claims[t] >= FILESYSTEM}

@@ -8,8 +8,10 @@ import signal
 
 import libvirt
 
+from tests.chaos.claims import PLUGGED
 from tests.chaos.faults.base import FROZEN, TAKING, Fault, NoEffectError, Scene, kill, send, start
 from tests.lab import LabError
+from tests.lab.run import run
 from tests.stack import until
 
 LATE_SECONDS = 7.0
@@ -119,18 +121,19 @@ def _one_host(scene: Scene) -> None:
 def _hotplug(scene: Scene) -> None:
     path = scene.lab.pool_path("reflink") / "hotplugged.raw"
     path.write_bytes(b"")
-    os.truncate(path, 2**20)
-    disk = f"<disk type='file' device='disk'><driver name='qemu' type='raw'/><source file='{path}'/><target dev='vdx' bus='virtio'/></disk>"
+    os.truncate(path, 8 << 20)
+    run("mkfs.ext4", "-q", "-F", path)  # the judge reads what a snapshot has of it
+    disk = f"<disk type='file' device='disk'><driver name='qemu' type='raw'/><source file='{path}'/><target dev='{PLUGGED}' bus='virtio'/></disk>"
     with contextlib.suppress(libvirt.libvirtError):
         scene.guest.domain().attachDevice(disk)
 
 
 def _unplug(scene: Scene) -> None:
     path = scene.lab.pool_path("reflink") / "hotplugged.raw"
-    disk = f"<disk type='file' device='disk'><driver name='qemu' type='raw'/><source file='{path}'/><target dev='vdx' bus='virtio'/></disk>"
+    disk = f"<disk type='file' device='disk'><driver name='qemu' type='raw'/><source file='{path}'/><target dev='{PLUGGED}' bus='virtio'/></disk>"
     with contextlib.suppress(libvirt.libvirtError):
         scene.guest.domain().detachDevice(disk)
-    until("the disk is unplugged", lambda: "vdx" not in scene.guest.domain().XMLDesc(), 60)
+    until("the disk is unplugged", lambda: PLUGGED not in scene.guest.domain().XMLDesc(), 60)
     path.unlink(missing_ok=True)
 
 
