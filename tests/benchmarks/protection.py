@@ -37,6 +37,7 @@ def recovery(stack: Stack, pairs: int) -> Result:
         against_is="sweep, from the start of the operator's process, without a guardian that knew of it",
         goal=f"guardian at most {GUARDIAN_SECONDS:g} s, sweep at most {SWEEPER_SECONDS:g} s",
         met=max(by_guardian) <= GUARDIAN_SECONDS and max(by_sweep) <= SWEEPER_SECONDS,
+        paired=False,
     )
 
 
@@ -150,7 +151,7 @@ def costs(stack: Stack, pairs: int) -> Result:
         ours_is="before the freeze",
         against_is="after the thaw",
         goal="nothing inside the window",
-        met=None,
+        paired=False,
         details={
             "medians (ms)": {k: round(statistics.median(v), 1) for k, v in parts.items()},
             "driver processes": "reserved before the freeze; see the measurement `window` for what they cost inside",
