@@ -455,6 +455,8 @@ def test_the_command(lab: Lab, stack: Stack, guest: Guest, nowhere: Path, uri: s
     )
     assert dead.exit_code == 1
     assert "cannot be swept" in dead.output
-    thawed = CliRunner().invoke(cli.main, ["thaw", "--kubeconfig", str(nowhere), uri, "demo"])
+    thawed = CliRunner().invoke(
+        cli.main, ["thaw", "--kubeconfig", str(nowhere), "--hypervisor", uri, "--domain", "demo"]
+    )
     assert thawed.exit_code == 0, thawed.output
     assert "not held by a snapshot" in thawed.output
