@@ -253,9 +253,9 @@ class Hypervisor:
         """
         await self._at(ref, f"journal of {ref.name}", lambda domain: journals.write(domain, journal, permit))
 
-    async def update_journal(self, ref: Ref, journal: Journal) -> bool:
-        """Have the journal with this nonce say something else; False if it is not there any more."""
-        return await self._at(ref, f"journal of {ref.name}", lambda domain: journals.update(domain, journal))
+    async def update_journal(self, ref: Ref, journal: Journal, *, held: bool = False) -> bool:
+        """Have the journal with this nonce say something else; False if it is not there any more. `held`: see `journals.update`."""
+        return await self._at(ref, f"journal of {ref.name}", lambda domain: journals.update(domain, journal, held=held))
 
     async def clear_journal(self, ref: Ref, nonce: str) -> None:
         """Remove the journal if it is the one with this nonce."""
