@@ -57,6 +57,14 @@ def main() -> None:
     help="Name of this instance in the lease. It must be one that no other running process has, such as the pod's; a "
     "restart under the same name goes on at once, under another one when the lease has run out. Default: host and process.",
 )
+@click.option(
+    "--lease-seconds",
+    type=click.IntRange(10, 60),
+    default=10,
+    show_default=True,
+    help="So long a standby waits for an instance that has fallen silent; it has taken over 5 s later at the latest. More than 10 only "
+    "for an API server that does not answer for seconds.",
+)
 @click.option("--log-format", type=click.Choice(["json", "text"]), default="json", show_default=True)
 @click.option("--verbose", is_flag=True, help="Also log what is seen, not only what is done.")
 def run(
@@ -67,6 +75,7 @@ def run(
     telemetry_port: int,
     telemetry_host: str,
     identity: str,
+    lease_seconds: int,
     log_format: str,
     verbose: bool,
 ) -> None:
@@ -85,6 +94,7 @@ def run(
             telemetry_port=telemetry_port,
             telemetry_host=telemetry_host,
             identity=identity,
+            lease_seconds=lease_seconds,
         )
     )
 

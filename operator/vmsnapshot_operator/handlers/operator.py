@@ -31,7 +31,7 @@ from vmsnapshot_operator.hypervisors.calls import left_behind
 from vmsnapshot_operator.hypervisors.guardian_link import GuardianLink
 from vmsnapshot_operator.kube.cluster import Cluster
 from vmsnapshot_operator.kube.events import Events
-from vmsnapshot_operator.kube.lease import Leadership
+from vmsnapshot_operator.kube.lease import Durations, Leadership
 from vmsnapshot_operator.quiesce import base as quiesce
 from vmsnapshot_operator.strategies import registry
 from vmsnapshot_operator.strategies.world import World
@@ -52,7 +52,7 @@ BEAT_SECONDS = 5.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """How the operator is run. `guardian_socket` empty: no VM is ever frozen or paused."""
+    """How the operator is run. `guardian_socket` empty: no VM is ever frozen or paused. `lease_seconds`: see `kube.lease`."""
 
     namespace: str
     kubeconfig: Path | None = None
@@ -60,6 +60,7 @@ class Options:
     telemetry_port: int = 8080
     telemetry_host: str = "0.0.0.0"  # noqa: S104 - probes and scrapes come from outside the pod
     identity: str = ""
+    lease_seconds: float = 10.0
 
 
 class Key(NamedTuple):
@@ -102,7 +103,7 @@ class Operator:
         telemetry = TelemetryServer(metrics, self.heartbeats, host=options.telemetry_host, port=options.telemetry_port)
         await self._stack.enter_async_context(telemetry)
         installation = await cluster.installation()
-        leadership = Leadership(cluster, identity=identity)
+        leadership = Leadership(cluster, identity=identity, durations=Durations.of(options.lease_seconds))
         guardian = GuardianLink(options.guardian_socket) if options.guardian_socket is not None else None
         if guardian is not None:
             self._stack.push_async_callback(guardian.close)
