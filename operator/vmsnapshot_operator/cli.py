@@ -207,7 +207,7 @@ def sweep(
 
     A journal is given five seconds to go by itself, since its snapshot may be being taken; one that is cut short all the same
     fails and is tried again, and its VM is none the worse. Journals of other installations, and those that cannot be read, are
-    said and left; a VM that is frozen without a journal is not looked for. `thaw` frees a VM at once, whoever holds it.
+    said and left, and so are overlays that no journal tells of: a VM may run on one, or what it wrote be in it alone; a VM that is frozen without a journal is not looked for. `thaw` frees a VM at once, whoever holds it.
 
     Exit status 0: nothing of ours is held. 1: something is (in a dry run: would have to be freed), a journal cannot be read,
     or a hypervisor does not answer.

@@ -771,7 +771,7 @@ class Reason(StrEnum):
     )
     ORPHAN_REMOVED = (
         "OrphanRemoved",
-        "A leftover was removed from a storage system: a journal or a VMSnapshotContent proved that it was ours.",
+        "A leftover was removed from a storage system or an overlay pool, where it was proved to be ours and of no use to anybody.",
         "Nothing.",
     )
     VM_FREED = (

@@ -126,6 +126,7 @@ class Operator:
             wake=lambda n: self._add(Key(CONTENTS, "", n, "")),
         )
         self._world.known = lambda uid: any(k.uid == uid for k in self._snapshots)
+        self._world.uids = lambda: frozenset(k.uid for k in self._snapshots)
         self._world.strategies = registry.load(self._world)
         await asyncio.to_thread(quiesce.load)
         self._reconciler = Reconciler(self._world, lambda ns, n, uid: self._add(Key(SNAPSHOTS, ns, n, uid)))

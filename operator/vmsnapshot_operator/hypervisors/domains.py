@@ -19,13 +19,14 @@ from typing import Any, TypeVar
 
 import libvirt
 
+from vmsnapshot_operator.core.chains import OverlayFile
 from vmsnapshot_operator.core.endpoint import Endpoint
 from vmsnapshot_operator.core.journal import Journal, UnreadableJournalError
 from vmsnapshot_operator.core.machine import Agent, AgentState, Machine, PowerState
 from vmsnapshot_operator.core.volumes import Seconds
 from vmsnapshot_operator.errors import CallTimeoutError, DomainGoneError, HypervisorError, HypervisorUnreachableError
 from vmsnapshot_operator.hypervisors import agent as agents
-from vmsnapshot_operator.hypervisors import credentials, description, journals
+from vmsnapshot_operator.hypervisors import credentials, description, journals, overlays
 from vmsnapshot_operator.hypervisors.calls import Calls
 from vmsnapshot_operator.hypervisors.connection import Connection, Lane
 from vmsnapshot_operator.hypervisors.events import EventHub, EventWatch
@@ -227,6 +228,36 @@ class Hypervisor:
     def overlays(self, ref: Ref) -> Overlays:
         """The overlays of a domain."""
         return Overlays(self, ref)
+
+    async def overlay_files(self, prefix: str, pool: str = "") -> tuple[tuple[OverlayFile, ...], Mapping[str, str]]:
+        """Return what all endpoints have under such names (see `overlays.survey`), and which of them could not say it, and why.
+
+        On connections that few use, so that a pool that hangs delays nobody. Never raises HypervisorError.
+        """
+        found: list[OverlayFile] = []
+        problems: dict[str, str] = {}
+
+        async def one(endpoint: str) -> None:
+            def look(connection: Any) -> tuple[OverlayFile, ...]:
+                return overlays.survey(connection, endpoint, prefix, pool)
+
+            try:
+                found.extend(
+                    await self.act_on(endpoint, f"overlays on {endpoint}", look, timeout=overlays.POOL_TIMEOUT)
+                )
+            except HypervisorError as error:
+                problems[endpoint] = error.message
+
+        await asyncio.gather(*(one(e) for e in self._hosts))
+        return tuple(sorted(found, key=lambda f: (f.endpoint, f.path))), problems
+
+    async def remove_overlay(self, file: OverlayFile) -> None:
+        """Remove an overlay that nobody wrote to and that no VM of its host uses; missing is success."""
+
+        def remove(connection: Any) -> None:
+            overlays.remove_pristine(connection, file.path)
+
+        await self.act_on(file.endpoint, f"removal of {file.path}", remove, timeout=overlays.POOL_TIMEOUT)
 
     def wait_for_switch(self, ref: Ref) -> None:
         """Raise HypervisorError while a switch of ours to overlays has not returned: it may still come."""
