@@ -168,7 +168,7 @@ class DriverProcess:
                 on_progress(progress)
 
         try:
-            order = wire.call(operation, arguments, seconds, min(latest, until or latest))
+            order = wire.call(operation, arguments, seconds, latest, min(latest, until or latest))
             answer = await self._exchange(order, deadline, stall, heard)
             return wire.result(operation, answer)
         except TimeoutError:

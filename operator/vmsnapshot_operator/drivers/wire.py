@@ -110,13 +110,15 @@ def boottime() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
-def call(operation: str, arguments: tuple[Any, ...], seconds: float, until: float) -> bytes:
+def call(operation: str, arguments: tuple[Any, ...], seconds: float, until: float, begin: float) -> bytes:
     """Return the frame that asks for an operation, to be finished within so many seconds, and not after `until` (`boottime`).
+
+    `begin`: from then on it must not be begun any more; one that was begun before may go on.
 
     Both, since the request may lie unread for as long as both processes are stopped.
     """
     dumped = OPERATIONS[operation].arguments.dump_python(arguments, mode="json")
-    return frame({"operation": operation, "arguments": dumped, "seconds": seconds, "until": until})
+    return frame({"operation": operation, "arguments": dumped, "seconds": seconds, "until": until, "begin": begin})
 
 
 def answer(operation: str, result: Any) -> bytes:

@@ -46,8 +46,9 @@ def _end_with(parent: int, name: str) -> None:
 def _call(driver: StorageDriver, message: dict[str, Any]) -> bytes:
     operation = str(message["operation"])
     arguments = wire.OPERATIONS[operation].arguments.validate_python(message["arguments"])
-    left = float(message["until"]) - wire.boottime()
-    if left <= 0:
+    moment = wire.boottime()
+    left = float(message["until"]) - moment
+    if left <= 0 or moment >= float(message["begin"]):
         text = "it was asked for so late that its time was over; nothing was done"
         return wire.failure(DriverError(text, reason="DriverTimeout", retryable=True))
     # The default action of SIGALRM ends the process inside of any C call, also while the operator itself is stopped:

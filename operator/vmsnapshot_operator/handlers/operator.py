@@ -34,6 +34,7 @@ from vmsnapshot_operator.kube.events import Events
 from vmsnapshot_operator.kube.lease import Durations, Leadership
 from vmsnapshot_operator.quiesce import base as quiesce
 from vmsnapshot_operator.strategies import registry
+from vmsnapshot_operator.strategies.window import LEASE_LOOK, LEASE_MARGIN
 from vmsnapshot_operator.strategies.world import World
 from vmsnapshot_operator.telemetry import logs
 from vmsnapshot_operator.telemetry.health import Heartbeats
@@ -151,7 +152,7 @@ class Operator:
             told=self._look_at_class,
             lost=self._look_at_snapshots,
         )
-        for task in (self._queue.run(), self._beat(metrics), scan.run()):
+        for task in (self._queue.run(), self._beat(metrics), scan.run(), self._fence(leadership)):
             self._keep(asyncio.create_task(task))
         for key in self._early:
             self._queue.add(key)
@@ -254,6 +255,17 @@ class Operator:
 
         self._stack.push_async_callback(end)
         task.add_done_callback(_fatal)
+
+    async def _fence(self, leadership: Leadership) -> None:
+        """End what is under way whenever another instance may be about to take over."""
+        while True:
+            # Whenever that is so, not once: what was begun right before is under way only now.
+            if not leadership.is_leader(LEASE_MARGIN):
+                if self._reconciler is not None:
+                    self._reconciler.fence()
+                if self._restores is not None:
+                    self._restores.fence()
+            await asyncio.sleep(LEASE_LOOK)
 
     async def _beat(self, metrics: Metrics) -> None:
         """Heartbeats: the loop and the queue run, each hypervisor's connection answers."""
