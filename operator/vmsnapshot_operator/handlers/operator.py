@@ -300,6 +300,7 @@ def wire(operator: Operator) -> kopf.OperatorRegistry:
     async def startup(settings: kopf.OperatorSettings, **_: Any) -> None:
         settings.posting.enabled = False
         settings.watching.server_timeout = 300
+        settings.networking.request_timeout, settings.networking.connect_timeout = 60.0, 15.0
         settings.persistence.finalizer = f"{GROUP}/kopf"
         await operator.start()
 

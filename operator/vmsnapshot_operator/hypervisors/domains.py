@@ -117,6 +117,7 @@ class Hypervisor:
         self._outstanding = Outstanding()
         self._silent: set[str] = set()
         self._freed: set[str] = set()
+        self._surveyed: set[str] = set()
         self._folder = folder
 
     @classmethod
@@ -239,8 +240,16 @@ class Hypervisor:
 
         async def one(endpoint: str) -> None:
             def look(connection: Any) -> tuple[OverlayFile, ...]:
-                return overlays.survey(connection, endpoint, prefix, pool)
+                self._surveyed.add(endpoint)
+                try:
+                    return overlays.survey(connection, endpoint, prefix, pool)
+                finally:
+                    self._surveyed.discard(endpoint)
 
+            if endpoint in self._surveyed:
+                # Each look that hangs keeps one of libvirtd's few workers: never a second one beside it.
+                problems[endpoint] = f"{endpoint}: an earlier look at its pools has not returned"
+                return
             try:
                 found.extend(
                     await self.act_on(endpoint, f"overlays on {endpoint}", look, timeout=overlays.POOL_TIMEOUT)
