@@ -29,6 +29,8 @@ REST_SECONDS: Final = 120.0
 """More than any window takes: what was prepared for one is put away by a process that is asked nothing for so long."""
 REPORT_SECONDS: Final = 1.0
 """How often a driver is asked how far it is with one of the `LONG` operations."""
+FENCE_SECONDS: Final = 0.25
+"""How often a process that is at one of the `LONG` operations looks whether it still may."""
 LENGTH: Final = struct.Struct(">I")
 
 

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import kopf
 
 from vmsnapshot_operator.api.meta import GROUP, VERSION, content_name
+from vmsnapshot_operator.drivers.fence import Fence
 from vmsnapshot_operator.handlers.classes import Classes
 from vmsnapshot_operator.handlers.contents import Contents
 from vmsnapshot_operator.handlers.hypervisors import Hypervisors
@@ -104,11 +105,20 @@ class Operator:
         telemetry = TelemetryServer(metrics, self.heartbeats, host=options.telemetry_host, port=options.telemetry_port)
         await self._stack.enter_async_context(telemetry)
         installation = await cluster.installation()
-        leadership = Leadership(cluster, identity=identity, durations=Durations.of(options.lease_seconds))
+        fence = Fence()
+        self._stack.callback(fence.close)
+        leadership = Leadership(
+            cluster,
+            identity=identity,
+            durations=Durations.of(options.lease_seconds),
+            told=lambda until: fence.tell(
+                until - LEASE_MARGIN / 2
+            ),  # where it lives, this process has ended them before
+        )
         guardian = GuardianLink(options.guardian_socket) if options.guardian_socket is not None else None
         if guardian is not None:
             self._stack.push_async_callback(guardian.close)
-        self._classes = Classes(cluster, leading=leadership.is_leader)
+        self._classes = Classes(cluster, leading=leadership.is_leader, fence=fence.fd)
         self._stack.push_async_callback(self._classes.close)
         self._stack.push_async_callback(self._hypervisors.close)
         self._world = World(

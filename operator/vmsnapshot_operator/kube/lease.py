@@ -110,7 +110,8 @@ def boottime() -> float:
 class Leadership:
     """One instance's share in the lease. `run` is its only writer; `is_leader` may be asked at any moment.
 
-    `term`: how often this instance has come to hold it. Between two terms somebody else may have acted.
+    `term`: how often this instance has come to hold it. Between two terms somebody else may have acted. `told` is called with
+    `until` after each try to renew it.
     """
 
     def __init__(
@@ -120,7 +121,9 @@ class Leadership:
         identity: str,
         durations: Durations = Durations(),
         clock: Callable[[], float] = boottime,
+        told: Callable[[float], None] = lambda _until: None,
     ) -> None:
+        self._told = told
         self._cluster = cluster
         self._identity = identity
         self._durations = durations
@@ -190,6 +193,7 @@ class Leadership:
                 self._lease = (
                     None  # whether the request had an effect is unknown, or somebody else wrote: read it again
                 )
+            self._told(self.until)
             if was and not self.is_leader():
                 log.warning("this instance (%s) lost the lease", self._identity)
             elif self.is_leader() and not was:
