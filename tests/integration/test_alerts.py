@@ -113,6 +113,14 @@ CASES = (
         summary="VMs of hypervisor kvm bear a journal that nobody here may act on: 2",
     ),
     Case(
+        alert="VMSnapshotOverlayKept",
+        at=20,
+        fires=({'vmsnapshot_kept_overlays{hypervisor="kvm"}': "1+0x30"},),
+        silent=({'vmsnapshot_kept_overlays{hypervisor="kvm"}': "1+0x7 0 1+0x30"},),
+        labels=_KVM,
+        summary="Overlays of hypervisor kvm are committed by nobody, and a VM may run on one: 1",
+    ),
+    Case(
         alert="VMSnapshotOrphans",
         at=70,
         fires=({'vmsnapshot_orphans{class_name="ceph"}': "3+0x80"},),

@@ -325,12 +325,12 @@ class Reason(StrEnum):
     NOT_CONFIRMED = (
         "NotConfirmed",
         "Nobody has confirmed yet that the VM goes on.",
-        "Look at the VM at once: `vmsnapshot-operator thaw HYPERVISOR DOMAIN` says its state and frees it; the operator goes on trying.",
+        "Look at the VM at once: `vmsnapshot-operator thaw --hypervisor HYPERVISOR --domain DOMAIN` says its state and frees it; the operator goes on trying.",
     )
     RECOVERING = (
         "Recovering",
         "The VM is being freed after an interruption.",
-        "Wait some seconds; if it stays so, `vmsnapshot-operator thaw HYPERVISOR DOMAIN` says why.",
+        "Wait some seconds; if it stays so, `vmsnapshot-operator thaw --hypervisor HYPERVISOR --domain DOMAIN` says why.",
     )
     THAW_FAILED = (
         "ThawFailed",
@@ -771,7 +771,7 @@ class Reason(StrEnum):
     )
     ORPHAN_REMOVED = (
         "OrphanRemoved",
-        "A leftover was removed from a storage system: a journal or a VMSnapshotContent proved that it was ours.",
+        "A leftover was removed from a storage system or an overlay pool, where it was proved to be ours and of no use to anybody.",
         "Nothing.",
     )
     VM_FREED = (
@@ -782,7 +782,7 @@ class Reason(StrEnum):
     VM_STILL_HELD = (
         "VMStillHeld",
         "A VM is held by an attempt of ours that is over, and could not be freed yet; it is tried again every few seconds.",
-        "Look at the VM's agent and host at once; `vmsnapshot-operator thaw HYPERVISOR DOMAIN` says its state.",
+        "Look at the VM's agent and host at once; `vmsnapshot-operator thaw --hypervisor HYPERVISOR --domain DOMAIN` says its state.",
     )
     JOURNAL_LEFT = (
         "JournalLeft",

@@ -101,6 +101,12 @@ class Reconciler:
         log.error("VMSnapshot %s/%s did not come to rest after %d effects", namespace, name, MAX_STEPS)
         return MAX_BACKOFF_SECONDS
 
+    def fence(self) -> None:
+        """End what must not go on beside another instance; windows see to themselves, and freeing needs no lease."""
+        for running in self._running.values():
+            if isinstance(running.effect, _CANCELLABLE) and not running.task.cancelling():
+                running.task.cancel()
+
     async def close(self) -> None:
         """End all effects; a window frees its guest before it ends."""
         tasks = [r.task for r in self._running.values()]

@@ -19,13 +19,14 @@ from typing import Any, TypeVar
 
 import libvirt
 
+from vmsnapshot_operator.core.chains import OverlayFile
 from vmsnapshot_operator.core.endpoint import Endpoint
 from vmsnapshot_operator.core.journal import Journal, UnreadableJournalError
 from vmsnapshot_operator.core.machine import Agent, AgentState, Machine, PowerState
 from vmsnapshot_operator.core.volumes import Seconds
 from vmsnapshot_operator.errors import CallTimeoutError, DomainGoneError, HypervisorError, HypervisorUnreachableError
 from vmsnapshot_operator.hypervisors import agent as agents
-from vmsnapshot_operator.hypervisors import credentials, description, journals
+from vmsnapshot_operator.hypervisors import credentials, description, journals, overlays
 from vmsnapshot_operator.hypervisors.calls import Calls
 from vmsnapshot_operator.hypervisors.connection import Connection, Lane
 from vmsnapshot_operator.hypervisors.events import EventHub, EventWatch
@@ -116,6 +117,7 @@ class Hypervisor:
         self._outstanding = Outstanding()
         self._silent: set[str] = set()
         self._freed: set[str] = set()
+        self._surveyed: set[str] = set()
         self._folder = folder
 
     @classmethod
@@ -228,6 +230,44 @@ class Hypervisor:
         """The overlays of a domain."""
         return Overlays(self, ref)
 
+    async def overlay_files(self, prefix: str, pool: str = "") -> tuple[tuple[OverlayFile, ...], Mapping[str, str]]:
+        """Return what all endpoints have under such names (see `overlays.survey`), and which of them could not say it, and why.
+
+        On connections that few use, so that a pool that hangs delays nobody. Never raises HypervisorError.
+        """
+        found: list[OverlayFile] = []
+        problems: dict[str, str] = {}
+
+        async def one(endpoint: str) -> None:
+            def look(connection: Any) -> tuple[OverlayFile, ...]:
+                self._surveyed.add(endpoint)
+                try:
+                    return overlays.survey(connection, endpoint, prefix, pool)
+                finally:
+                    self._surveyed.discard(endpoint)
+
+            if endpoint in self._surveyed:
+                # Each look that hangs keeps one of libvirtd's few workers: never a second one beside it.
+                problems[endpoint] = f"{endpoint}: an earlier look at its pools has not returned"
+                return
+            try:
+                found.extend(
+                    await self.act_on(endpoint, f"overlays on {endpoint}", look, timeout=overlays.POOL_TIMEOUT)
+                )
+            except HypervisorError as error:
+                problems[endpoint] = error.message
+
+        await asyncio.gather(*(one(e) for e in self._hosts))
+        return tuple(sorted(found, key=lambda f: (f.endpoint, f.path))), problems
+
+    async def remove_overlay(self, file: OverlayFile) -> None:
+        """Remove an overlay that nobody wrote to and that no VM of its host uses; missing is success."""
+
+        def remove(connection: Any) -> None:
+            overlays.remove_pristine(connection, file.path)
+
+        await self.act_on(file.endpoint, f"removal of {file.path}", remove, timeout=overlays.POOL_TIMEOUT)
+
     def wait_for_switch(self, ref: Ref) -> None:
         """Raise HypervisorError while a switch of ours to overlays has not returned: it may still come."""
         if self._outstanding.any(f"switch {ref.uuid}"):
@@ -253,9 +293,9 @@ class Hypervisor:
         """
         await self._at(ref, f"journal of {ref.name}", lambda domain: journals.write(domain, journal, permit))
 
-    async def update_journal(self, ref: Ref, journal: Journal) -> bool:
-        """Have the journal with this nonce say something else; False if it is not there any more."""
-        return await self._at(ref, f"journal of {ref.name}", lambda domain: journals.update(domain, journal))
+    async def update_journal(self, ref: Ref, journal: Journal, *, held: bool = False) -> bool:
+        """Have the journal with this nonce say something else; False if it is not there any more. `held`: see `journals.update`."""
+        return await self._at(ref, f"journal of {ref.name}", lambda domain: journals.update(domain, journal, held=held))
 
     async def clear_journal(self, ref: Ref, nonce: str) -> None:
         """Remove the journal if it is the one with this nonce."""

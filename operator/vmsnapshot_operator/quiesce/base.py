@@ -138,7 +138,7 @@ async def release(hypervisor: Hypervisor, ref: Ref, journal: Journal) -> None:
     if rest is None:
         await hypervisor.clear_journal(ref, journal.nonce)
     else:
-        await hypervisor.update_journal(ref, rest)
+        await hypervisor.update_journal(ref, rest, held=True)
 
 
 async def insist(what: str, attempt: Callable[[], Awaitable[bool]], patience: Seconds | None) -> bool:

@@ -200,6 +200,7 @@ class StorageStrategy:
             if ruling.move is Move.KEEP:
                 message = f"overlay {ruling.overlay} is kept, and so is its base: {ruling.why}"
                 log.error("VMSnapshot %s: %s", seen.request.uid, message)
+                self._world.kept[ruling.overlay] = ruling.why
                 await self._world.events.emit(body, "Warning", "OverlayKept", message)
 
     async def _reserve(self, effect: Prepare, record: Record, uid: str) -> Prepared:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -41,9 +41,16 @@ from vmsnapshot_operator.strategies.world import World
 
 log = logging.getLogger(__name__)
 
-LEASE_MARGIN = Seconds(5.0)
-"""The lease must outlast the budget by so much: within it nobody else may believe to be the one who acts."""
+LEASE_MARGIN = Seconds(3.0)
+"""So long before another one could hold the lease nothing is begun any more, and what was begun is ended: the freeze, the switch, the
+cuts. It is for what is on its way: an order that its driver has, a process that is being killed."""
 
+LEASE_AT_BEGIN = Seconds(8.0)
+"""So long the lease must last when a window begins: most end within a second. Longer ones are renewed for while they last, and are
+given up if that fails: a lease for the whole budget would make everybody wait for it when its holder dies."""
+
+LEASE_LOOK = 0.25
+"""How often it is looked, while cuts are under way, whether the lease still lasts."""
 
 UNHURRIED = Seconds(120.0)
 """So long all cuts may take while the VM runs on overlays."""
@@ -81,9 +88,17 @@ class Limit:
             return "the window was over before it was sent"
         if clock() >= self.until:
             return "the budget was over before it was sent"
-        if not self._leadership.is_leader():
-            return "another instance may have taken over"
-        return ""
+        return self.lost()
+
+    @property
+    def order_until(self) -> Seconds:
+        """The moment after which a driver that has an order already must not begin it: it does not know of renewals."""
+        return Seconds(min(self.until, self._leadership.until - LEASE_MARGIN))
+
+    def lost(self) -> str:
+        """Why what is under way must be ended, whatever is left of the budget; or nothing."""
+        lasts = self._leadership.is_leader(LEASE_MARGIN)
+        return "" if lasts else "the lease was not renewed: another instance may take over"
 
     def check(self) -> None:
         """Raise NotPermittedError if nothing may be done any more."""
@@ -175,10 +190,10 @@ async def _held(
     world: World, plan: Plan, journal: Journal, ref: Ref, client: Hypervisor, progress: _Progress
 ) -> AsyncIterator[Limit]:
     """Lease, journal and guardian around the window; the journal goes only when the VM is confirmed free."""
-    async with world.leadership.outlasting(plan.quiesce.budget + LEASE_MARGIN) as leading:
+    async with world.leadership.outlasting(LEASE_AT_BEGIN) as leading:
         if not leading:
             raise GuardianError(
-                "the lease does not outlast the window: another instance may take over", reason="NotLeader"
+                "the lease does not last for a window: another instance may take over", reason="NotLeader"
             )
         # Counted from before the journal: the guardian's own timer starts when it sees it, and ours must not end later.
         limit = Limit(world.leadership, plan.quiesce.budget)
@@ -258,17 +273,11 @@ async def _cut_all(
         async with asyncio.timeout(remaining):
             try:
                 async with asyncio.TaskGroup() as cuts:
-                    for name, request in requests.items():
-                        cuts.create_task(
-                            _cut(
-                                request,
-                                name,
-                                slots[name],
-                                progress,
-                                journal.owner_uid,
-                                limit,
-                            )
-                        )
+                    tasks = [
+                        cuts.create_task(_cut(request, name, slots[name], progress, journal.owner_uid, limit))
+                        for name, request in requests.items()
+                    ]
+                    await _fence(tasks, progress, limit)
             except* _CutFailedError:
                 pass  # each group has told its own failure
     except TimeoutError:
@@ -277,6 +286,14 @@ async def _cut_all(
             "FrozenTooLong",
             f"not cut within the budget of {limit.budget:g} s, so the VM was freed first: {'; '.join(late)}",
         )
+
+
+async def _fence(tasks: Collection[asyncio.Task[None]], progress: _Progress, limit: Limit) -> None:
+    """Wait for the cuts; end them by raising _CutFailedError once another instance may be about to begin."""
+    while (await asyncio.wait(tasks, timeout=LEASE_LOOK))[1]:
+        if why := limit.lost():
+            progress.fail("NotLeader", f"the cuts were ended: {why}", interrupted=True)
+            raise _CutFailedError
 
 
 def _disks(request: SnapshotRequest) -> str:
@@ -288,7 +305,7 @@ async def _cut(request: SnapshotRequest, name: str, slot: Slot, progress: _Progr
     try:
         async with step(Step.WINDOW_CUT, uid, name):
             limit.check()
-            result = await slot.cut(replace(request, timeout=limit.remaining), until=limit.until)
+            result = await slot.cut(replace(request, timeout=limit.remaining), until=limit.order_until)
     except NotPermittedError as error:
         progress.groups[name] = GroupOutcome(class_name=name, reason=error.reason, message=error.message)
         progress.fail(error.reason, error.message, interrupted=True)

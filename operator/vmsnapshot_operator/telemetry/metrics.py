@@ -65,6 +65,12 @@ class Metrics:
             ("hypervisor",),
             registry=self.registry,
         )
+        self._kept_overlays = Gauge(
+            "vmsnapshot_kept_overlays",
+            "Overlays of ours that nobody commits or removes any more: a VM may run on one, or what it wrote be in it alone",
+            ("hypervisor",),
+            registry=self.registry,
+        )
         self._guardian = Gauge(
             "vmsnapshot_guardian_answers",
             "1 while a guardian answers that reaches this hypervisor; nothing is frozen there otherwise",
@@ -164,6 +170,10 @@ class Metrics:
         self._journals.labels(hypervisor).set(count)
         self._overlays.labels(hypervisor).set(overlays)
 
+    def kept_overlays(self, count: int, *, hypervisor: str) -> None:
+        """So many overlays were found that are kept for good."""
+        self._kept_overlays.labels(hypervisor).set(count)
+
     def guardian(self, *, answers: bool, hypervisor: str) -> None:
         """Whether a guardian answered that reaches a hypervisor."""
         self._guardian.labels(hypervisor).set(answers)
@@ -218,6 +228,7 @@ class Metrics:
             self._strange_journals,
             self._journals,
             self._overlays,
+            self._kept_overlays,
             self._guardian,
             self._hypervisor_answers,
             self._thaw_failures,
