@@ -17,10 +17,15 @@ from vmsnapshot_operator.core.steps import Moment, Step
 
 @dataclass(slots=True)
 class Trap:
-    """Waits for the first time that any snapshot reaches one side of a step; the operator stands there until `go`."""
+    """Waits for the first time that any snapshot reaches one side of a step; the operator stands there until `go`.
+
+    `about`: the class or handle that it has to be about; empty: any. `detail` is then what it was about.
+    """
 
     step: Step
     moment: Moment
+    about: str = ""
+    detail: str = ""
     _reached: threading.Event = field(default_factory=threading.Event)
     _going: threading.Event = field(default_factory=threading.Event)
 
@@ -37,22 +42,29 @@ class Trap:
         """Whether the operator was let go on."""
         return self._going.is_set()
 
-    def matches(self, step: str, moment: str) -> bool:
+    def matches(self, step: str, moment: str, detail: str = "") -> bool:
         """Whether this is it, for the first time."""
-        return (step, moment) == (self.step, self.moment) and not self._reached.is_set()
+        here = (step, moment) == (self.step, self.moment) and self.about in ("", detail)
+        return here and not self._reached.is_set()
 
-    def hold(self) -> None:
+    def hold(self, detail: str = "") -> None:
         """Keep the operator there."""
+        self.detail = detail
         self._reached.set()
         self._going.wait(120)
 
 
 class Injector:
-    """Listens on a socket as long as it is entered. `clock_seconds`: by so much the operator's wall clock shall be wrong."""
+    """Listens on a socket as long as it is entered. `clock_seconds`: by so much the operator's wall clock shall be wrong.
+
+    `lose`: the class whose driver's next answer shall be lost; it is told once. `lost`: how many answers the operator says that it lost.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.clock_seconds = 0
+        self.lose = ""
+        self.lost = 0
         self.reached: Counter[tuple[str, str]] = Counter()
         self._traps: list[Trap] = []
         self._listener: socket.socket | None = None
@@ -74,9 +86,9 @@ class Injector:
             trap.go()
 
     @contextlib.contextmanager
-    def trap(self, step: Step, moment: Moment) -> Iterator[Trap]:
+    def trap(self, step: Step, moment: Moment, about: str = "") -> Iterator[Trap]:
         """Set a trap for as long as it is entered."""
-        made = Trap(step, moment)
+        made = Trap(step, moment, about)
         self._traps.append(made)
         try:
             yield made
@@ -96,7 +108,11 @@ class Injector:
         with link, contextlib.suppress(OSError, ValueError):
             said = json.loads(link.makefile().readline())
             self.reached[said["step"], said["moment"]] += 1
+            self.lost = max(self.lost, int(said["lost"]))
             for trap in list(self._traps):
-                if trap.matches(said["step"], said["moment"]):
-                    trap.hold()
-            link.sendall(b"%d\n" % self.clock_seconds)
+                if trap.matches(said["step"], said["moment"], said["detail"]):
+                    trap.hold(said["detail"])
+            lose = self.lose if self.lose == said["detail"] else ""
+            if lose:
+                self.lose = ""
+            link.sendall(json.dumps({"clock": self.clock_seconds, "lose": lose}).encode() + b"\n")

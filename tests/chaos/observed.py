@@ -1,7 +1,8 @@
 """The operator with an observer: each step waits until the injector, at the other end of a Unix socket, lets it go on.
 
 `python -m tests.chaos.observed SOCKET run …` is `vmsnapshot-operator run …`, and nothing else is different. With nobody at the
-other end a step goes on at once. The answer says by how many seconds the process's wall clock shall be wrong from now on.
+other end a step goes on at once. The answer says by how many seconds the process's wall clock shall be wrong from now on, and of
+which class the next answer of its driver shall be lost: the driver does what it is asked, and its word does not arrive.
 """
 
 from __future__ import annotations
@@ -10,12 +11,36 @@ import asyncio
 import json
 import sys
 import time
+from typing import Any
 
 import time_machine
 
 from vmsnapshot_operator.cli import main
 from vmsnapshot_operator.core import steps
 from vmsnapshot_operator.core.steps import Moment, Step
+from vmsnapshot_operator.drivers import host
+from vmsnapshot_operator.drivers.process import DriverProcess
+from vmsnapshot_operator.errors import DriverCrashedError
+
+_DEEDS = frozenset({"prepare", "cut", "wait_ready", "revert", "clone", "keep", "delete"})
+"""What a driver does; everything else only asks."""
+
+
+class LossyProcess(DriverProcess):
+    """A driver's process that dies after it did what it was asked and before it says so, if its class is in `losing`."""
+
+    losing: set[str] = set()  # noqa: RUF012 - one for all processes
+    lost = 0
+
+    async def call(self, operation: str, *arguments: Any, **options: Any) -> Any:
+        """Ask the driver; lose its answer once."""
+        answer = await super().call(operation, *arguments, **options)
+        if operation in _DEEDS and self.setup.class_name in self.losing:
+            self.losing.discard(self.setup.class_name)
+            LossyProcess.lost += 1
+            self.kill()
+            raise DriverCrashedError(self.setup.where(operation) + "its process ended before it answered; injected")
+        return answer
 
 
 class SocketObserver:
@@ -33,9 +58,12 @@ class SocketObserver:
         except OSError:
             return
         try:
-            said = {"step": step, "moment": moment, "uid": uid, "detail": detail}
+            said = {"step": step, "moment": moment, "uid": uid, "detail": detail, "lost": LossyProcess.lost}
             writer.write(json.dumps(said).encode() + b"\n")
-            self._step_clock(int(await reader.readline() or b"0"))
+            order = json.loads(await reader.readline() or b"{}")
+            if order.get("lose"):
+                LossyProcess.losing.add(order["lose"])
+            self._step_clock(order.get("clock", 0))
         except OSError:
             return
         finally:
@@ -56,4 +84,5 @@ class SocketObserver:
 
 if __name__ == "__main__":
     steps.observe(SocketObserver(sys.argv[1]))
+    host.DriverProcess = LossyProcess  # type: ignore[misc]  # a class of its own is what it is replaced by
     main(sys.argv[2:])
