@@ -44,10 +44,15 @@ def judge(scene: Scene) -> list[Finding]:
         until(f"VMRestore {name} is gone", lambda name=name: scene.stack.get_restore(name, TENANT) is None, SECONDS)  # type: ignore[misc]
     for made in scene.new_vms.values():
         proof.remove_vm(scene.lab, made)
-    for body in scene.stack.all("vmsnapshots.vmsnapshot.io"):
-        if body["metadata"].get("labels", {}).get("vmsnapshot.io/safety-of") in scene.restores:
-            scene.stack.delete(body["metadata"]["name"], namespace=TENANT)
+    for name in safety_snapshots(scene):
+        scene.stack.delete(name, namespace=TENANT)
     return findings
+
+
+def safety_snapshots(scene: Scene) -> list[str]:
+    """What the restores have taken of the VM before they touched it: by its own mark, not by what their status says."""
+    label, there = "vmsnapshot.io/safety-of", scene.stack.all("vmsnapshots")
+    return [b["metadata"]["name"] for b in there if b["metadata"].get("labels", {}).get(label) in scene.restores]
 
 
 def look(scene: Scene) -> list[Finding]:
@@ -106,9 +111,9 @@ def _of_disks(scene: Scene, told: Sequence[Body]) -> Iterator[Finding]:
             source, held = f"the snapshot {scene.name}", scene.held or _read(scene, scene.name, Path(folder))
         else:
             source, held = "", None
-            for name in ((b.get("status") or {}).get("safetySnapshotName") for b in told):
-                if name and held is None:
-                    source, held = f"the safety snapshot {name}", _read(scene, str(name), Path(folder))
+            for name in safety_snapshots(scene):
+                if held is None:
+                    source, held = f"the safety snapshot {name}", _read(scene, name, Path(folder))
     if held is not None:
         yield from (Finding("lied", subject, f"{source}: {w}") for w in unlike(now, held))
     elif not now.in_order:
