@@ -131,6 +131,11 @@ LEFT_OUT: tuple[tuple[Callable[[Fault], bool], frozenset[Place], str], ...] = (
         "the VM has just been freed after a death of the operator: the way there is that very fault",
     ),
     (
+        lambda f: f.name in ("deleted", "deleted-by-force"),
+        at(s for s, way in WAYS.items() if way in (Way.DELETE, Way.DELETE_EARLY)),
+        "it is deleted already: to do so again changes nothing",
+    ),
+    (
         lambda f: f.name.startswith("agent-"),
         OFF,
         "a VM that is off has no agent; its safety snapshot asks nobody",

@@ -57,14 +57,15 @@ class Trap:
 class Injector:
     """Listens on a socket as long as it is entered. `clock_seconds`: by so much the operator's wall clock shall be wrong.
 
-    `lose`: the class whose driver's next answer shall be lost; it is told once. `lost`: how many answers the operator says that it lost.
+    `orders`: what shall become of the next thing that the driver of a class does, by the class, told once: `lose` it is done, and the
+    driver dies before it says so; `fail` it dies before.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.clock_seconds = 0
-        self.lose = ""
-        self.lost = 0
+        self.orders: dict[str, str] = {}
+        self._obeyed: dict[int, int] = {}
         self.reached: Counter[tuple[str, str]] = Counter()
         self._traps: list[Trap] = []
         self._listener: socket.socket | None = None
@@ -84,6 +85,11 @@ class Injector:
             self._listener.close()
         for trap in self._traps:
             trap.go()
+
+    @property
+    def obeyed(self) -> int:
+        """To how many orders all operators together say that they have come; each counts from its start."""
+        return sum(self._obeyed.values())
 
     @contextlib.contextmanager
     def trap(self, step: Step, moment: Moment, about: str = "") -> Iterator[Trap]:
@@ -108,11 +114,9 @@ class Injector:
         with link, contextlib.suppress(OSError, ValueError):
             said = json.loads(link.makefile().readline())
             self.reached[said["step"], said["moment"]] += 1
-            self.lost = max(self.lost, int(said["lost"]))
+            self._obeyed[said["pid"]] = said["obeyed"]
             for trap in list(self._traps):
                 if trap.matches(said["step"], said["moment"], said["detail"]):
                     trap.hold(said["detail"])
-            lose = self.lose if self.lose == said["detail"] else ""
-            if lose:
-                self.lose = ""
-            link.sendall(json.dumps({"clock": self.clock_seconds, "lose": lose}).encode() + b"\n")
+            answer = {"clock": self.clock_seconds, "order": self.orders.pop(said["detail"], "")}
+            link.sendall(json.dumps(answer).encode() + b"\n")

@@ -1,14 +1,15 @@
 """The operator with an observer: each step waits until the injector, at the other end of a Unix socket, lets it go on.
 
 `python -m tests.chaos.observed SOCKET run …` is `vmsnapshot-operator run …`, and nothing else is different. With nobody at the
-other end a step goes on at once. The answer says by how many seconds the process's wall clock shall be wrong from now on, and of
-which class the next answer of its driver shall be lost: the driver does what it is asked, and its word does not arrive.
+other end a step goes on at once. The answer says by how many seconds the process's wall clock shall be wrong from now on, and what
+shall become of the next thing that the driver of this step's class does (`Injector.orders`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 import time
 from typing import Any
@@ -27,20 +28,21 @@ _DEEDS = frozenset({"prepare", "cut", "wait_ready", "revert", "clone", "keep", "
 
 
 class LossyProcess(DriverProcess):
-    """A driver's process that dies after it did what it was asked and before it says so, if its class is in `losing`."""
+    """A driver's process that dies before it does what it is asked, or before it says that it did, as its class's order says."""
 
-    losing: set[str] = set()  # noqa: RUF012 - one for all processes
-    lost = 0
+    orders: dict[str, str] = {}  # noqa: RUF012 - one for all processes
+    obeyed = 0
 
     async def call(self, operation: str, *arguments: Any, **options: Any) -> Any:
-        """Ask the driver; lose its answer once."""
-        answer = await super().call(operation, *arguments, **options)
-        if operation in _DEEDS and self.setup.class_name in self.losing:
-            self.losing.discard(self.setup.class_name)
-            LossyProcess.lost += 1
-            self.kill()
-            raise DriverCrashedError(self.setup.where(operation) + "its process ended before it answered; injected")
-        return answer
+        """Ask the driver, and do as was ordered, once."""
+        order = self.orders.pop(self.setup.class_name, "") if operation in _DEEDS else ""
+        if order != "fail":
+            answer = await super().call(operation, *arguments, **options)
+            if not order:
+                return answer
+        LossyProcess.obeyed += 1
+        self.kill()
+        raise DriverCrashedError(self.setup.where(operation) + "its process ended before it answered; injected")
 
 
 class SocketObserver:
@@ -58,11 +60,12 @@ class SocketObserver:
         except OSError:
             return
         try:
-            said = {"step": step, "moment": moment, "uid": uid, "detail": detail, "lost": LossyProcess.lost}
+            said: dict[str, Any] = {"step": step, "moment": moment, "uid": uid, "detail": detail}
+            said |= {"pid": os.getpid(), "obeyed": LossyProcess.obeyed}
             writer.write(json.dumps(said).encode() + b"\n")
             order = json.loads(await reader.readline() or b"{}")
-            if order.get("lose"):
-                LossyProcess.losing.add(order["lose"])
+            if order.get("order"):
+                LossyProcess.orders[detail] = order["order"]
             self._step_clock(order.get("clock", 0))
         except OSError:
             return

@@ -248,14 +248,16 @@ def _hotplug(scene: Scene) -> None:
 def _unplug(scene: Scene) -> None:
     path, disk = _plugged(scene)
 
+    both = ((0, libvirt.VIR_DOMAIN_AFFECT_LIVE), (libvirt.VIR_DOMAIN_XML_INACTIVE, libvirt.VIR_DOMAIN_AFFECT_CONFIG))
+
     def gone() -> bool:
         domain = scene.guest.domain()
-        there = [PLUGGED in domain.XMLDesc(flags) for flags in (0, libvirt.VIR_DOMAIN_XML_INACTIVE)]
-        if any(there):
+        there = [affect for shown, affect in both if PLUGGED in domain.XMLDesc(shown)]
+        for affect in there:
             # Again and again: whoever is defining the VM just now may put it back.
             with contextlib.suppress(libvirt.libvirtError):
-                domain.detachDevice(disk)
-        return not any(there)
+                domain.detachDeviceFlags(disk, affect)
+        return not there
 
     until("the disk is unplugged", gone, 60)
     os.unlink(path)  # noqa: PTH108 - a path as a text

@@ -91,31 +91,36 @@ def _readmit_driver(scene: Scene) -> None:
 # --- answers that are lost or come late, and a part that succeeds ------------------------------------------------------------------
 
 
+def _order(what: str, scene: Scene) -> None:
+    """Of the driver that is about to act (`Injector.orders`)."""
+    scene.seen = scene.injector.obeyed
+    scene.injector.orders[scene.detail] = what
+
+
 def _lose_answer(scene: Scene) -> None:
     """The driver that is about to act does so, and dies before it says so."""
-    scene.seen = scene.injector.lost
-    scene.injector.lose = scene.detail
-
-
-def _must_have_lost(scene: Scene) -> None:
-    scene.injector.lose = ""
-    if not _has_lost(scene):
-        raise NoEffectError("no answer of a driver was lost")
-
-
-def _has_lost(scene: Scene) -> bool:
-    return scene.injector.lost > scene.seen
+    _order("lose", scene)
 
 
 def _one_fails_after_another(scene: Scene) -> None:
-    """Another group has done it all, and then the driver of this one dies."""
+    """Another group has done it all, and then the driver of this one dies before it does anything."""
     assert scene.step is not None, "struck at a step"
     step = scene.step
     try:
         until("another group is done", lambda: scene.times(step, Moment.AFTER) > 0, 10)
     except LabError as error:
         raise NoEffectError(str(error)) from error
-    _signal_workers(signal.SIGKILL, scene.detail)(scene)
+    _order("fail", scene)
+
+
+def _must_have_obeyed(scene: Scene) -> None:
+    scene.injector.orders.clear()
+    if not _has_obeyed(scene):
+        raise NoEffectError("no driver did anything meanwhile")
+
+
+def _has_obeyed(scene: Scene) -> bool:
+    return scene.injector.obeyed > scene.seen
 
 
 def _stop_osd(scene: Scene) -> None:
@@ -270,14 +275,17 @@ FAULTS = (
     Fault(
         name="driver-answer-lost",
         strike=_lose_answer,
-        heal=_must_have_lost,
-        over=_has_lost,
+        heal=_must_have_obeyed,
+        over=_has_obeyed,
         hold=10.0,
         only=at(DRIVERS, [At.BEFORE]),
     ),
     Fault(
         name="one-group-fails-after-another",
         strike=_one_fails_after_another,
+        heal=_must_have_obeyed,
+        over=_has_obeyed,
+        hold=10.0,
         only=at([Step.PREPARE_DRIVER, Step.WINDOW_CUT, Step.REVERT_DRIVER, Step.CLONE_DRIVER], [At.BEFORE]),
     ),
     Fault(

@@ -15,31 +15,33 @@ from tests.chaos.injector import Injector
 from vmsnapshot_operator.core.steps import Moment, Step
 
 
-def say(path: Path, step: Step, detail: str = "", lost: int = 0) -> dict[str, Any]:
+def say(path: Path, step: Step, detail: str = "", obeyed: int = 0, pid: int = 1) -> dict[str, Any]:
     """What the operator does at a step: tell it, and wait for the answer."""
     with socket.socket(socket.AF_UNIX) as link:
         link.settimeout(30)
         link.connect(str(path))
-        said = {"step": step, "moment": Moment.BEFORE, "uid": "u", "detail": detail, "lost": lost}
+        said = {"step": step, "moment": Moment.BEFORE, "uid": "u", "detail": detail, "pid": pid, "obeyed": obeyed}
         link.sendall(json.dumps(said).encode() + b"\n")
         return dict(json.loads(link.makefile().readline()))
 
 
 def test_only_the_class_that_is_meant_is_held_and_its_answer_lost(tmp_path: Path) -> None:
     with Injector(tmp_path / "s") as injector, injector.trap(Step.WINDOW_CUT, Moment.BEFORE, "ceph") as trap:
-        assert say(injector.path, Step.WINDOW_CUT, "files") == {"clock": 0, "lose": ""}
+        assert say(injector.path, Step.WINDOW_CUT, "files") == {"clock": 0, "order": ""}
         assert not trap.wait(0.0)
         answers: list[dict[str, Any]] = []
         held = threading.Thread(target=lambda: answers.append(say(injector.path, Step.WINDOW_CUT, "ceph")))
         held.start()
         assert trap.wait(30)
         assert trap.detail == "ceph"
-        injector.lose, injector.clock_seconds = "ceph", 5
+        injector.orders["ceph"], injector.clock_seconds = "lose", 5
         trap.go()
         held.join(30)
-        assert answers == [{"clock": 5, "lose": "ceph"}]
-        assert say(injector.path, Step.WINDOW_CUT, "ceph", lost=1) == {"clock": 5, "lose": ""}, "once"
-        assert injector.lost == 1
+        assert answers == [{"clock": 5, "order": "lose"}]
+        assert say(injector.path, Step.WINDOW_CUT, "ceph", obeyed=1) == {"clock": 5, "order": ""}, "once"
+        assert injector.obeyed == 1
+        say(injector.path, Step.KEEP, obeyed=1, pid=2)
+        assert injector.obeyed == 2, "one that was started anew counts from its start"
         assert injector.reached[Step.WINDOW_CUT, Moment.BEFORE] == 3
 
 
