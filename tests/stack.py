@@ -99,6 +99,8 @@ class Stack:
     server: str = ""
     observer: Path | None = None
     programs: dict[str, Program] = field(default_factory=dict)
+    _token: Path | None = None
+    """The kubeconfig of the operators of this stack; its token is good for a day."""
 
     # --- starting and ending -------------------------------------------------------------------------------------
 
@@ -165,12 +167,17 @@ class Stack:
             until(f"the operator is ready (log: {self.programs[name].log})", self.ready)
 
     def _kubeconfig(self) -> Path:
-        path = self.lab.service_account_kubeconfig(NAMESPACE, SERVICE_ACCOUNT)
-        if self.server:
-            config = yaml.safe_load(path.read_text())
-            config["clusters"][0]["cluster"] = {"server": self.server}
+        """A file of this stack alone: another one may look for the API server elsewhere."""
+        if self._token is None:
+            made = self.lab.service_account_kubeconfig(NAMESPACE, SERVICE_ACCOUNT)
+            config = yaml.safe_load(made.read_text())
+            if self.server:
+                config["clusters"][0]["cluster"] = {"server": self.server}
+            path = self.state / "operator.kubeconfig"
+            path.touch(mode=0o600)
             path.write_text(yaml.safe_dump(config))
-        return path
+            self._token = path
+        return self._token
 
     def stop(self) -> None:
         """End operator and guardian, in this order."""
