@@ -103,7 +103,7 @@ def remove_vm(lab: Lab, name: str) -> None:
         connection.close()
     for source in sources:
         if source.get("file"):
-            Path(source.attrib["file"]).unlink()
+            Path(source.attrib["file"]).unlink(missing_ok=True)
         else:
             lab.ceph.remove_image(source.attrib["name"].rpartition("/")[2])
 

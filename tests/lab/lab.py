@@ -14,7 +14,8 @@ from typing import Any
 
 import libvirt
 
-from tests.lab import binaries, ceph, controlplane, image, leftovers, paths, pools
+from tests.lab import api, binaries, ceph, controlplane, image, leftovers, paths, pools
+from tests.lab.api import Api
 from tests.lab.ceph import Ceph
 from tests.lab.control import Component, Control
 from tests.lab.controlplane import ControlPlane
@@ -107,6 +108,14 @@ class Lab:
     def kubectl(self, *arguments: str, stdin: str | None = None) -> str:
         """Run kubectl as the administrator; raises LabError with what it said."""
         return run(self.bin("kubectl"), "--kubeconfig", self.kubeconfig, *arguments, stdin=stdin)
+
+    @property
+    def api(self) -> Api:
+        """The API server as the administrator; raises LabError if there is no kubeconfig."""
+        try:
+            return api.of(self.kubeconfig)
+        except OSError as error:
+            raise LabError(f"there is no kubeconfig: {error}") from error
 
     def service_account_kubeconfig(self, namespace: str, name: str) -> Path:
         """A kubeconfig with a fresh token, good for a day, of a ServiceAccount that exists."""

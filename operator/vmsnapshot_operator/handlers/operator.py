@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import kopf
 
-from vmsnapshot_operator.api.meta import GROUP, VERSION, content_name
+from vmsnapshot_operator.api.meta import GROUP, LABEL_SAFETY_OF, VERSION, content_name, label_of
 from vmsnapshot_operator.drivers.fence import Fence
 from vmsnapshot_operator.handlers.classes import Classes
 from vmsnapshot_operator.handlers.contents import Contents
@@ -195,6 +195,8 @@ class Operator:
             (self._unfinished.gone(key.uid) if gone else self._unfinished.seen(body))
             if gone:
                 self._add(Key(CONTENTS, "", content_name(key.uid), ""))
+            if label := (meta.get("labels") or {}).get(LABEL_SAFETY_OF):
+                self._wake_restores(key.namespace, label)
         elif gone:
             self._bodies.pop((kind, key.name), None)
         else:
@@ -204,6 +206,12 @@ class Operator:
             elif kind == HYPERVISORS:
                 self._hypervisors.expect(body)
         self._add(key)
+
+    def _wake_restores(self, namespace: str, label: str) -> None:
+        """A restore goes on as soon as its safety snapshot is there."""
+        for key in self._restoring:
+            if key.namespace == namespace and label_of(key.name) == label:
+                self._add(key)
 
     def _all(self) -> list[Key]:
         """Everything that is looked at again now and then, whether anything happened to it or not."""
