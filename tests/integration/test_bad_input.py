@@ -258,13 +258,37 @@ def test_paused_by_somebody_stays_paused(stack: Stack, lab: Lab, vmsnapshot: Cal
         domain.resume()
 
 
-def test_shut_off_from_within_is_filesystem_consistent(stack: Stack, lab: Lab, vmsnapshot: Callable[..., str]) -> None:
+def test_shut_off_from_within_is_filesystem_consistent(
+    stack: Stack, lab: Lab, vmsnapshot: Callable[..., str], tmp_path: Path
+) -> None:
     guest = lab.guest("demo")
     guest.shutdown()
     try:
-        body = stack.wait(vmsnapshot("off", quiesce={"policy": "Require"}))
+        name = vmsnapshot("off", quiesce={"policy": "Require"})
+        body = stack.wait(name)
         assert body["status"]["consistency"] == "Filesystem"
         assert body["status"]["vm"]["powerState"] == "ShutOff"
+        content = stack.content(name)
+        assert content is not None
+        held = proof.read(lab, content, tmp_path)
+        assert held.clean, held.fsck
+    finally:
+        lab.guest("demo")
+
+
+def test_a_qemu_that_was_ended_by_a_signal_is_crash_consistent(
+    stack: Stack, lab: Lab, vmsnapshot: Callable[..., str]
+) -> None:
+    """QEMU goes in good order, and libvirt calls the VM `shut down`: the guest knew nothing of it."""
+    guest = lab.guest("demo")
+    domain = guest.domain()
+    guest.kill(signal.SIGTERM)
+    try:
+        until("the VM is off", lambda: not domain.isActive())
+        assert domain.state() == [libvirt.VIR_DOMAIN_SHUTOFF, libvirt.VIR_DOMAIN_SHUTOFF_SHUTDOWN]
+        message = _refused(stack, vmsnapshot("off", quiesce={"policy": "Require"}), "VMNotCleanlyShutDown")
+        assert "not heard" in message
+        assert stack.wait(vmsnapshot("off"))["status"]["consistency"] == "Crash"
     finally:
         lab.guest("demo")
 

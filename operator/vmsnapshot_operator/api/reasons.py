@@ -133,8 +133,8 @@ class Reason(StrEnum):
     )
     VM_NOT_CLEANLY_SHUT_DOWN = (
         "VMNotCleanlyShutDown",
-        "The VM is off, but is not known to have been shut down by its own system.",
-        "Start the VM and shut it down from within, or use policy Prefer.",
+        "The VM is off, but was not heard being shut down by its own system: it was ended otherwise, or this operator did not listen then.",
+        "Start the VM and, while the operator runs, shut it down from within; or use policy Prefer.",
     )
     AGENT_ABSENT = (
         "AgentAbsent",

@@ -216,6 +216,9 @@ class Hypervisor:
         machine = await host.look(f"look at {ref.name}", _describe, here)
         if ask_agent and machine.power is PowerState.RUNNING:
             machine = replace(machine, agent=await self._ask(host, here))
+        if machine.shut_down_from_within and not self._hub.shut_down_from_within(here.uuid, here.endpoint):
+            why = f"{machine.power_reason}; it was not heard that its own system did that"
+            machine = replace(machine, shut_down_from_within=False, power_reason=why)
         return machine
 
     async def window(self, ref: Ref) -> DomainWindow:
