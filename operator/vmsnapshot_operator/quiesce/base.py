@@ -10,7 +10,7 @@ import functools
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import entry_points
 from typing import TypeVar
@@ -88,12 +88,10 @@ class OpenWindow:
     evidence: Evidence
     free: bool = False
     rest: bool = False
-    asked: Seconds | None = field(default=None)
 
     def ask(self) -> None:
         """Note that the VM is now being asked to stand still."""
-        self.asked = clock()
-        self.evidence = replace(self.evidence, frozen_time=wall())
+        self.evidence = replace(self.evidence, asked=clock(), frozen_time=wall())
 
     def stands(self) -> None:
         """Note that the VM has answered that it stands still."""
@@ -107,8 +105,7 @@ class OpenWindow:
     def ended(self) -> None:
         """Note that the VM has answered that it goes on."""
         self.free = True
-        asked = self.asked if self.asked is not None else clock()
-        self.evidence = replace(self.evidence, thawed_time=wall(), frozen_milliseconds=round((clock() - asked) * 1000))
+        self.evidence = self.evidence.freed(clock(), wall())
 
     def superseded(self, why: str) -> None:
         """Note that somebody else found the VM free and holds it by now: it is theirs to free, and ours no more."""

@@ -48,6 +48,16 @@ class _Planned:
     guardian: Fit | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Journalled:
+    """Our own journal in the domain, with what is to be done about each overlay; or why that cannot be told; or no domain at all."""
+
+    journal: Journal | None = None
+    problem: str = ""
+    rulings: tuple[Ruling, ...] = ()
+    vm_gone: bool = False
+
+
 async def gather(world: World, body: Mapping[str, Any]) -> Observation:
     """Return one frozen observation of everything that concerns this VMSnapshot.
 
@@ -60,12 +70,12 @@ async def gather(world: World, body: Mapping[str, Any]) -> Observation:
     finalizer = FINALIZER in (body["metadata"].get("finalizers") or ())
     record = await _record(world, request)
     refused = _refused(body) if record is None and not deleting else None
-    journal, journal_problem, rulings = await _journal(world, request, record)
+    journalled = await _journal(world, request, record)
     if record is None or record.taken or record.failure is not None:
         world.release(request.uid)
     planned = _Planned()
     lost = _lost(body) if record is None else {}
-    if not deleting and refused is None and not lost and _undecided(record) and journal is None:
+    if not deleting and refused is None and not lost and _undecided(record) and journalled.journal is None:
         planned = await _planning(world, request, memory, record)
     held, unlisted = await _held(
         world, request, record, memory, deleting=deleting and finalizer, told=_told_classes(body)
@@ -79,9 +89,10 @@ async def gather(world: World, body: Mapping[str, Any]) -> Observation:
         plan=planned.plan,
         refusal=planned.refusal,
         record=record,
-        journal=journal,
-        journal_problem=journal_problem,
-        overlays=rulings,
+        journal=journalled.journal,
+        journal_problem=journalled.problem,
+        overlays=journalled.rulings,
+        vm_gone=journalled.vm_gone,
         held=held,
         unlisted=unlisted,
         prepared=memory.prepared.attempt if memory.prepared is not None else None,
@@ -153,30 +164,25 @@ def _told_classes(body: Mapping[str, Any]) -> frozenset[str]:
     return frozenset(str(g.get("className", "")) for g in groups)
 
 
-async def _journal(
-    world: World, request: Request, record: Record | None
-) -> tuple[Journal | None, str, tuple[Ruling, ...]]:
-    """Our own journal in the domain, if an attempt is on record whose end is not: only then may the VM be held by us.
-
-    With it come what is to be done about each of its overlays, and before it why neither can be told.
-    """
+async def _journal(world: World, request: Request, record: Record | None) -> _Journalled:
+    """Look for it if an attempt is on record whose end is not: only then may the VM be held by us."""
     if record is None or record.foreign:
-        return None, "", ()
+        return _Journalled()
     if (record.outcome is not None or record.failure is not None) and not record.overlaid:
-        return None, "", ()
+        return _Journalled()
     try:
         client, ref = await locate(world, request, record)
         journal = await client.read_journal(ref)
         if journal is None or journal.installation != world.installation or journal.owner_uid != request.uid:
-            return None, "", ()
-        seen = collapse.judge(journal, await overlays.look(client, ref, journal)) if not journal.holds else ()
+            return _Journalled()
+        rulings = collapse.judge(journal, await overlays.look(client, ref, journal)) if not journal.holds else ()
     except DomainGoneError as error:
         if error.reason == "HypervisorNotFound" and clock() - world.memory(request.uid).since < EARLY_SECONDS:
-            return None, f"{error.message}, or it was not read yet", ()
-        return None, "", ()
+            return _Journalled(problem=f"{error.message}, or it was not read yet")
+        return _Journalled(vm_gone=error.reason == DomainGoneError.reason and not error.ambiguous)
     except HypervisorError as error:
-        return None, error.message, ()
-    return journal, "", seen
+        return _Journalled(problem=error.message)
+    return _Journalled(journal=journal, rulings=rulings)
 
 
 async def _planning(world: World, request: Request, memory: Memory, record: Record | None) -> _Planned:
