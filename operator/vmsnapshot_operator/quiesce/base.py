@@ -49,16 +49,20 @@ QuiescerFactory = Callable[[Context], Quiescer]
 
 @functools.cache
 def find(method: str) -> QuiescerFactory:
-    """Return the quiesce method of this name; raises QuiesceError if it is not installed.
+    """Return the quiesce method of this name; raises QuiesceError if it is not installed, or does not load.
 
     The first look reads the metadata of all that is installed, some 10 ms: `load` does it before anything is held.
     """
     for point in entry_points(group=ENTRY_POINTS, name=method):
-        factory: QuiescerFactory = point.load()
+        try:
+            factory: QuiescerFactory = point.load()
+        except Exception as error:  # importing foreign code may raise anything
+            why = f'quiesce method "{method}" ({point.value}) does not load: {error}'
+            raise QuiesceError(why, reason="QuiesceMethodUnknown") from error
         return factory
     known = ", ".join(sorted(p.name for p in entry_points(group=ENTRY_POINTS)))
     raise QuiesceError(
-        f'quiesce method "{method}" is not installed; installed are {known}', reason="QuiesceMethodUnknown"
+        f'quiesce method "{method}" is not installed; use Auto, or one of {known}', reason="QuiesceMethodUnknown"
     )
 
 
@@ -67,8 +71,8 @@ def load() -> None:
     for point in entry_points(group=ENTRY_POINTS):
         try:
             find(point.name)
-        except Exception:  # importing foreign code may raise anything
-            log.exception("quiesce method %s (%s) does not load", point.name, point.value)
+        except QuiesceError as error:
+            log.exception("%s", error.message)
 
 
 def clock() -> Seconds:

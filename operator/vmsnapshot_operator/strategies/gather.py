@@ -24,12 +24,14 @@ from vmsnapshot_operator.errors import (
     DriverError,
     DriverUnavailableError,
     HypervisorError,
+    QuiesceError,
     RefusedError,
     SnapshotError,
 )
 from vmsnapshot_operator.hypervisors.domains import Hypervisor, Ref
 from vmsnapshot_operator.kube import contents, distill
 from vmsnapshot_operator.plan import access, collapse, disks, grouping, planner
+from vmsnapshot_operator.quiesce import base as quiesce
 from vmsnapshot_operator.strategies import overlays
 from vmsnapshot_operator.strategies.world import LiveHypervisor, Memory, World, clock
 
@@ -219,15 +221,18 @@ def _unreachable(live: LiveHypervisor, why: str) -> Refusal:
 async def _plan_on(
     world: World, request: Request, memory: Memory, record: Record | None, live: LiveHypervisor, client: Hypervisor
 ) -> _Planned:
-    # The domain is looked up before the rules, so that one who may not use it cannot tell by the time it takes.
-    ref = await client.find(request.domain)
     labels = await world.cluster.namespace_labels(request.namespace)
-    if not access.may_use(live.access, labels, ref.name):
-        return _Planned(refusal=access.not_found(request.domain, request.hypervisor, request.namespace))
+    # The rules are asked where the domain is looked up: who may not use it gets what he would get if it were not there.
+    ref = await client.find(request.domain, lambda name: access.may_use(live.access, labels, name))
     if request.strategy not in ("Auto", *world.strategies):
         installed = ", ".join(sorted(world.strategies))
         message = f'strategy "{request.strategy}" is not installed; use Auto, or one of {installed}'
         return _Planned(refusal=Refusal(reason="StrategyUnknown", message=message))
+    if request.method != Method.AUTO:
+        try:
+            quiesce.find(request.method)
+        except QuiesceError as error:
+            return _Planned(refusal=Refusal(reason=error.reason, message=error.message))
     if (busy := _busy(world, ref.uuid, request.uid)) != "":
         return _Planned(in_use_by=busy)
     machine = await client.describe(ref, ask_agent=request.policy is not Policy.NEVER)
