@@ -115,6 +115,7 @@ class _Progress:
     """What is known of the window so far, kept outside of the nesting so that every way out can tell it."""
 
     groups: dict[str, GroupOutcome]
+    evidence: Evidence
     window: Window | None = None
     free: bool = True
     rest: bool = False
@@ -155,7 +156,10 @@ async def run(
     plan = effect.plan
     # Where no freeze is sent, nothing is ever held: guardians have nothing to free then.
     holds = not overlays or plan.quiesce.expected_filesystems > 0
-    progress = _Progress(groups={c: GroupOutcome(class_name=c) for c in effect.requests})
+    progress = _Progress(
+        groups={c: GroupOutcome(class_name=c) for c in effect.requests},
+        evidence=Evidence(method=plan.quiesce.method),
+    )
     journal = Journal(
         installation=world.installation,
         owner_uid=uid,
@@ -254,6 +258,8 @@ async def _still(
             await _cut_all(journal, requests, slots, progress, here)
     except QuiesceError as error:
         progress.free, progress.rest = error.free, error.rest
+        if isinstance(error.evidence, Evidence):
+            progress.evidence = error.evidence
         raise
     except SnapshotError:
         progress.free = True  # nothing was sent; where a window was opened, that one tells
@@ -320,7 +326,7 @@ async def _cut(request: SnapshotRequest, name: str, slot: Slot, progress: _Progr
 
 
 async def _tell(effect: TakeWindow, progress: _Progress, ref: Ref, client: Hypervisor, plan: Plan) -> WindowOutcome:
-    evidence = progress.window.evidence if progress.window is not None else Evidence(method=plan.quiesce.method)
+    evidence = progress.window.evidence if progress.window is not None else progress.evidence
     if progress.window is not None:
         after = await _afterwards(ref, client)
         same = after is not None and _same(plan, after, overlaid=progress.has_rest())
