@@ -7,6 +7,7 @@ from typing import cast
 
 import pytest
 
+from vmsnapshot_operator.core.evidence import Evidence
 from vmsnapshot_operator.errors import NotPermittedError
 from vmsnapshot_operator.kube.lease import Leadership
 from vmsnapshot_operator.strategies import window
@@ -74,7 +75,10 @@ def test_an_order_is_good_until_the_budget_or_the_lease_as_it_is_known_now(fake:
 
 async def test_cuts_are_ended_before_another_one_may_begin(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(window, "LEASE_LOOK", 0.0)
-    limit, progress = Limit(cast("Leadership", fake), 30.0), window._Progress(groups={})
+    limit, progress = (
+        Limit(cast("Leadership", fake), 30.0),
+        window._Progress(groups={}, evidence=Evidence(method="GuestAgent")),
+    )
     cut = asyncio.create_task(asyncio.Event().wait())
     fence = asyncio.create_task(window._fence([cut], progress, limit))  # type: ignore[list-item]  # what it answers is nobody's business
     await asyncio.wait([fence], timeout=0.0)
@@ -87,6 +91,9 @@ async def test_cuts_are_ended_before_another_one_may_begin(fake: Fake, monkeypat
 
 
 async def test_cuts_that_end_are_not_held_up(fake: Fake) -> None:
-    limit, progress = Limit(cast("Leadership", fake), 30.0), window._Progress(groups={})
+    limit, progress = (
+        Limit(cast("Leadership", fake), 30.0),
+        window._Progress(groups={}, evidence=Evidence(method="GuestAgent")),
+    )
     await window._fence([asyncio.create_task(asyncio.sleep(0))], progress, limit)
     assert progress.reason == ""
