@@ -57,7 +57,7 @@ class KeptOverlays:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
         for each in (self._due, self._cause, self._found, self._told):
-            each.pop(name, None)  # type: ignore[attr-defined]  # all of them are dicts by name
+            each.pop(name, None)
 
     def _ended(self, name: str, task: asyncio.Task[None]) -> None:
         self._running.pop(name, None)

@@ -183,7 +183,8 @@ def survey(connection: Any, endpoint: str, prefix: str, pool: str) -> tuple[Over
 
     `pool`: the one that is read anew before, if it can be; what another host put into the others may be seen late.
     """
-    users, volumes = _users(connection), {}
+    users = _users(connection)
+    volumes: dict[str, Any] = {}
     for home in connection.listAllStoragePools(libvirt.VIR_CONNECT_LIST_STORAGE_POOLS_ACTIVE):
         if home.name() == pool:
             with contextlib.suppress(libvirt.libvirtError):  # a volume is being copied there: what is known will do
