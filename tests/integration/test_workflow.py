@@ -127,6 +127,15 @@ def test_a_plain_snapshot_is_taken_with_few_writes(lab: Lab, stack: Stack, vmsna
     assert len(writes) <= 8 - 1, writes
 
 
+def test_the_probes_say_what_lives(stack: Stack, vmsnapshot: Callable[..., str]) -> None:
+    stack.wait(vmsnapshot("alive"))
+    for path in ("/healthz", "/readyz"):
+        status, text = stack.http(path)
+        said = json.loads(text)
+        assert (status, said["ok"], said["stale"], said["missing"]) == (200, True, [], [])
+        assert {"queue", "api server", "hypervisor lab", "watch vmsnapshots"} <= said["ageSeconds"].keys()
+
+
 def test_a_second_apply_is_no_diff(lab: Lab, stack: Stack, vmsnapshot: Callable[..., str]) -> None:
     name = vmsnapshot("twice")
     before = stack.wait(name)
