@@ -46,6 +46,12 @@ def _refused(stack: Stack, name: str, reason: str) -> str:
     return str(found["Stalled"]["message"])
 
 
+def _events(lab: Lab, name: str, reason: str) -> list[dict[str, Any]]:
+    """The events about a VMSnapshot with this reason."""
+    found = json.loads(lab.kubectl("-n", "team-a", "get", "events.events.k8s.io", "-o", "json"))["items"]
+    return [e for e in found if e["regarding"]["name"] == name and e["reason"] == reason]
+
+
 def _failed(stack: Stack, name: str, *reasons: str) -> str:
     """Wait for the failure after something was touched; return its message."""
     body = stack.wait(name, "Stalled")
@@ -93,9 +99,12 @@ def _conditions_of_class(stack: Stack, name: str) -> dict[str, dict[str, Any]]:
 # --- who and where ----------------------------------------------------------------------------------------------------
 
 
-def test_unknown_hypervisor(stack: Stack, vmsnapshot: Callable[..., str]) -> None:
+def test_unknown_hypervisor(stack: Stack, lab: Lab, vmsnapshot: Callable[..., str]) -> None:
     name = vmsnapshot("nohost", source={"hypervisorName": "nowhere", "domain": "demo"})
-    assert "nowhere" in _refused(stack, name, "HypervisorNotFound")
+    message = _refused(stack, name, "HypervisorNotFound")
+    assert "nowhere" in message
+    until("an event says so", lambda: bool(_events(lab, name, "HypervisorNotFound")))
+    assert [(e["type"], e["note"]) for e in _events(lab, name, "HypervisorNotFound")] == [("Warning", message)]
 
 
 def test_a_domain_that_is_not_there_and_one_that_is_forbidden_look_the_same(
@@ -271,10 +280,14 @@ def test_a_freeze_that_fails_is_thawed_and_then_by_policy(
     try:
         require = vmsnapshot("hook", quiesce={"policy": "Require"})
         _failed(stack, require, "FreezeFailed")
-        prefer = stack.wait(vmsnapshot("hook"))["status"]
+        name = vmsnapshot("hook")
+        prefer = stack.wait(name)["status"]
         assert prefer["consistency"] == "Crash"
         assert prefer["quiesce"]["method"] == "Pause"
         assert "frozen" in prefer["quiesce"]["reason"]
+        warnings = [e["note"] for e in _events(lab, name, "FreezeFailed") if e["type"] == "Warning"]
+        assert len(warnings) == 1
+        assert "goes on with Pause" in warnings[0]
     finally:
         guest.control(["rm", "-f", "/run/hook-fail"])
 

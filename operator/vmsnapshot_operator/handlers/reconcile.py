@@ -14,6 +14,7 @@ from typing import Any
 
 from vmsnapshot_operator.core.effects import (
     Collapse,
+    Condition,
     Decision,
     Effect,
     Failure,
@@ -31,7 +32,7 @@ from vmsnapshot_operator.core.volumes import Seconds
 from vmsnapshot_operator.errors import ConflictError, RefusedError, SnapshotError
 from vmsnapshot_operator.kube import conditions
 from vmsnapshot_operator.plan import report
-from vmsnapshot_operator.plan.conditions import RECONCILING
+from vmsnapshot_operator.plan.conditions import RECONCILING, STALLED
 from vmsnapshot_operator.strategies.gather import gather
 from vmsnapshot_operator.strategies.registry import choose
 from vmsnapshot_operator.strategies.world import World, clock
@@ -174,7 +175,10 @@ class Reconciler:
         )
         if not conditions.changed(old, status):
             return body
-        return await self._world.cluster.write_snapshot_status(body, status)
+        written = await self._world.cluster.write_snapshot_status(body, status)
+        if (refusal := _newly_refused(seen, old, decision)) is not None:
+            await self._world.events.emit(body, "Warning", refusal.reason, refusal.message)
+        return written
 
     async def _apply(self, effect: Effect, seen: Observation, body: Mapping[str, Any]) -> None:
         memory = self._world.memory(seen.request.uid)
@@ -201,6 +205,14 @@ class Reconciler:
         memory.failures += 1
         memory.trouble = message
         memory.retry_at = Seconds(clock() + min(MAX_BACKOFF_SECONDS, 0.5 * 2 ** min(memory.failures, 10)))
+
+
+def _newly_refused(seen: Observation, old: Mapping[str, Any], decision: Decision) -> Condition | None:
+    """The end of what never began, if it was not told before. What ends later has its event from whoever ends it."""
+    if seen.record is not None and not seen.record.problem:
+        return None
+    known = any(c.get("type") == STALLED and c.get("status") == "True" for c in old.get("conditions") or ())
+    return None if known else next((c for c in decision.conditions if c.type == STALLED and c.status), None)
 
 
 def _is_final(effect: Effect, error: SnapshotError) -> bool:

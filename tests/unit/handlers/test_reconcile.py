@@ -12,7 +12,7 @@ import pytest
 
 from tests.unit.handlers import fakes
 from tests.unit.plan import builders as b
-from vmsnapshot_operator.core.effects import Condition, Decision, Effect, Observation, Settle, Wait
+from vmsnapshot_operator.core.effects import Condition, Decision, Effect, Observation, Record, Settle, Wait
 from vmsnapshot_operator.core.planning import Request
 from vmsnapshot_operator.handlers import reconcile
 from vmsnapshot_operator.handlers.reconcile import TELL_EVERY, Reconciler
@@ -28,6 +28,9 @@ BODY = {
 }
 
 
+REFUSALS = ("DomainNotFound", "ClassTie")
+
+
 @dataclass
 class Script:
     """A strategy that decides what it is told to, one effect after the other; each takes so many seconds."""
@@ -38,7 +41,9 @@ class Script:
 
     def decide(self, _seen: Observation, _now: datetime) -> Decision:
         effect, reason = self.effects[len(self.done)]
-        return Decision(effect=effect, conditions=(Condition(type="Reconciling", status=True, reason=reason),))
+        told = Condition(type="Reconciling", status=True, reason=reason)
+        stalled = Condition(type="Stalled", status=reason in REFUSALS, reason=reason, message="said so")
+        return Decision(effect=effect, conditions=(told, stalled))
 
     async def apply(self, effect: Effect, _seen: Observation, _body: Mapping[str, Any]) -> None:
         await asyncio.sleep(self.seconds)
@@ -55,8 +60,10 @@ class Stage:
         clock = type("Clock", (), {"now": staticmethod(lambda: b.CREATED)})
         cast("Any", self.cluster).client = type("Client", (), {"clock": clock})
 
+        self.record: Record | None = None
+
         async def gather(_world: World, _body: Mapping[str, Any]) -> Observation:
-            return Observation(request=REQUEST)
+            return Observation(request=REQUEST, record=self.record)
 
         monkeypatch.setattr(reconcile, "gather", gather)
         monkeypatch.setattr(reconcile, "choose", lambda *_: script)
@@ -66,6 +73,15 @@ class Stage:
     async def look(self) -> None:
         self.woken.clear()
         await self.reconciler.reconcile(REQUEST.namespace, REQUEST.name, REQUEST.uid)
+
+    def written(self) -> None:
+        """Have the next look find the status that was written last."""
+        _, status = self.cluster.statuses[-1]
+        self.cluster.snapshots[REQUEST.namespace, REQUEST.name] = {**BODY, "status": status}
+
+    @property
+    def events(self) -> list[str]:
+        return cast("fakes.FakeEvents", self.world.events).posted
 
     @property
     def told(self) -> list[str]:
@@ -91,3 +107,22 @@ async def test_what_was_to_end_at_once_and_does_not_is_told_once(monkeypatch: py
     assert stage.told == ["Settling"]
     await stage.look()
     assert stage.told == ["Settling", "Ready"]
+
+
+async def test_a_refusal_is_an_event_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = Script([(Wait(), "DomainNotFound")])
+    stage = Stage(monkeypatch, script)
+    await stage.look()
+    assert stage.events == ["DomainNotFound: said so"]
+    stage.written()
+    script.effects = [(Wait(), "ClassTie")]  # as an instance that has just started would see it
+    await stage.look()
+    assert stage.told == ["DomainNotFound", "ClassTie"]
+    assert stage.events == ["DomainNotFound: said so"], "it was refused, and everybody knows"
+
+
+async def test_what_failed_after_it_began_has_had_its_event(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = Stage(monkeypatch, Script([(Wait(), "ClassTie")]))
+    stage.record = Record(name="c", attempt=1, plan=b.plan(), groups={})
+    await stage.look()
+    assert (stage.told, stage.events) == (["ClassTie"], [])
