@@ -312,6 +312,11 @@ class Reason(StrEnum):
         "Another method let the VM go on.",
         _FINE,
     )
+    FREE_UNKNOWN = (
+        "FreeUnknown",
+        "Nobody has confirmed that the VM goes on, and nobody tries to free it any more: its journal was removed, or its Hypervisor.",
+        "Look at the VM at once, and free it by hand (docs/operations.md says how with nothing of ours at hand).",
+    )
     NOTHING_HELD = (
         "NothingHeld",
         "The VM was never held.",
@@ -325,7 +330,7 @@ class Reason(StrEnum):
     NOT_CONFIRMED = (
         "NotConfirmed",
         "Nobody has confirmed yet that the VM goes on.",
-        "Look at the VM at once: `vmsnapshot-operator thaw --hypervisor HYPERVISOR --domain DOMAIN` says its state and frees it; the operator goes on trying as long as its journal is in the VM.",
+        "Look at the VM at once: `vmsnapshot-operator thaw --hypervisor HYPERVISOR --domain DOMAIN` says its state and frees it; the operator goes on trying.",
     )
     RECOVERING = (
         "Recovering",

@@ -320,6 +320,8 @@ def wire(operator: Operator) -> kopf.OperatorRegistry:
         settings.watching.server_timeout = 300
         settings.networking.request_timeout, settings.networking.connect_timeout = 60.0, 15.0
         settings.persistence.finalizer = f"{GROUP}/kopf"
+        # A watch without even a bookmark, of which the API server sends one a minute, is dead: see `telemetry.health`.
+        settings.watching.inactivity_timeout = 70.0
         await operator.start()
 
     @kopf.on.cleanup(registry=registry)

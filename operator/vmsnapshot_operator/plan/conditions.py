@@ -123,7 +123,9 @@ def _freed(record: Record) -> Condition:
     if outcome.free:
         return Condition(type=UNQUIESCED, status=True, reason="Free", message="the VM is confirmed free")
     return _unknown(
-        UNQUIESCED, "NotConfirmed", "nobody has confirmed that the VM is free, and its journal is gone: look at the VM"
+        UNQUIESCED,
+        "FreeUnknown",
+        "nobody has confirmed that the VM is free, and its journal is gone, so nobody tries any more: look at the VM",
     )
 
 

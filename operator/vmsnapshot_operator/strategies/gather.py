@@ -76,7 +76,7 @@ async def gather(world: World, body: Mapping[str, Any]) -> Observation:
     if record is None or record.taken or record.failure is not None:
         world.release(request.uid)
     planned = _Planned()
-    lost = _lost(body) if record is None else {}
+    lost = _lost(body) if record is None and refused is None and not request.dry_run else {}
     if not deleting and refused is None and not lost and _undecided(record) and journalled.journal is None:
         planned = await _planning(world, request, memory, record)
     held, unlisted = await _held(

@@ -92,7 +92,7 @@ class StorageStrategy:
             case Adopt():
                 await self._world.cluster.add_finalizer(body)
             case Prepare():
-                await self._prepare(effect, seen)
+                await self._prepare(effect, seen, body)
             case TakeWindow():
                 await self._window(effect, seen)
             case Keep():
@@ -136,11 +136,15 @@ class StorageStrategy:
             memory.outcome = _freed(memory.outcome)
             self._measure_hold(memory.outcome.evidence, seen)
 
-    async def _prepare(self, effect: Prepare, seen: Observation) -> None:
+    async def _prepare(self, effect: Prepare, seen: Observation, body: Mapping[str, Any]) -> None:
         """Write the intent first: from then on every name that may appear on storage is known."""
         world, request, memory = self._world, seen.request, self._memory(seen)
         await memory.drop_prepared()
-        memory.outcome = None
+        before, memory.outcome = memory.outcome, None
+        if before is not None and before.fallback:
+            # Not earlier: until here the VM might still have had to be freed, and nothing comes before that.
+            text = f"{before.message}; policy Prefer goes on with {effect.plan.quiesce.method}"
+            await world.events.emit(body, "Warning", before.reason, text)
         if not world.claim(effect.plan.vm_uuid, request.uid):
             return  # somebody was faster; the next look says who
         record = Record(

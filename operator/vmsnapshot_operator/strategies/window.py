@@ -179,9 +179,11 @@ async def run(
         )
         return await _tell(effect, progress, ref, client, plan)
     try:
+        told = world.metrics.window(lambda: journal.holds and not progress.is_free(), hypervisor=client.name)
         async with _held(world, plan, journal, ref, client, progress) as limit:
             quiescer = factory(Context(hypervisor=client, ref=ref, plan=plan, permit=limit.refusal))
-            await _still(quiescer, journal, effect.requests, slots, progress, limit)
+            with told:
+                await _still(quiescer, journal, effect.requests, slots, progress, limit)
     except QuiesceError as error:
         progress.fail(error.reason, error.message, fallback=error.fallback, interrupted=not error.fallback)
     except (GuardianError, HypervisorError, NotPermittedError) as error:

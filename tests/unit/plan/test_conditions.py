@@ -59,7 +59,7 @@ def test_the_vm_is_called_free_only_if_somebody_said_so() -> None:
     free = told(window(Method.GUEST_AGENT, asked=True, stood=True))["Unquiesced"]
     assert (free.status, free.reason) == (True, "Free")
     unknown = told(window(Method.GUEST_AGENT, asked=True, stood=True, free=False))["Unquiesced"]
-    assert (unknown.status, unknown.reason) == (None, "NotConfirmed")
+    assert (unknown.status, unknown.reason) == (None, "FreeUnknown")
     nothing = told(None)["Unquiesced"]
     assert nothing.status is True
     assert "confirmed" not in nothing.message

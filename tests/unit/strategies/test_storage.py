@@ -184,6 +184,28 @@ async def test_who_lost_the_lease_while_it_waited_for_a_process_prepares_nothing
     assert asked == ([[], []] if lost else [["prepare"], ["prepare"]])
 
 
+@pytest.mark.parametrize("fallback", [True, False])
+async def test_falling_back_is_an_event_with_the_agents_words(fallback: bool) -> None:
+    record = records.intent(records.example().plan, 1)
+    lab = Lab(record)
+    memory = lab.world.memory(records.REQUEST.uid)
+    memory.outcome = WindowOutcome(
+        attempt=1,
+        evidence=Evidence(method=Method.GUEST_AGENT),
+        free=True,
+        fallback=fallback,
+        reason="FreezeFailed",
+        message="the hook said no",
+    )
+    paused = replace(record.plan, quiesce=replace(record.plan.quiesce, method=Method.PAUSE))
+    requests = {c: g.request for c, g in record.groups.items()}
+    await lab.strategy.apply(Prepare(2, paused, requests), lab.seen, {})
+    posted = cast("fakes.FakeEvents", lab.world.events).posted
+    text = "FreezeFailed: the hook said no; policy Prefer goes on with Pause"
+    assert posted == ([text] if fallback else [])
+    await lab.world.forget(records.REQUEST.uid)
+
+
 @pytest.mark.parametrize("turns", range(12))
 async def test_a_prepare_that_is_cancelled_anywhere_gives_its_processes_back(turns: int) -> None:
     record = records.intent(records.example().plan, 1)
