@@ -639,7 +639,7 @@ def test_a_vm_that_was_made(
 
 def file_of(definition_: str) -> Path:
     """The first disk of a definition that is a file."""
-    return Path(definition_.split("<source file='")[1].split("'")[0])
+    return Path(definition_.split("<source file='")[1].split("'", maxsplit=1)[0])
 
 
 def test_a_vm_that_was_made_of_another_moment(world: World, vmsnapshot: Callable[..., str], tmp_path: Path) -> None:
