@@ -30,7 +30,7 @@ from tests.stack import TENANT, until
 GUESTS = 16
 DISKS = {"vda": GuestDisk(kind="file", size_mib=16), "vdb": GuestDisk(kind="rbd", size_mib=16)}
 WRITER_MICROSECONDS = 200_000
-BOOTS_AT_ONCE = 4
+BOOTS_AT_ONCE = 3
 BATCH = 40
 """After so many VMSnapshots everything comes to rest, and the judge looks."""
 AT_ONCE = 12

@@ -58,7 +58,7 @@ class Injector:
     """Listens on a socket as long as it is entered. `clock_seconds`: by so much the operator's wall clock shall be wrong.
 
     `orders`: what shall become of the next thing that the driver of a class does, by the class, told once: `lose` it is done, and the
-    driver dies before it says so; `fail` it dies before.
+    driver dies before it says so; `fail` it dies before; `refuse` it says that it cannot be done.
     """
 
     def __init__(self, path: Path) -> None:

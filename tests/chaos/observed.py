@@ -21,7 +21,7 @@ from vmsnapshot_operator.core import steps
 from vmsnapshot_operator.core.steps import Moment, Step
 from vmsnapshot_operator.drivers import host
 from vmsnapshot_operator.drivers.process import DriverProcess
-from vmsnapshot_operator.errors import DriverCrashedError
+from vmsnapshot_operator.errors import DriverCrashedError, DriverError
 
 _DEEDS = frozenset({"prepare", "cut", "wait_ready", "revert", "clone", "keep", "delete"})
 """What a driver does; everything else only asks."""
@@ -36,6 +36,9 @@ class LossyProcess(DriverProcess):
     async def call(self, operation: str, *arguments: Any, **options: Any) -> Any:
         """Ask the driver, and do as was ordered, once."""
         order = self.orders.pop(self.setup.class_name, "") if operation in _DEEDS else ""
+        if order == "refuse":
+            LossyProcess.obeyed += 1
+            raise DriverError(self.setup.where(operation) + "it cannot be done; injected")
         if order != "fail":
             answer = await super().call(operation, *arguments, **options)
             if not order:

@@ -38,6 +38,9 @@ def judge(scene: Scene) -> list[Finding]:
     if not scene.restores:
         return []
     findings = look(scene)
+    if scene.guest.spec.image is not None:
+        with contextlib.suppress(libvirt.libvirtError):  # it runs, or cannot: whoever waits for it to come up tells
+            scene.guest.domain().create()
     for name in scene.restores:
         scene.stack.delete_restore(name, namespace=TENANT, wait=False)
     for name in scene.restores:

@@ -17,6 +17,7 @@ from random import Random
 
 import libvirt
 
+from tests import proof
 from tests.chaos import judge, restored, ways
 from tests.chaos.annex import Annex
 from tests.chaos.apiproxy import ApiProxy
@@ -34,6 +35,8 @@ from tests.stack import NAMESPACE, SERVICE_ACCOUNT, TENANT, Stack, conditions, u
 WRITER_MICROSECONDS = 20_000
 """Pause of the guest's writer between two rounds: an emulated guest that writes faster takes half of a processor from all others."""
 
+MADE = "c"
+"""What each injection makes begins with this and its number."""
 HEAL_SECONDS = 3.0
 END_SECONDS = 240.0
 """So long after the mending everything may need to come to its end; after that it is stuck."""
@@ -57,7 +60,7 @@ class Suite:
         start = time.monotonic()
         random = Random(f"{self.seed}/{case.name}")  # noqa: S311 - nothing secret
         guest = case.fault.guest(self.annex) if case.fault.guest is not None else self.guest
-        scene = self.scene(guest, random, f"c{number}-{random.randrange(10**6)}")
+        scene = self.scene(guest, random, f"{MADE}{number}-{random.randrange(10**6)}")
         guest.control(["sh", "-c", ": > /run/fsfreeze-hook.log"])
         reached, recovery, findings = False, 0.0, scene.findings
         written = guest.records()
@@ -257,6 +260,22 @@ def _longest_freeze(guest: Guest) -> int:
     return round(longest * 1000)
 
 
+def _forget_earlier_run(lab: Lab, stack: Stack, annex: Annex, guest: Guest) -> None:
+    """Take away what a run has left that was killed: its judge would have, and the next one's must find nothing of it."""
+    annex.one_host(guest)
+    for body in stack.all("vmrestores"):
+        stack.delete_restore(body["metadata"]["name"], namespace=body["metadata"]["namespace"])
+    for body in stack.all("vmsnapshots"):
+        stack.delete(body["metadata"]["name"], namespace=body["metadata"]["namespace"])
+    connection = lab.libvirt()
+    try:
+        left = [d.name() for d in connection.listAllDomains() if d.name().startswith(f"{guest.name}-{MADE}")]
+    finally:
+        connection.close()
+    for name in left:
+        proof.remove_vm(lab, name)
+
+
 @contextlib.contextmanager
 def suite(lab: Lab, seed: int) -> Iterator[Suite]:
     """The operator under observation, and the guest that is hurt."""
@@ -270,5 +289,5 @@ def suite(lab: Lab, seed: int) -> Iterator[Suite]:
         stack.server, stack.observer = proxy.url, injector.path
         annex = Annex(lab, stack)
         with stack, contextlib.closing(annex):
-            annex.one_host(guest)  # where an earlier run was killed
+            _forget_earlier_run(lab, stack, annex, guest)
             yield Suite(lab=lab, stack=stack, proxy=proxy, injector=injector, guest=guest, annex=annex, seed=seed)

@@ -105,18 +105,18 @@ def _killed_before_the_new_vm(scene: Scene) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _late(scene: Scene) -> Iterator[None]:
-    """A restore that has begun, and whose deadline is then over: by the operator's clock."""
-    with _read(scene), scene.injector.trap(Step.GATE_CLOSE, Moment.AFTER) as trap:
+def _refused(scene: Scene) -> Iterator[None]:
+    """A restore that has begun, and one of whose drivers is about to say that it cannot set its disks back."""
+    with _read(scene), scene.injector.trap(Step.REVERT_DRIVER, Moment.BEFORE) as trap:
         _restore(scene)
         if not trap.wait(REACH_SECONDS):
-            raise LabError("the gate was not closed")
-        scene.injector.clock_seconds = 2 * 3600
+            raise LabError("nothing was about to be set back")
+        scene.injector.orders[trap.detail] = "refuse"
         scene.go = trap.go
         try:
             yield
         finally:
-            scene.injector.clock_seconds = 0
+            scene.injector.orders.clear()
 
 
 def _take(scene: Scene) -> None:
@@ -182,7 +182,7 @@ PREPARE: dict[Way, Callable[[Scene], contextlib.AbstractContextManager[None]]] =
     Way.AMEND: _taken_and_given_back,
     Way.OVERLAY: _plain,
     Way.RESTORE: _read,
-    Way.GO_BACK: _late,
+    Way.GO_BACK: _refused,
     Way.CLONE: _read,
     Way.UNDO_CLONE: _killed_before_the_new_vm,
 }

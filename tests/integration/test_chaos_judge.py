@@ -602,7 +602,47 @@ def test_disks_of_different_moments_after_a_restore_that_is_gone(
 def test_a_vm_that_was_made(
     world: World, vmsnapshot: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing is found of one that is in order; disks of another moment, and a guest that does not come up, are."""
+    """Nothing is found of one that is in order; a guest that does not come up, disks and a mark that are missing are."""
+    name = vmsnapshot("new", quiesce={"policy": "Require"})
+    world.stack.wait(name)
+    restore, vm = f"{name}-r", f"demo-{name}"
+    world.stack.restore(restore, name, mode="NewVM", newVM={"name": vm})
+    scene = of_restore(world, name, tmp_path, restore, vm)
+    connection = world.lab.libvirt()
+    try:
+        world.stack.wait_restore(restore)
+        domain = connection.lookupByName(vm)
+        before = domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE | libvirt.VIR_DOMAIN_XML_SECURE)
+        assert restored.look(scene) == []
+        scene.started = True  # by the judge itself, to see whether it comes up
+
+        monkeypatch.setattr(restored, "BOOT_SECONDS", 3.0)
+        connection.defineXML(before.replace("<cmdline>", "<cmdline>rdinit=/nothing "))
+        found_of(scene, "unbootable", f"the guest of {vm} answers")
+        connection.defineXML(before)
+        monkeypatch.undo()
+
+        disk = file_of(before)
+        disk.rename(disk.with_suffix(".away"))
+        assert {f.kind for f in restored.look(scene)} == {"unbootable"}
+        disk.with_suffix(".away").rename(disk)
+
+        domain.setMetadata(libvirt.VIR_DOMAIN_METADATA_ELEMENT, None, None, RESTORED_NAMESPACE, 2)
+        found_of(scene, "lied", "its mark is not there")
+        domain.undefine()
+        found_of(scene, "lied", f"it is Ready, and there is no VM {vm}")
+        connection.defineXML(before)
+    finally:
+        connection.close()
+        restored.judge(scene)
+
+
+def file_of(definition_: str) -> Path:
+    """The first disk of a definition that is a file."""
+    return Path(definition_.split("<source file='")[1].split("'", maxsplit=1)[0])
+
+
+def test_a_vm_that_was_made_of_another_moment(world: World, vmsnapshot: Callable[..., str], tmp_path: Path) -> None:
     name = vmsnapshot("new", quiesce={"policy": "Require"})
     world.stack.wait(name)
     late = later(world, vmsnapshot, name, tmp_path)
@@ -612,34 +652,11 @@ def test_a_vm_that_was_made(
     connection = world.lab.libvirt()
     try:
         world.stack.wait_restore(restore)
-        domain = connection.lookupByName(vm)
-        before = domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE | libvirt.VIR_DOMAIN_XML_SECURE)
-        disk = next(Path(s.split("'")[0]) for s in before.split("<source file='")[1:])
-        honest = disk.read_bytes()
-
+        disk = file_of(connection.lookupByName(vm).XMLDesc(0))
         disk.write_bytes(Path(world.handle(late, "vda")).read_bytes())
-        kinds = {(f.kind, f.subject) for f in restored.look(scene)}
-        assert kinds == {("lied", f"domain {vm}")}
-        disk.write_bytes(honest)
-
-        monkeypatch.setattr(restored, "BOOT_SECONDS", 3.0)
-        connection.defineXML(before.replace("<cmdline>", "<cmdline>rdinit=/nothing "))
-        found_of(scene, "unbootable", f"the guest of {vm} answers")
-        connection.defineXML(before)
-        monkeypatch.undo()
-
-        disk.rename(disk.with_suffix(".away"))
-        assert {f.kind for f in restored.look(scene)} == {"unbootable"}
-        disk.with_suffix(".away").rename(disk)
-
-        connection.defineXML(before.replace("restored", "another"))
-        found_of(scene, "lied", "its mark is not there")
-        connection.defineXML(before)
-
-        domain.undefine()
-        found_of(scene, "lied", f"it is Ready, and there is no VM {vm}")
-        connection.defineXML(before)
-        assert restored.look(scene) == []
+        found = restored.look(scene)
+        assert {(f.kind, f.subject) for f in found} == {("lied", f"domain {vm}")}
+        assert any(f"the snapshot {name}: the disks hold" in f.what for f in found)
     finally:
         connection.close()
         restored.judge(scene)
