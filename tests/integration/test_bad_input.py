@@ -116,6 +116,39 @@ def test_a_domain_that_is_not_there_and_one_that_is_forbidden_look_the_same(
     stack.delete(forbidden, namespace=other)
 
 
+def test_they_look_the_same_also_while_one_of_the_hosts_does_not_answer(
+    stack: Stack, lab: Lab, vmsnapshot: Callable[..., str], fresh: Callable[[str], str]
+) -> None:
+    """The forbidden one is known to run; the missing one may be on the silent host: whoever may see neither learns neither."""
+    other = fresh("other")
+    stack.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": other}})
+    (document,) = stack.example("hypervisor.yaml")
+    dead = {"driver": "qemu", "transport": "unix", "socketPath": f"/run/{other}"}
+    document["spec"]["libvirt"]["endpoints"] = [stack.endpoint(), dead]
+    stack.apply(document)
+    names = {d: stack.snapshot(fresh(d), d, namespace=other, deadlineSeconds=10) for d in ("demo", "absent")}
+    try:
+        told = {}
+        for domain, name in names.items():
+            last = conditions(stack.wait(name, "Stalled", namespace=other))["Stalled"]
+            told[domain] = last["message"].replace(domain, "D").replace("; trying again shortly", "")
+            assert last["reason"] == "DeadlineExceeded"
+        assert told["demo"] == told["absent"]
+        assert "does not answer" in told["demo"]
+        assert stack.wait(vmsnapshot("allowed", dryRun=True), "Planned"), "one whose VM is known to run is not delayed"
+    finally:
+        for name in names.values():
+            stack.delete(name, namespace=other)
+        stack.configure()
+        stack.observed()
+
+
+def test_a_quiesce_method_that_is_not_installed(stack: Stack, vmsnapshot: Callable[..., str]) -> None:
+    message = _refused(stack, vmsnapshot("sorcery", quiesce={"method": "Sorcery"}), "QuiesceMethodUnknown")
+    assert "Sorcery" in message
+    assert "GuestAgent" in message
+
+
 # --- classes ----------------------------------------------------------------------------------------------------------
 
 
@@ -258,13 +291,37 @@ def test_paused_by_somebody_stays_paused(stack: Stack, lab: Lab, vmsnapshot: Cal
         domain.resume()
 
 
-def test_shut_off_from_within_is_filesystem_consistent(stack: Stack, lab: Lab, vmsnapshot: Callable[..., str]) -> None:
+def test_shut_off_from_within_is_filesystem_consistent(
+    stack: Stack, lab: Lab, vmsnapshot: Callable[..., str], tmp_path: Path
+) -> None:
     guest = lab.guest("demo")
     guest.shutdown()
     try:
-        body = stack.wait(vmsnapshot("off", quiesce={"policy": "Require"}))
+        name = vmsnapshot("off", quiesce={"policy": "Require"})
+        body = stack.wait(name)
         assert body["status"]["consistency"] == "Filesystem"
         assert body["status"]["vm"]["powerState"] == "ShutOff"
+        content = stack.content(name)
+        assert content is not None
+        held = proof.read(lab, content, tmp_path)
+        assert held.clean, held.fsck
+    finally:
+        lab.guest("demo")
+
+
+def test_a_qemu_that_was_ended_by_a_signal_is_crash_consistent(
+    stack: Stack, lab: Lab, vmsnapshot: Callable[..., str]
+) -> None:
+    """QEMU goes in good order, and libvirt calls the VM `shut down`: the guest knew nothing of it."""
+    guest = lab.guest("demo")
+    domain = guest.domain()
+    guest.kill(signal.SIGTERM)
+    try:
+        until("the VM is off", lambda: not domain.isActive())
+        assert domain.state() == [libvirt.VIR_DOMAIN_SHUTOFF, libvirt.VIR_DOMAIN_SHUTOFF_SHUTDOWN]
+        message = _refused(stack, vmsnapshot("off", quiesce={"policy": "Require"}), "VMNotCleanlyShutDown")
+        assert "not heard" in message
+        assert stack.wait(vmsnapshot("off"))["status"]["consistency"] == "Crash"
     finally:
         lab.guest("demo")
 
@@ -324,9 +381,13 @@ def test_a_cut_that_hangs_or_crashes_frees_the_guest_first(
     for pid in stopped:
         os.kill(pid, sig)
     try:
+        if sig == signal.SIGSTOP:
+            held = 'vmsnapshot_frozen_vms{hypervisor="lab"}'
+            until("the metric says that it is frozen now", lambda: f"{held} 1.0" in stack.http("/metrics")[1], 3)
         message = _failed(stack, name, "FrozenTooLong", "DriverTimeout", "DriverCrashed")
         assert "ceph-vms" in message
         assert "vdc" in message
+        assert 'vmsnapshot_frozen_vms{hypervisor="lab"} 0.0' in stack.http("/metrics")[1]
     finally:
         for pid in stopped:
             if Path(f"/proc/{pid}").exists():

@@ -114,6 +114,28 @@ def test_no_request_between_freeze_and_thaw(lab: Lab, stack: Stack, vmsnapshot: 
     assert not inside
 
 
+def test_a_plain_snapshot_is_taken_with_few_writes(lab: Lab, stack: Stack, vmsnapshot: Callable[..., str]) -> None:
+    """At most 8 with the one renewal of the lease that a window may need; those that go on all the time are not counted."""
+    log = lab.audit_log
+    assert log is not None, "the laboratory's own control plane writes an audit log"
+    mark = log.stat().st_size
+    name = vmsnapshot("few")
+    stack.wait(name)
+    time.sleep(1)
+    asked = audit.of_snapshots(log, start=mark)
+    writes = [f"{r.verb} {r.resource}" for r in asked if r.is_write]
+    assert len(writes) <= 8 - 1, writes
+
+
+def test_the_probes_say_what_lives(stack: Stack, vmsnapshot: Callable[..., str]) -> None:
+    stack.wait(vmsnapshot("alive"))
+    for path in ("/healthz", "/readyz"):
+        status, text = stack.http(path)
+        said = json.loads(text)
+        assert (status, said["ok"], said["stale"], said["missing"]) == (200, True, [], [])
+        assert {"queue", "api server", "hypervisor lab", "watch vmsnapshots"} <= said["ageSeconds"].keys()
+
+
 def test_a_second_apply_is_no_diff(lab: Lab, stack: Stack, vmsnapshot: Callable[..., str]) -> None:
     name = vmsnapshot("twice")
     before = stack.wait(name)

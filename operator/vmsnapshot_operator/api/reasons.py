@@ -133,8 +133,8 @@ class Reason(StrEnum):
     )
     VM_NOT_CLEANLY_SHUT_DOWN = (
         "VMNotCleanlyShutDown",
-        "The VM is off, but is not known to have been shut down by its own system.",
-        "Start the VM and shut it down from within, or use policy Prefer.",
+        "The VM is off, but was not heard being shut down by its own system: it was ended otherwise, or this operator did not listen then.",
+        "Start the VM and, while the operator runs, shut it down from within; or use policy Prefer.",
     )
     AGENT_ABSENT = (
         "AgentAbsent",
@@ -200,8 +200,8 @@ class Reason(StrEnum):
     )
     NOT_STILL = (
         "NotStill",
-        "Nothing had to be held, but the VM did not stand still.",
-        "Take another snapshot if consistency Crash or better is needed: the VM was started or resumed meanwhile.",
+        "The VM did not stand still: it was started or resumed meanwhile, or a quiesce method of your own could not hold it.",
+        "Take another snapshot if consistency Crash or better is needed.",
     )
     NOT_REQUESTED = (
         "NotRequested",
@@ -210,7 +210,7 @@ class Reason(StrEnum):
     )
     NOT_STARTED = (
         "NotStarted",
-        "It did not come to that: nothing was touched.",
+        "It did not come to that: nothing was asked of the VM.",
         "Nothing here: the condition Stalled says why.",
     )
     FREEZE_FAILED = (
@@ -325,7 +325,7 @@ class Reason(StrEnum):
     NOT_CONFIRMED = (
         "NotConfirmed",
         "Nobody has confirmed yet that the VM goes on.",
-        "Look at the VM at once: `vmsnapshot-operator thaw HYPERVISOR DOMAIN` says its state and frees it; the operator goes on trying.",
+        "Look at the VM at once: `vmsnapshot-operator thaw HYPERVISOR DOMAIN` says its state and frees it; the operator goes on trying as long as its journal is in the VM.",
     )
     RECOVERING = (
         "Recovering",

@@ -104,7 +104,10 @@ class Agent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """One domain at one moment. `run_id` is libvirt's id of this run (-1 when shut off): another one is another boot."""
+    """One domain at one moment. `run_id` is libvirt's id of this run (-1 when shut off): another one is another boot.
+
+    `shut_down_from_within`: it is off, and it was heard that its own system shut it down.
+    """
 
     name: str
     uuid: str

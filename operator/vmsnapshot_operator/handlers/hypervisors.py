@@ -183,7 +183,7 @@ class Hypervisors:
         held = [s.ref.name for s, r in rulings if r.action is Action.FREE and not self._is_free(name, s)]
         left = {s.ref.name: r.why for s, r in rulings if r.action is Action.LEAVE}
         overlaid = [s.ref.name for s, _ in rulings if s.journal is not None and self._overlay(s.journal, world)]
-        world.metrics.frozen_vms(len(held), hypervisor=name)
+        world.metrics.still_held(len(held), hypervisor=name)
         world.metrics.strange_journals(len(left), hypervisor=name)
         ours = [s for s in sightings if s.journal is not None and s.journal.installation == world.installation]
         world.metrics.journals(len(ours), overlays=len(overlaid), hypervisor=name)

@@ -49,6 +49,9 @@ WORKERS = 64
 of them. What they ask is bounded per host and per class."""
 BEAT_SECONDS = 5.0
 
+WATCH_SILENCE = 70.0
+"""Seconds after which a watch without even a bookmark, of which the API server sends one a minute, is taken for dead."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
@@ -286,6 +289,7 @@ def wire(operator: Operator) -> kopf.OperatorRegistry:
     async def startup(settings: kopf.OperatorSettings, **_: Any) -> None:
         settings.posting.enabled = False
         settings.watching.server_timeout = 300
+        settings.watching.inactivity_timeout = WATCH_SILENCE
         settings.persistence.finalizer = f"{GROUP}/kopf"
         await operator.start()
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from vmsnapshot_operator.core.effects import (
-    QUIET,
     Collapse,
     Decision,
     Effect,
@@ -25,6 +24,7 @@ from vmsnapshot_operator.core.effects import (
     Settle,
     TakeWindow,
     Wait,
+    is_quiet,
 )
 from vmsnapshot_operator.core.steps import Step, step
 from vmsnapshot_operator.core.volumes import Seconds
@@ -85,7 +85,7 @@ class Reconciler:
             if not seen.leader:
                 return STANDBY_SECONDS
             decision = choose(self._world.strategies, seen.request, seen.record).decide(seen, self._world.now())
-            if not isinstance(decision.effect, QUIET):
+            if not is_quiet(decision.effect):
                 body = await self._tell(seen, decision, body)
             if isinstance(decision.effect, Wait):
                 # Whoever waits holds no driver process that others need, and freezes nobody for one that went cold.
@@ -131,17 +131,20 @@ class Reconciler:
         task.add_done_callback(done)
 
     async def _keep_telling(self, decision: Decision, seen: Observation, body: Mapping[str, Any]) -> None:
-        """Tell how far copies and commits are, until cancelled."""
+        """Tell how far copies and commits are, and what was to end at once and does not, until cancelled."""
         memory = self._world.memory(seen.request.uid)
+        late = isinstance(decision.effect, Settle) and decision.effect.at_once
         while True:
             await asyncio.sleep(TELL_EVERY)
-            if not (told := report.under_way(memory.copied, memory.committed)):
+            told = report.under_way(memory.copied, memory.committed)
+            if not told and not late:
                 continue
             now = tuple(replace(c, message=told) if c.type == RECONCILING else c for c in decision.conditions)
             try:
                 body = await self._tell(
                     replace(seen, copied=dict(memory.copied)), replace(decision, conditions=now), body
                 )
+                late = False
             except SnapshotError as error:
                 log.info("progress of %s is not told: %s", seen.request.uid, error.message)
 

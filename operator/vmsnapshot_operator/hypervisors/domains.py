@@ -200,13 +200,14 @@ class Hypervisor:
             "domains": sum(count for count, _, _ in answers),
         }
 
-    async def find(self, domain: str) -> Ref:
+    async def find(self, domain: str, may: Callable[[str], bool] = lambda _name: True) -> Ref:
         """Look a domain up by UUID or name on all endpoints; the running one if several have it.
 
-        Raises DomainGoneError if none has it, or if several have different ones of that name; HypervisorUnreachableError if
-        an endpoint that may have it, or on which it may be running, does not answer.
+        `may` tells by its name whether it may be seen: one that may not is to whoever asks as if it were not there, in the
+        answer and in the time it takes. Raises DomainGoneError if none has it, or if several have different ones of that name;
+        HypervisorUnreachableError if an endpoint that may have it, or on which it may be running, does not answer.
         """
-        ref, _ = await self._locate(domain)
+        ref, _ = await self._locate(domain, may)
         return ref
 
     async def describe(self, ref: Ref, *, ask_agent: bool) -> Machine:
@@ -216,6 +217,9 @@ class Hypervisor:
         machine = await host.look(f"look at {ref.name}", _describe, here)
         if ask_agent and machine.power is PowerState.RUNNING:
             machine = replace(machine, agent=await self._ask(host, here))
+        if machine.shut_down_from_within and not self._hub.shut_down_from_within(here.uuid, here.endpoint):
+            why = f"{machine.power_reason}; it was not heard that its own system did that"
+            machine = replace(machine, shut_down_from_within=False, power_reason=why)
         return machine
 
     async def window(self, ref: Ref) -> DomainWindow:
@@ -331,10 +335,10 @@ class Hypervisor:
         connection = await host.main.get()
         return await host.calls.act(what, lambda: act(connection.lookupByUUIDString(ref.uuid)), timeout=ACT_TIMEOUT)
 
-    async def _locate(self, domain: str) -> tuple[Ref, bool]:
+    async def _locate(self, domain: str, may: Callable[[str], bool] = lambda _name: True) -> tuple[Ref, bool]:
         """Return where a domain is and whether it runs there; raises as `find`."""
         answers: list[_Found] = []
-        asked = [asyncio.create_task(self._look_for(e, domain)) for e in self._hosts]
+        asked = [asyncio.create_task(self._look_for(e, domain, may)) for e in self._hosts]
         try:
             for answer in asyncio.as_completed(asked):
                 answers.append(await answer)
@@ -357,7 +361,7 @@ class Hypervisor:
             raise DomainGoneError(f'hypervisor "{self.name}" has no domain "{domain}"')
         return refs[0], found[0].active
 
-    async def _look_for(self, endpoint: str, domain: str) -> _Found:
+    async def _look_for(self, endpoint: str, domain: str, may: Callable[[str], bool]) -> _Found:
         try:
             name, uuid, active = await self._hosts[endpoint].look(f"look-up of {domain} on {endpoint}", _find, domain)
         except DomainGoneError:
@@ -365,6 +369,8 @@ class Hypervisor:
             return _Found()
         except HypervisorError as error:
             return _Found(problem=error.message)
+        if not may(name):
+            return _Found()
         return _Found(ref=Ref(uuid=uuid, name=name, endpoint=endpoint), active=active)
 
     async def _each(self, what: str, act: Callable[[str], Awaitable[T]]) -> list[T]:

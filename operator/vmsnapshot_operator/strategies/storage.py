@@ -134,6 +134,7 @@ class StorageStrategy:
             await self._world.guardian.disarm(journal.nonce)
         if memory.outcome is not None and not memory.outcome.free:
             memory.outcome = _freed(memory.outcome)
+            self._measure_hold(memory.outcome.evidence, seen)
 
     async def _prepare(self, effect: Prepare, seen: Observation) -> None:
         """Write the intent first: from then on every name that may appear on storage is known."""
@@ -261,13 +262,9 @@ class StorageStrategy:
 
     def _measure(self, outcome: WindowOutcome, seen: Observation) -> None:
         metrics = self._world.metrics
-        if outcome.evidence.still_from is not None and seen.plan is not None and seen.plan.quiesce.holds_vm:
-            metrics.frozen(
-                seconds=outcome.evidence.frozen_milliseconds / 1000,
-                method=outcome.evidence.method,
-                hypervisor=seen.request.hypervisor,
-            )
-        if not outcome.free:
+        if outcome.free:
+            self._measure_hold(outcome.evidence, seen)
+        else:
             metrics.thaw_failed(hypervisor=seen.request.hypervisor)
         drivers = {g.class_name: g.driver for g in seen.plan.groups} if seen.plan is not None else {}
         for group in outcome.groups.values():
@@ -275,6 +272,15 @@ class StorageStrategy:
                 took = group.bracket.end - group.bracket.start
                 metrics.cut(seconds=took, driver=drivers.get(group.class_name, "unknown"))
                 self._world.classes.note_cut(group.class_name, took)
+
+    def _measure_hold(self, evidence: Evidence, seen: Observation) -> None:
+        """Of a VM that is known to go on; one of which nobody can say that yet is measured when it can be said."""
+        if evidence.frozen_time is not None:
+            self._world.metrics.frozen(
+                seconds=evidence.frozen_milliseconds / 1000,
+                method=evidence.method,
+                hypervisor=seen.request.hypervisor,
+            )
 
     async def _keep(self, effect: Keep, seen: Observation, body: Mapping[str, Any]) -> None:
         assert seen.record is not None, "an attempt is kept only where its intent is on record"  # noqa: S101 - invariant of decide
@@ -346,6 +352,8 @@ class StorageStrategy:
         memory = self._memory(seen)
         await memory.drop_prepared()
         outcome = memory.outcome or seen.record.outcome
+        if outcome is not None and not outcome.free and seen.vm_gone:
+            outcome = _freed(outcome)
         record = replace(seen.record, outcome=outcome, failure=effect.failure, ready=False, ready_time=None)
         await self._write(record, seen, create=False)
         memory.outcome = memory.broken = None
@@ -370,9 +378,7 @@ class StorageStrategy:
 
 def _freed(outcome: WindowOutcome) -> WindowOutcome:
     """The outcome of a window whose VM was freed later, by whoever it was: held until now, at most."""
-    evidence = outcome.evidence
-    held = round((clock() - evidence.still_from) * 1000) if evidence.still_from is not None else 0
-    return replace(outcome, free=True, evidence=replace(evidence, thawed_time=now(), frozen_milliseconds=held))
+    return replace(outcome, free=True, evidence=outcome.evidence.freed(clock(), now()))
 
 
 def _with_result(group: RecordedGroup, outcome: GroupOutcome) -> RecordedGroup:

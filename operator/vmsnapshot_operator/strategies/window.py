@@ -100,6 +100,7 @@ class _Progress:
     """What is known of the window so far, kept outside of the nesting so that every way out can tell it."""
 
     groups: dict[str, GroupOutcome]
+    evidence: Evidence
     window: Window | None = None
     free: bool = True
     rest: bool = False
@@ -140,7 +141,10 @@ async def run(
     plan = effect.plan
     # Where no freeze is sent, nothing is ever held: guardians have nothing to free then.
     holds = not overlays or plan.quiesce.expected_filesystems > 0
-    progress = _Progress(groups={c: GroupOutcome(class_name=c) for c in effect.requests})
+    progress = _Progress(
+        groups={c: GroupOutcome(class_name=c) for c in effect.requests},
+        evidence=Evidence(method=plan.quiesce.method),
+    )
     journal = Journal(
         installation=world.installation,
         owner_uid=uid,
@@ -160,9 +164,11 @@ async def run(
         )
         return await _tell(effect, progress, ref, client, plan)
     try:
+        told = world.metrics.window(lambda: journal.holds and not progress.is_free(), hypervisor=client.name)
         async with _held(world, plan, journal, ref, client, progress) as limit:
             quiescer = factory(Context(hypervisor=client, ref=ref, plan=plan, permit=limit.refusal))
-            await _still(quiescer, journal, effect.requests, slots, progress, limit)
+            with told:
+                await _still(quiescer, journal, effect.requests, slots, progress, limit)
     except QuiesceError as error:
         progress.fail(error.reason, error.message, fallback=error.fallback, interrupted=not error.fallback)
     except (GuardianError, HypervisorError, NotPermittedError) as error:
@@ -239,6 +245,8 @@ async def _still(
             await _cut_all(journal, requests, slots, progress, here)
     except QuiesceError as error:
         progress.free, progress.rest = error.free, error.rest
+        if isinstance(error.evidence, Evidence):
+            progress.evidence = error.evidence
         raise
     except SnapshotError:
         progress.free = True  # nothing was sent; where a window was opened, that one tells
@@ -303,7 +311,7 @@ async def _cut(request: SnapshotRequest, name: str, slot: Slot, progress: _Progr
 
 
 async def _tell(effect: TakeWindow, progress: _Progress, ref: Ref, client: Hypervisor, plan: Plan) -> WindowOutcome:
-    evidence = progress.window.evidence if progress.window is not None else Evidence(method=plan.quiesce.method)
+    evidence = progress.window.evidence if progress.window is not None else progress.evidence
     if progress.window is not None:
         after = await _afterwards(ref, client)
         same = after is not None and _same(plan, after, overlaid=progress.has_rest())

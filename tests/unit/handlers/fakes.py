@@ -86,7 +86,7 @@ class FakeCluster:
             self.contents_by_name[name] = {**self.contents_by_name[name], "status": dict(status)}
         return {**body, "status": dict(status)}
 
-    write_content_status = write_class_status = write_hypervisor_status = _write
+    write_content_status = write_class_status = write_hypervisor_status = write_snapshot_status = _write
 
     async def replace_content(self, _body: Mapping[str, Any]) -> dict[str, Any]:
         raise ConflictError("not in these tests")
