@@ -19,7 +19,7 @@ from vmsnapshot_operator.core.evidence import Evidence, Window, WindowOutcome
 from vmsnapshot_operator.core.journal import Journal
 from vmsnapshot_operator.core.machine import Machine
 from vmsnapshot_operator.core.volumes import Handle, Seconds
-from vmsnapshot_operator.errors import DriverError, GuardianError, QuiesceError
+from vmsnapshot_operator.errors import DriverError, DriverTimeoutError, GuardianError, QuiesceError
 from vmsnapshot_operator.plan import next_effect
 from vmsnapshot_operator.quiesce.base import OpenWindow
 from vmsnapshot_operator.strategies import window
@@ -35,10 +35,12 @@ class Scene:
     """A VM, its guardian and its quiescer. `log`: what was done to them, in order. `stuck`: nobody can thaw the guest."""
 
     log: list[str] = field(default_factory=list)
+    ahead: float = 0.0
     stuck: bool = False
     refusing: bool = False
     deaf: bool = False
     uris: Sequence[str] = ()
+    name: str = "lab"
 
     @asynccontextmanager
     async def outlasting(self, _seconds: float) -> AsyncIterator[bool]:
@@ -91,23 +93,25 @@ class Scene:
 
 @dataclass
 class Slot:
-    """A driver's process. `error`: its answer; `takes`: seconds until it answers."""
+    """A driver's process. `error`: its answer; `takes`: seconds until it answers; `until`: what the clock says by then."""
 
     name: str
-    log: list[str]
+    scene: Scene
     error: DriverError | None = None
     takes: float = 0.01
+    until: float = 0.0
     alive: bool = True
 
     async def cut(self, request: SnapshotRequest, until: float) -> CutResult:
         try:
             await asyncio.sleep(self.takes)
         except asyncio.CancelledError:
-            self.log.append(f"killed {self.name}")
+            self.scene.log.append(f"killed {self.name}")
             raise
         if self.error is not None:
+            self.scene.ahead = self.until
             raise self.error
-        self.log.append(f"cut {self.name}")
+        self.scene.log.append(f"cut {self.name}")
         return CutResult(handles={v.id: Handle(f"{request.name}/{v.id}") for v in request.volumes}, atomic=False)
 
 
@@ -115,7 +119,7 @@ class Slot:
 def scene(monkeypatch: pytest.MonkeyPatch) -> Scene:
     made = Scene()
     monkeypatch.setattr(window, "find", lambda _method: lambda _context: made)
-    monkeypatch.setattr(window, "clock", lambda: Seconds(asyncio.get_running_loop().time()))
+    monkeypatch.setattr(window, "clock", lambda: Seconds(asyncio.get_running_loop().time() + made.ahead))
     return made
 
 
@@ -125,7 +129,7 @@ async def take(scene: Scene, **slots: dict[str, Any]) -> WindowOutcome:
     effect = TakeWindow(1, plan, next_effect.requests_for(plan, b.INSTALLATION, b.UID, 1))
     world = fakes.world(installation=b.INSTALLATION)
     world.leadership = world.guardian = as_any(scene)
-    made = {name: as_any(Slot(name, scene.log, **slots.get(name, {}))) for name in effect.requests}
+    made = {name: as_any(Slot(name, scene, **slots.get(name, {}))) for name in effect.requests}
     try:
         return await window.run(world, effect, b.UID, REF, as_any(scene), made, {})
     finally:
@@ -155,6 +159,13 @@ async def test_a_cut_that_goes_wrong_frees_the_vm_before_it_is_told(
     assert scene.log == [*HOLD, *done, f"killed {killed}", *LET_GO, "told"]
     assert (outcome.ok, outcome.free, outcome.reason) == (False, True, reason)
     assert "vdc" in outcome.message
+
+
+@pytest.mark.parametrize(("now", "reason"), [(2.0, "DriverTimeout"), (3.0, "FrozenTooLong")])
+async def test_a_drivers_deadline_that_is_the_windows_is_told_as_such(scene: Scene, now: float, reason: str) -> None:
+    """Whichever of the two is noticed first: here the driver's, `now` seconds after the window's begin."""
+    outcome = await take(scene, ceph={"error": DriverTimeoutError("no answer"), "until": now}, files={"takes": 2.0})
+    assert (outcome.reason, outcome.free) == (reason, True)
 
 
 async def test_a_vm_that_nobody_can_free_keeps_its_journal_and_its_guardian(scene: Scene) -> None:
