@@ -26,6 +26,7 @@ from vmsnapshot_operator.drivers.host import Slot
 from vmsnapshot_operator.errors import (
     DomainGoneError,
     DriverError,
+    DriverTimeoutError,
     GuardianError,
     HypervisorError,
     NotPermittedError,
@@ -320,8 +321,11 @@ async def _cut(request: SnapshotRequest, name: str, slot: Slot, progress: _Progr
         raise _CutFailedError from error
     except DriverError as error:
         message = f"disk {_disks(request)}: {error.message}"
-        progress.groups[name] = GroupOutcome(class_name=name, reason=error.reason, message=message)
-        progress.fail(error.reason, message)
+        # Its deadline is the window's: which of the two is noticed first must not decide what is told.
+        late = isinstance(error, DriverTimeoutError) and limit.remaining <= 0
+        reason = "FrozenTooLong" if late else error.reason
+        progress.groups[name] = GroupOutcome(class_name=name, reason=reason, message=message)
+        progress.fail(reason, message)
         raise _CutFailedError from error
     bracket = Bracket(start=start, end=clock())
     progress.groups[name] = GroupOutcome(class_name=name, bracket=bracket, result=result)
