@@ -32,9 +32,6 @@ from tests.lab.ceph import bindings
 from tests.lab.guests import Guest
 from tests.stack import NAMESPACE, SERVICE_ACCOUNT, TENANT, Stack, conditions, until
 
-WRITER_MICROSECONDS = 20_000
-"""Pause of the guest's writer between two rounds: an emulated guest that writes faster takes half of a processor from all others."""
-
 MADE = "c"
 """What each injection makes begins with this and its number."""
 HEAL_SECONDS = 3.0
@@ -279,7 +276,7 @@ def _forget_earlier_run(lab: Lab, stack: Stack, annex: Annex, guest: Guest) -> N
 @contextlib.contextmanager
 def suite(lab: Lab, seed: int) -> Iterator[Suite]:
     """The operator under observation, and the guest that is hurt."""
-    guest = lab.guest("demo", writer_us=WRITER_MICROSECONDS)
+    guest = lab.guest("demo")
     state = lab.state / "chaos"
     state.mkdir(parents=True, exist_ok=True)
     stack = Stack(lab, state)

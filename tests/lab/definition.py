@@ -13,6 +13,9 @@ from tests.lab.ceph import POOL
 from tests.lab.hypervisor import SECRET
 
 AGENT, OWN = "org.qemu.guest_agent.0", "org.vmsnapshot.lab.0"
+WRITER_MICROSECONDS = 20_000
+"""Pause of the writer between two rounds: an emulated guest that writes faster takes half of a processor from all others."""
+
 _FIELDS = ("console=ttyS0", "quiet", "panic=-1", "mitigations=off", "nokaslr", "no_timer_check")
 
 
@@ -60,7 +63,7 @@ class Spec:
     mon_host: str
     memory_mib: int = 128
     writer: bool = True
-    writer_us: int = 5000
+    writer_us: int = WRITER_MICROSECONDS
     hook: bool = True
     append: str = ""
     """More words for the kernel's command line."""

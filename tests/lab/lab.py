@@ -19,7 +19,7 @@ from tests.lab.api import Api
 from tests.lab.ceph import Ceph
 from tests.lab.control import Component, Control
 from tests.lab.controlplane import ControlPlane
-from tests.lab.definition import DEMO, GuestDisk, Spec
+from tests.lab.definition import DEMO, WRITER_MICROSECONDS, GuestDisk, Spec
 from tests.lab.errors import LabError
 from tests.lab.guests import Guest
 from tests.lab.hypervisor import Host
@@ -204,7 +204,7 @@ class Lab:
         disks: Mapping[str, GuestDisk] = DEMO,
         *,
         writer: bool = True,
-        writer_us: int = 5000,
+        writer_us: int = WRITER_MICROSECONDS,
         memory_mib: int = 128,
         hook: bool = True,
         append: str = "",
