@@ -48,17 +48,17 @@ _TICK = 0.02
 class Durations:
     """In seconds. `lease`: how long others wait for a silent holder; `request`: one renewal's deadline; `retry`: between tries.
 
-    With these, two renewals in a row may come to nothing, by time-outs, before the holder stops acting; three cannot.
+    With these, a renewal may come to nothing by a time-out, and the next one still has all of its own time.
     """
 
     lease: float = 10.0
-    request: float = 3.0
+    request: float = 4.0
     retry: float = 1.0
 
     @classmethod
     def of(cls, lease: float) -> Durations:
         """The others in the same proportion."""
-        return cls(lease=lease, request=0.3 * lease, retry=0.1 * lease)
+        return cls(lease=lease, request=0.4 * lease, retry=0.1 * lease)
 
 
 class Step(Enum):
