@@ -280,6 +280,10 @@ def test_a_freeze_that_fails_is_thawed_and_then_by_policy(
     try:
         require = vmsnapshot("hook", quiesce={"policy": "Require"})
         _failed(stack, require, "FreezeFailed")
+        body = stack.get(require) or {}
+        quiesced = conditions(body)["Quiesced"]
+        assert (quiesced["status"], quiesced["reason"]) == ("False", "FreezeFailed")
+        assert body["status"]["quiesce"]["frozenTime"] <= body["status"]["quiesce"]["thawedTime"]
         name = vmsnapshot("hook")
         prefer = stack.wait(name)["status"]
         assert prefer["consistency"] == "Crash"

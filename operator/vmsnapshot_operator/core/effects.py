@@ -98,7 +98,8 @@ class Observation:
     ran and has not recorded. `overlays`: what is to be done about each overlay of the journal. `broken`: what this process found that no retry can mend. `lost`: what status says of a content
     that was on record and is no more. `trouble`, `retry_in`: the last effect failed, and in how many seconds to try again.
     `known_for`: how long this process has known the object, in seconds. `in_use_by`: who else works on this VM. `restored_by`: the VMRestore
-    that is under way with this very snapshot. `vm_gone`: the VM on record was looked for and exists no more, so nothing holds it.
+    that is under way with this very snapshot. `vm_gone`: the VM on record was looked for and exists no more, so nothing holds it;
+    `vm_unseen`: it could not be looked for, and never will be as things are.
     """
 
     request: Request
@@ -113,6 +114,7 @@ class Observation:
     journal_problem: str = ""
     overlays: tuple[Ruling, ...] = ()
     vm_gone: bool = False
+    vm_unseen: bool = False
     held: Mapping[str, frozenset[str]] | None = None
     unlisted: Mapping[str, str] = field(default_factory=dict)
     prepared: int | None = None

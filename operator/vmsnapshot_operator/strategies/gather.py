@@ -58,6 +58,7 @@ class _Journalled:
     problem: str = ""
     rulings: tuple[Ruling, ...] = ()
     vm_gone: bool = False
+    vm_unseen: bool = False
 
 
 async def gather(world: World, body: Mapping[str, Any]) -> Observation:
@@ -95,6 +96,7 @@ async def gather(world: World, body: Mapping[str, Any]) -> Observation:
         journal_problem=journalled.problem,
         overlays=journalled.rulings,
         vm_gone=journalled.vm_gone,
+        vm_unseen=journalled.vm_unseen,
         held=held,
         unlisted=unlisted,
         prepared=memory.prepared.attempt if memory.prepared is not None else None,
@@ -181,7 +183,8 @@ async def _journal(world: World, request: Request, record: Record | None) -> _Jo
     except DomainGoneError as error:
         if error.reason == "HypervisorNotFound" and clock() - world.memory(request.uid).since < EARLY_SECONDS:
             return _Journalled(problem=f"{error.message}, or it was not read yet")
-        return _Journalled(vm_gone=error.reason == DomainGoneError.reason and not error.ambiguous)
+        gone = error.reason == DomainGoneError.reason and not error.ambiguous
+        return _Journalled(vm_gone=gone, vm_unseen=not gone)
     except HypervisorError as error:
         return _Journalled(problem=error.message)
     return _Journalled(journal=journal, rulings=rulings)

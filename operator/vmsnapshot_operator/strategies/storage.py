@@ -359,6 +359,14 @@ class StorageStrategy:
         outcome = memory.outcome or seen.record.outcome
         if outcome is not None and not outcome.free and seen.vm_gone:
             outcome = _freed(outcome)
+        if outcome is None and seen.vm_unseen and seen.prepared != seen.record.attempt:
+            # Another process may have held the VM in this attempt, and nobody can look whether it still is.
+            outcome = WindowOutcome(
+                attempt=seen.record.attempt,
+                evidence=Evidence(method=seen.record.plan.quiesce.method),
+                reason=effect.failure.reason,
+                message=effect.failure.message,
+            )
         record = replace(seen.record, outcome=outcome, failure=effect.failure, ready=False, ready_time=None)
         await self._write(record, seen, create=False)
         memory.outcome = memory.broken = None

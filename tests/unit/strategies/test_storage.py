@@ -18,7 +18,7 @@ from vmsnapshot_operator.core.journal import Journal
 from vmsnapshot_operator.core.planning import Method, OverlaySettings
 from vmsnapshot_operator.core.volumes import Seconds
 from vmsnapshot_operator.errors import DriverError, NotPermittedError
-from vmsnapshot_operator.plan import report
+from vmsnapshot_operator.plan import conditions, report
 from vmsnapshot_operator.strategies import settling, storage
 from vmsnapshot_operator.strategies.storage import StorageStrategy
 from vmsnapshot_operator.strategies.world import LiveHypervisor, Memory, Prepared, World, clock
@@ -293,6 +293,20 @@ async def test_only_a_vm_that_is_gone_needs_nobodys_word_that_it_is_free(gone: b
     (written,) = lab.written
     assert written.outcome is not None
     assert written.outcome.free is gone
+
+
+@pytest.mark.parametrize(
+    ("facts", "known"),
+    [({}, True), ({"vm_unseen": True}, False), ({"vm_unseen": True, "prepared": 1}, True)],
+    ids=["seen", "its Hypervisor is gone", "never begun"],
+)
+async def test_a_vm_that_cannot_be_looked_at_any_more_is_not_called_free(facts: dict[str, Any], known: bool) -> None:
+    lab = Lab(records.intent(records.example().plan, 1))
+    failure = Failure(reason="HypervisorNotFound", message="there is none")
+    await lab.strategy.apply(Fail(failure), replace(lab.seen, **facts), {})
+    (written,) = lab.written
+    told = {c.type: c for c in conditions.failed(lab.seen, written, failure)}["Unquiesced"]
+    assert (told.status, told.reason) == ((True, "Free") if known else (None, "FreeUnknown"))
 
 
 def test_a_vm_that_got_another_uuid_is_claimed_instead_of_the_old_one() -> None:
