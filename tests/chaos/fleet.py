@@ -75,7 +75,7 @@ _OF_ONE = (
 def run(suite: Suite, number: int, tell: Callable[[Result], None]) -> None:
     """Take snapshots until `number` of them have met a fault that did something; the results are added to the suite's."""
     random = Random(f"{suite.seed}/fleet")  # noqa: S311 - nothing secret
-    with _guests(suite.lab) as guests:
+    with _guests(suite.lab, min(GUESTS, number)) as guests:
         tried = met = 0
         while met < number and tried < TRIES * number:
             size = min(BATCH, number - met)
@@ -87,12 +87,12 @@ def run(suite: Suite, number: int, tell: Callable[[Result], None]) -> None:
 
 
 @contextlib.contextmanager
-def _guests(lab: Lab) -> Iterator[list[Guest]]:
+def _guests(lab: Lab, number: int) -> Iterator[list[Guest]]:
     def make(n: int) -> Guest:
         return lab.guest(f"demo-fleet-{n}", DISKS, writer_us=WRITER_MICROSECONDS, memory_mib=96)
 
     with ThreadPoolExecutor(BOOTS_AT_ONCE) as threads:
-        made = list(threads.map(make, range(GUESTS)))
+        made = list(threads.map(make, range(number)))
         try:
             yield made
         finally:

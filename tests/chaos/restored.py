@@ -88,10 +88,12 @@ def _of_vm(scene: Scene, bodies: Sequence[Body | None]) -> Iterator[Finding]:
         yield Finding("stuck", subject, f"its restores have ended, and {', '.join(missing)} are not in its definition")
         return
     told = [b for b in bodies if b is not None]
+    # One that is gone may have been done to the end before, or not at all: then the disks are of one moment, whichever that is.
+    gone = len(told) < len(bodies)
     if not scene.redefined:
         yield from of_marker(subject, _marker(root, RESTORED_NAMESPACE), told)
     if not domain.isActive():  # else it never came to its being stopped, or it writes on: nothing is to be compared
-        yield from _of_disks(scene, told)
+        yield from _of_disks(scene, told, gone=gone)
 
 
 def of_marker(subject: str, done: str | None, told: Sequence[Body]) -> Iterator[Finding]:
@@ -106,7 +108,7 @@ def of_marker(subject: str, done: str | None, told: Sequence[Body]) -> Iterator[
             yield Finding("lied", subject, text)
 
 
-def _of_disks(scene: Scene, told: Sequence[Body]) -> Iterator[Finding]:
+def _of_disks(scene: Scene, told: Sequence[Body], *, gone: bool) -> Iterator[Finding]:
     subject = f"domain {scene.guest.name}"
     with tempfile.TemporaryDirectory(dir=scene.lab.state, prefix="judge-") as folder:
         now = _without_plugged(proof.of_domain(scene.lab, scene.guest.domain(), Path(folder)))
@@ -115,7 +117,7 @@ def _of_disks(scene: Scene, told: Sequence[Body]) -> Iterator[Finding]:
         else:
             source, held = "", None
             for name in safety_snapshots(scene):
-                if held is None:
+                if held is None and not gone:
                     source, held = f"the safety snapshot {name}", _read(scene, name, Path(folder))
     if held is not None:
         yield from (Finding("lied", subject, f"{source}: {w}") for w in unlike(now, held))

@@ -275,6 +275,18 @@ def _reset_domain(domain: libvirt.virDomain) -> None:
     domain.reset()
 
 
+_BEFORE_THE_FREEZE = at(
+    [
+        Step.ADOPT,
+        Step.PREPARE,
+        Step.PREPARE_INTENT,
+        Step.PREPARE_OVERLAYS,
+        Step.PREPARE_RESERVE,
+        Step.PREPARE_DRIVER,
+        Step.WINDOW_JOURNAL,
+        Step.WINDOW_ARM,
+    ]
+) | at([Step.TAKE_WINDOW, Step.WINDOW_QUIESCE], [At.BEFORE])
 _MADE = at([Step.HAND_OVER, Step.CLONE_KEEP, Step.START]) | {(Step.CLONE_DEFINE, At.AFTER), (Step.CLONE, At.AFTER)}
 """Where the new VM is defined. Nobody undefines it here: its disks would be his to delete then."""
 
@@ -290,7 +302,14 @@ FAULTS = (
     Fault(name="agent-answers-late", strike=_while_it_runs(_hang_agent), heal=_unhang_agent, hold=LATE_SECONDS),
     Fault(name="agent-ended", strike=_while_it_runs(_end_agent), heal=_mended(_start_agent), hold=2.0),
     Fault(name="agent-hook-fails", strike=_while_it_runs(_fail_hook), heal=_mended(_mend_hook), hold=3.0),
-    Fault(name="agent-fails-at-freeze", strike=_while_it_runs(_fail_freeze), heal=_mended(_mend_freeze), hold=3.0),
+    Fault(
+        name="agent-fails-at-freeze",
+        strike=_while_it_runs(_fail_freeze),
+        heal=_mended(_mend_freeze),
+        hold=3.0,
+        only=_BEFORE_THE_FREEZE,
+        sure=(Step.WINDOW_ARM, At.AFTER),
+    ),
     Fault(name="agent-fails-at-thaw", strike=_while_it_runs(_fail_thaw), heal=_mended(_mend_thaw), hold=3.0),
     Fault(name="thawed-inside-the-guest", strike=_thaw_inside("vda"), only=FROZEN),
     Fault(name="all-thawed-inside-the-guest", strike=_thaw_inside("vdc", "vdb", "vda"), only=FROZEN),
