@@ -90,11 +90,12 @@ class Stack:
     """The operator under test. `snapshots` and friends speak to the API server as the administrator does.
 
     `server`: where the operator looks for the API server, if not where it is. `observer`: the socket of one who is told of each
-    of its steps (see `tests.chaos.observed`).
+    of its steps (see `tests.chaos.observed`). `plugins`: a folder with distributions that are installed for it beside the project.
     """
 
     lab: Lab
     state: Path
+    plugins: Path | None = None
     telemetry_port: int = 0
     server: str = ""
     observer: Path | None = None
@@ -229,9 +230,13 @@ class Stack:
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
                 preexec_fn=die_with_parent,  # noqa: PLW1509 - nothing of ours holds a lock that the child could need
-                env={k: v for k, v in os.environ.items() if k != "KUBECONFIG"} | {"PYTHONUNBUFFERED": "1"},
+                env=self._environment(),
             )
         self.programs[name] = Program(name, process, log)
+
+    def _environment(self) -> dict[str, str]:
+        plugins = {"PYTHONPATH": str(self.plugins)} if self.plugins is not None else {}
+        return {k: v for k, v in os.environ.items() if k != "KUBECONFIG"} | {"PYTHONUNBUFFERED": "1"} | plugins
 
     # --- the examples, fitted to this laboratory --------------------------------------------------------------------
 
@@ -449,7 +454,7 @@ def conditions(body: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 @contextmanager
-def stack(lab: Lab, name: str = "stack") -> Iterator[Stack]:
+def stack(lab: Lab, name: str = "stack", plugins: Path | None = None) -> Iterator[Stack]:
     """Run operator and guardian beside a laboratory for a while."""
-    with Stack(lab, lab.state / name) as running:
+    with Stack(lab, lab.state / name, plugins) as running:
         yield running

@@ -66,6 +66,8 @@ class Spec:
     """More words for the kernel's command line."""
     devices: str = ""
     """More XML within `<devices>`."""
+    firmware: str = ""
+    """More XML within `<os>`."""
 
     def command_line(self) -> str:
         """The kernel's command line; what is ours in it is read by the guest's `init`."""
@@ -88,7 +90,7 @@ class Spec:
         disks = "\n".join(self._disk(target, disk) for target, disk in sorted(self.disks.items()))
         return f"""<domain type='qemu'><name>{escape(self.name)}</name><description>{description}</description>
 <memory unit='MiB'>{self.memory_mib}</memory><vcpu>1</vcpu>
-<os><type arch='x86_64' machine='pc'>hvm</type>{self._boot()}</os>
+<os><type arch='x86_64' machine='pc'>hvm</type>{self._boot()}{self.firmware}</os>
 <features><acpi/></features><cpu mode='custom'><model fallback='allow'>qemu64</model></cpu>
 <on_reboot>restart</on_reboot><on_crash>destroy</on_crash>
 <devices><emulator>/usr/bin/qemu-system-x86_64</emulator>

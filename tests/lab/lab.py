@@ -212,11 +212,23 @@ class Lab:
         found.up()
         return found
 
-    def domain_stub(self, name: str, disks: Mapping[str, GuestDisk] | None = None, *, devices: str = "") -> Guest:
-        """A domain that is started paused, with nothing to boot and no agent: half a second and 50 MB, for fleets."""
+    def domain_stub(
+        self,
+        name: str,
+        disks: Mapping[str, GuestDisk] | None = None,
+        *,
+        devices: str = "",
+        firmware: str = "",
+        started: bool = True,
+    ) -> Guest:
+        """A domain that is started paused, with nothing to boot and no agent: half a second and 50 MB, for fleets.
+
+        One that is not `started` is off, and may have devices (`devices`, `firmware`: more XML) that are not there.
+        """
         given = {"vda": GuestDisk(kind="file")} if disks is None else disks
-        found = self._guest(name, given, None, memory_mib=32, writer=False, devices=devices)
-        found.up_paused()
+        options = {"memory_mib": 32, "writer": False, "devices": devices, "firmware": firmware}
+        found = self._guest(name, given, None, **options)
+        found.up_paused() if started else found.define()
         return found
 
     def _guest(self, name: str, disks: Mapping[str, GuestDisk], boot: Path | None, **options: Any) -> Guest:
