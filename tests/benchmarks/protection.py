@@ -165,7 +165,7 @@ def takeover(stack: Stack, pairs: int) -> Result:
     took: list[float] = []
     stack.start_operator("standby", wait=False)
     names = ["operator", "standby"]
-    for number in range(max(10, pairs)):
+    for number in range(pairs):
         until("one of both holds the lease", lambda: holder(stack) in names)
         leader = holder(stack)
         time.sleep(3 + number % 7 / 7)  # it has renewed for a while, and dies at any point of its rhythm
@@ -174,6 +174,7 @@ def takeover(stack: Stack, pairs: int) -> Result:
         else:
             stack.programs.pop(leader).kill()
             took.append(_taken(stack, leader, time.monotonic()))
+        print(f"  {leader} killed, taken over after {took[-1]} s", flush=True)
         stack.start_operator(leader, wait=False)
         time.sleep(5)  # it has read the lease before the next one dies
     for name in names:

@@ -135,8 +135,8 @@ def _say(seen: Observation, effect: Effect, reason: str, message: str = "") -> D
 def _dry_run(seen: Observation, now: datetime) -> Decision:
     if seen.refusal is not None:
         return _refuse(seen, seen.refusal, now)
-    if seen.plan is None:
-        return _say(seen, Wait(_SOON), "Planning")
+    if seen.plan is None and (waiting := _not_now(seen)) is not None:
+        return waiting
     return Decision(effect=_until_expiry(seen, now), conditions=conditions.dry_run(seen))
 
 

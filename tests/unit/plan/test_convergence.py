@@ -225,6 +225,13 @@ def test_a_dry_run_touches_nothing_and_is_not_in_progress_for_ever() -> None:
     assert "Ready" not in {c.type for c in done.said[-1]}
 
 
+def test_a_dry_run_says_what_is_in_the_way() -> None:
+    seen = replace(World(request=b.request(dry_run=True)).gather(), plan=None, in_use_by="somebody may hold it still")
+    decision = next_effect.decide(seen, b.CREATED, installation=b.INSTALLATION)
+    assert isinstance(decision.effect, e.Wait)
+    assert [c.reason for c in decision.conditions if c.message == "somebody may hold it still"]
+
+
 def test_retain_keeps_what_was_taken() -> None:
     done = World(request=b.request(retain=True))
     done.settle_down()
