@@ -14,12 +14,26 @@ import libvirt
 
 from tests import proof
 from tests.lab import Lab, LabError
-from tests.stack import Stack, conditions
+from tests.stack import Stack, conditions, until
+
+
+def _stalled(stack: Stack, name: str) -> dict[str, Any]:
+    """Wait until it is decided; it must not have become Ready."""
+
+    def over() -> bool:
+        found = conditions(stack.get(name) or {})
+        return "True" in (found.get(kind, {}).get("status") for kind in ("Ready", "Stalled"))
+
+    until(f"{name} is Ready or Stalled", over)
+    body = stack.get(name)
+    assert body is not None
+    assert conditions(body)["Stalled"]["status"] == "True", conditions(body)["Ready"]
+    return body
 
 
 def refused(stack: Stack, name: str, reason: str) -> str:
     """Wait for the refusal; return its message."""
-    body = stack.wait(name, "Stalled")
+    body = _stalled(stack, name)
     found = conditions(body)
     assert found["Planned"]["status"] == "False"
     assert found["Planned"]["reason"] == reason
@@ -32,7 +46,7 @@ def refused(stack: Stack, name: str, reason: str) -> str:
 
 def failed(stack: Stack, name: str, *reasons: str) -> str:
     """Wait for the failure after something was touched; return its message. Of what was cut nothing is left."""
-    body = stack.wait(name, "Stalled")
+    body = _stalled(stack, name)
     found = conditions(body)
     assert found["Stalled"]["reason"] in reasons, found["Stalled"]
     assert found["Unquiesced"]["status"] == "True"
