@@ -104,7 +104,10 @@ class Agent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """One domain at one moment. `run_id` is libvirt's id of this run (-1 when shut off): another one is another boot."""
+    """One domain at one moment. `run_id` is libvirt's id of this run (-1 when shut off): another one is another boot.
+
+    `copied_into`: the files into which the hypervisor is copying its disks, if it is (whoever asked for that).
+    """
 
     name: str
     uuid: str
@@ -115,6 +118,7 @@ class Machine:
     shut_down_from_within: bool = False
     persistent: bool = True
     migrating: bool = False
+    copied_into: tuple[str, ...] | None = None
     disks: tuple[Disk, ...] = ()
     devices: tuple[Device, ...] = ()
     agent: Agent | None = None

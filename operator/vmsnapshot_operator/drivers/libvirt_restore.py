@@ -62,7 +62,7 @@ def source_of(held: Any, cut: CutResult, volume: VolumeId) -> Any:
     found = storage.find(held, PurePosixPath(handle).name)
     if found is None:
         raise DriverError(f"the clone {handle} does not exist (any more)", reason="SnapshotLost")
-    if cut.hold is Hold.BASE and storage.find(held, naming.whole_mark(found.name())) is None:
+    if cut.hold is not Hold.NOTHING and storage.find(held, naming.whole_mark(found.name())) is None:
         raise DriverError(f"{handle} was not copied to the end", reason="SnapshotIncomplete")
     return found
 

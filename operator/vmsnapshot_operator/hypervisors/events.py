@@ -1,4 +1,4 @@
-"""What happened to a domain between two moments, as libvirt's events tell: evidence of an early resume or another run.
+"""What happened to a domain between two moments, as libvirt's events tell: an early resume, another run, the end of a backup.
 
 Each connection is registered once, when it opens, for all domains: watching one costs no call, neither before nor while a
 VM is held. Not: what follows from it (`quiesce`, `plan.verdict`).
@@ -9,17 +9,23 @@ from __future__ import annotations
 import threading
 import time
 import uuid as uuid_module
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
 from typing import Any, NamedTuple
 
 import libvirt
 
+from vmsnapshot_operator.core.backups import Ending
 from vmsnapshot_operator.core.volumes import Seconds
 
 _KEPT = 64
 """Events remembered for one watch: a guest that reboots in a loop fills no memory."""
+
+
+_ENDINGS_KEPT = 8
+"""Ends of backups remembered for one domain: those that nobody asks for are of other programs."""
 
 
 class Kind(StrEnum):
@@ -94,7 +100,7 @@ class EventWatch:
 
     def hear(self, *kinds: Kind) -> None:
         """Take note of an event."""
-        at = Seconds(time.clock_gettime(time.CLOCK_BOOTTIME))
+        at = _now()
         self._seen.update(kinds)
         self._happenings.extend(Happening(k, at) for k in kinds if len(self._happenings) < _KEPT)
 
@@ -108,6 +114,8 @@ class EventHub:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._watches: set[EventWatch] = set()
+        self._hearing: dict[str, Seconds] = {}
+        self._endings: dict[tuple[str, str], deque[Ending]] = {}
 
     @contextmanager
     def watch(self, uuid: str, endpoint: str, *, blind: bool) -> Iterator[EventWatch]:
@@ -120,6 +128,14 @@ class EventHub:
         finally:
             with self._lock:
                 self._watches.discard(watch)
+
+    def endings(self, uuid: str, endpoint: str, since: Seconds) -> tuple[Ending, ...] | None:
+        """Return which backups of a domain ended after `since`; None if one may have that nobody here has heard of."""
+        with self._lock:
+            if self._hearing.get(endpoint, since) >= since:
+                return None
+            heard = tuple(e for e in self._endings.get((_canonical(uuid), endpoint), ()) if e.at >= since)
+        return heard if len(heard) < _ENDINGS_KEPT else None
 
     def register(self, connection: Any, endpoint: str) -> Callable[[], None]:
         """Have a new connection tell us; return what ends that. Blocking, both; raise libvirtError."""
@@ -139,9 +155,15 @@ class EventHub:
                 (ids.VIR_DOMAIN_EVENT_ID_DEVICE_ADDED, lambda _c, d, _a, _o: tell(d, Kind.DISKS_CHANGED)),
                 (ids.VIR_DOMAIN_EVENT_ID_DEVICE_REMOVED, lambda _c, d, _a, _o: tell(d, Kind.DISKS_CHANGED)),
                 (ids.VIR_DOMAIN_EVENT_ID_DISK_CHANGE, lambda _c, d, *_: tell(d, Kind.DISKS_CHANGED)),
+                (
+                    ids.VIR_DOMAIN_EVENT_ID_JOB_COMPLETED,
+                    lambda _c, d, job, _o: self._ended(d.UUIDString(), endpoint, job),
+                ),
             ]
             connection.registerCloseCallback(lambda *_: self.lost(endpoint), None)
         numbers = [connection.domainEventRegisterAny(None, number, heard, None) for number, heard in wanted]
+        with self._lock:
+            self._hearing[endpoint] = _now()
 
         def end() -> None:
             # A connection with callbacks is kept open by libvirt, whoever closes it.
@@ -155,9 +177,18 @@ class EventHub:
     def lost(self, endpoint: str) -> None:
         """The connection to an endpoint broke: what happens there from now on is not heard."""
         with self._lock:
+            self._hearing.pop(endpoint, None)
             for watch in self._watches:
                 if watch.endpoint == endpoint:
                     watch.blind = True
+
+    def _ended(self, uuid: str, endpoint: str, job: Mapping[str, Any]) -> None:
+        if job.get("operation") != libvirt.VIR_DOMAIN_JOB_OPERATION_BACKUP:
+            return
+        whole = job.get("success") is True
+        ending = Ending(whole, "" if whole else str(job.get("errmsg") or "libvirt does not say why"), _now())
+        with self._lock:
+            self._endings.setdefault((_canonical(uuid), endpoint), deque(maxlen=_ENDINGS_KEPT)).append(ending)
 
     def _tell(self, uuid: str, *kinds: Kind) -> None:
         wanted = _canonical(uuid)
@@ -194,6 +225,10 @@ def agent(state: int) -> tuple[Kind, ...]:
     """Return what an event of the agent's channel says."""
     gone = state == libvirt.VIR_CONNECT_DOMAIN_EVENT_AGENT_LIFECYCLE_STATE_DISCONNECTED
     return (Kind.AGENT_LOST,) if gone else ()
+
+
+def _now() -> Seconds:
+    return Seconds(time.clock_gettime(time.CLOCK_BOOTTIME))
 
 
 def _canonical(uuid: str) -> str:
