@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, cast
 
@@ -9,9 +11,10 @@ import pytest
 
 from tests.unit.handlers import fakes
 from tests.unit.kube import records
+from tests.unit.strategies.test_storage import Lab
 from vmsnapshot_operator.core.backups import BackupSeen, Ending, RunningBackup
-from vmsnapshot_operator.core.driver import CutResult, Hold, Progress
-from vmsnapshot_operator.core.effects import Record
+from vmsnapshot_operator.core.driver import Capabilities, CutKind, CutResult, Hold, Progress
+from vmsnapshot_operator.core.effects import Record, RollBack, Settle
 from vmsnapshot_operator.core.volumes import Handle, Seconds
 from vmsnapshot_operator.errors import DomainGoneError, DriverError, HypervisorError
 from vmsnapshot_operator.strategies import backups
@@ -125,3 +128,95 @@ async def test_patience_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DriverError) as caught:
         await finish(monkeypatch, Client(RUNNING), fakes.world(installation=records.INSTALLATION), patience=20.0)
     assert caught.value.reason != "SnapshotLost"
+
+
+# --- among the other groups -----------------------------------------------------------------------------------------------
+
+
+class Job:
+    """The hypervisor's copy, in place of the real one: it takes so many seconds, or fails."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: float = 0.0, error: DriverError | None = None) -> None:
+        self.log: list[str] = []
+        self.seconds, self.error = seconds, error
+        monkeypatch.setattr(backups, "finish", self.finish)
+        monkeypatch.setattr(backups, "locate", self.locate)
+
+    async def finish(self, *_: object) -> None:
+        self.log.append("finish")
+        await asyncio.sleep(self.seconds)
+        if self.error is not None:
+            raise self.error
+        self.log.append("whole")
+
+    async def locate(self, *_: object) -> tuple[Any, None]:
+        return type("Client", (), {"backups": lambda _self, _ref: self})(), None
+
+    async def stop(self, is_ours: Callable[[str], bool]) -> None:
+        name = copied().groups["slow"].request.name
+        assert is_ours(f"/p/{name}-member")
+        assert not is_ours("/p/vms-others")
+        self.log.append("stop")
+        if self.error is not None:
+            raise self.error
+
+
+async def test_a_driver_marks_its_copies_when_the_job_is_proved_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    lab, job = Lab(copied()), Job(monkeypatch, seconds=30.0)
+    lab.hosts["slow"].gone = {"/p/slow"}  # not marked as whole yet
+    task = asyncio.create_task(lab.strategy.apply(Settle(copied().groups), lab.seen, {}))
+    await asyncio.sleep(20)
+    assert (job.log, lab.hosts["slow"].log, lab.hosts["fast"].log) == (["finish"], [], ["wait_ready", "over"])
+    await task
+    assert (job.log, lab.hosts["slow"].log) == (["finish", "whole"], ["wait_ready", "over"])
+    assert [r.ready for r in lab.written] == [True]
+
+
+async def test_copies_that_are_marked_need_no_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    lab, job = Lab(copied()), Job(monkeypatch)
+    await lab.strategy.apply(Settle(copied().groups), lab.seen, {})
+    assert job.log == []
+    assert [r.ready for r in lab.written] == [True]
+
+
+async def test_copies_that_are_lost_are_never_marked(monkeypatch: pytest.MonkeyPatch) -> None:
+    lost = DriverError("the copy failed", reason="SnapshotLost")
+    lab, _ = Lab(copied()), Job(monkeypatch, error=lost)
+    lab.hosts["slow"].gone = {"/p/slow"}
+    with pytest.raises(DriverError, match="the copy failed"):
+        await lab.strategy.apply(Settle(copied().groups), lab.seen, {})
+    assert lab.hosts["slow"].log == []
+    assert not lab.written
+
+
+async def test_settling_that_is_cancelled_waits_for_no_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    lab, job = Lab(copied()), Job(monkeypatch, seconds=300.0)
+    lab.hosts["slow"].gone = {"/p/slow"}
+    task = asyncio.create_task(lab.strategy.apply(Settle(copied().groups), lab.seen, {}))
+    await asyncio.sleep(1)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await asyncio.sleep(400)
+    assert (job.log, lab.hosts["slow"].log, lab.written) == (["finish"], [], [])
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_a_copy_is_stopped_before_its_volumes_are_deleted(monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    record = copied()
+    kind = Capabilities(cut=CutKind.HYPERVISOR, atomic=True, revert=True)
+    groups = tuple(replace(g, capabilities=kind) if g.class_name == "slow" else g for g in record.plan.groups)
+    record = replace(record, plan=replace(record.plan, groups=groups), version="1")
+    lab = Lab(record)
+    error = DriverError("it may go on", retryable=True) if fails else None
+    job = Job(monkeypatch, error=error)
+    cast("fakes.FakeCluster", lab.world.cluster).contents_by_name[record.name] = {"metadata": {"resourceVersion": "1"}}
+    name = record.groups["slow"].request.name
+    effect = RollBack({"slow": frozenset({name})})
+    if fails:
+        with pytest.raises(DriverError, match="it may go on"):
+            await lab.strategy.apply(effect, lab.seen, {})
+    else:
+        await lab.strategy.apply(effect, lab.seen, {})
+    assert job.log == ["stop"]
+    assert lab.hosts["slow"].deleted == ([] if fails else [name])
