@@ -90,7 +90,7 @@ class Brake:
         while not self._over and not self.holds.is_set():
             with contextlib.suppress(libvirt.libvirtError):
                 if self._domain.blockJobInfo("vda", 0):
-                    self._domain.blockJobSetSpeed("vda", 1)
+                    self._domain.blockJobSetSpeed("vda", 4096, libvirt.VIR_DOMAIN_BLOCK_JOB_SPEED_BANDWIDTH_BYTES)
                     self.holds.set()
             time.sleep(0.002)
 

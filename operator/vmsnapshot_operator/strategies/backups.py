@@ -21,7 +21,7 @@ from vmsnapshot_operator.errors import DomainGoneError, DriverError, HypervisorE
 from vmsnapshot_operator.plan import copying
 from vmsnapshot_operator.plan.copying import Copy
 from vmsnapshot_operator.strategies.gather import locate
-from vmsnapshot_operator.strategies.world import World, clock
+from vmsnapshot_operator.strategies.world import Memory, World, clock
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +40,32 @@ def by_job(groups: Mapping[str, RecordedGroup]) -> tuple[RecordedGroup, ...]:
     return tuple(g for g in groups.values() if g.result is not None and g.result.hold is Hold.JOB)
 
 
+async def listen(world: World, record: Record, request: Request) -> None:
+    """Listen for the end of this snapshot's copy from now on, if it runs: before anything else that may take long or fail."""
+    memory = world.memory(request.uid)
+    if not by_job(record.groups) or _listened_since(memory, record) is not None:
+        return
+    since = clock()
+    try:
+        client, ref = await locate(world, request, record)
+        seen = await client.backups(ref).look(since)
+    except HypervisorError as error:
+        log.info("the copy of snapshot %s cannot be looked at yet: %s", request.uid, error.message)
+        return
+    if copying.judge(_targets(record), seen, listened=False).copy is Copy.RUNNING:
+        memory.listening = (record.attempt, since)
+
+
+def _listened_since(memory: Memory, record: Record) -> Seconds | None:
+    attempt, since = memory.listening or (None, None)
+    return since if attempt == record.attempt else None
+
+
+def _targets(record: Record) -> frozenset[str]:
+    """The files of all groups that the one job copies into."""
+    return frozenset(str(h) for g in by_job(record.groups) if g.result is not None for h in g.result.handles.values())
+
+
 async def finish(
     world: World, record: Record, request: Request, patience: Seconds, told: Callable[[Progress], None]
 ) -> None:
@@ -48,14 +74,11 @@ async def finish(
     Raises DriverError: `SnapshotLost` if that will never be, another reason after `patience`, in seconds. `told` is called with how
     far they are.
     """
-    memory = world.memory(request.uid)
-    targets = frozenset(
-        str(h) for g in by_job(record.groups) if g.result is not None for h in g.result.handles.values()
-    )
+    memory, targets = world.memory(request.uid), _targets(record)
     end, quiet = clock() + patience, 0.0
     while True:
-        listened = memory.listening is not None and memory.listening[0] == record.attempt
-        since = memory.listening[1] if memory.listening is not None and listened else clock()
+        listened = _listened_since(memory, record)
+        since = listened if listened is not None else clock()
         try:
             client, ref = await locate(world, request, record)
             seen = await client.backups(ref).look(since)
@@ -64,7 +87,7 @@ async def finish(
         except HypervisorError as error:
             log.info("the copy of snapshot %s cannot be looked at: %s", request.uid, error.message)
         else:
-            found = copying.judge(targets, seen, listened=listened)
+            found = copying.judge(targets, seen, listened=listened is not None)
             if found.copy is Copy.WHOLE:
                 return
             quiet = quiet + LOOK_SECONDS if found.copy is Copy.UNHEARD else 0.0

@@ -38,6 +38,8 @@ async def settle(world: World, record: Record, groups: Mapping[str, RecordedGrou
     memory = world.memory(request.uid)
     left = Seconds(max(1.0, (request.created - world.now()).total_seconds() + request.ready_deadline_seconds))
 
+    await backups.listen(world, record, request)
+
     async def wait(group: RecordedGroup) -> None:
         if group.result is None:
             return

@@ -112,6 +112,34 @@ async def test_what_is_not_proved_is_lost(
     assert caught.value.reason == reason
 
 
+async def test_who_comes_while_it_runs_listens_before_anything_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The drivers may not have started yet: what is heard of meanwhile is not lost."""
+    world, client = fakes.world(installation=records.INSTALLATION), Client(RUNNING)
+
+    async def locate(*_: object) -> tuple[Any, None]:
+        return client, None
+
+    monkeypatch.setattr(backups, "locate", locate)
+    await backups.listen(world, copied(), records.REQUEST)
+    await backups.listen(world, copied(), records.REQUEST)
+    assert len(client.asked) == 1
+    client.answers = [replace(OVER, endings=(GOOD,))]
+    await finish(monkeypatch, client, world)
+    assert client.asked[0] == client.asked[1]
+
+
+@pytest.mark.parametrize("answer", [OVER, replace(OVER, endings=(GOOD,)), HypervisorError("it does not answer")])
+async def test_who_saw_nothing_run_does_not_listen(monkeypatch: pytest.MonkeyPatch, answer: Any) -> None:
+    world = fakes.world(installation=records.INSTALLATION)
+
+    async def locate(*_: object) -> tuple[Any, None]:
+        return Client(answer), None
+
+    monkeypatch.setattr(backups, "locate", locate)
+    await backups.listen(world, copied(), records.REQUEST)
+    assert world.memory(UID).listening is None
+
+
 async def test_a_hypervisor_that_does_not_answer_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     silent = HypervisorError("it does not answer", retryable=True)
     world, client = (
@@ -151,6 +179,9 @@ class Job:
 
     async def locate(self, *_: object) -> tuple[Any, None]:
         return type("Client", (), {"backups": lambda _self, _ref: self})(), None
+
+    async def look(self, _since: Seconds) -> BackupSeen:
+        return OVER
 
     async def stop(self, is_ours: Callable[[str], bool]) -> None:
         name = copied().groups["slow"].request.name
