@@ -17,7 +17,9 @@ import libvirt
 
 from tests.lab import Lab, truth
 from tests.lab.run import run
+from vmsnapshot_operator.core import names
 
+OURS = ("vms-", "ovl-")
 JOURNAL = "https://vmsnapshot.io/journal/1"
 CLEAN = "clean"
 
@@ -103,7 +105,7 @@ def remove_vm(lab: Lab, name: str) -> None:
         connection.close()
     for source in sources:
         if source.get("file"):
-            Path(source.attrib["file"]).unlink()
+            Path(source.attrib["file"]).unlink(missing_ok=True)
         else:
             lab.ceph.remove_image(source.attrib["name"].rpartition("/")[2])
 
@@ -116,13 +118,19 @@ def leftovers(lab: Lab) -> list[str]:
     return [x for x in (*files(lab), *ceph(lab), *_domains(lab), *_objects(lab)) if "vms-probe-" not in x]
 
 
+def held_of(lab: Lab, installation: str, uid: str) -> list[str]:
+    """Name what of that is of one VMSnapshot of an installation."""
+    names_of_it = names.object_prefix(installation, uid).removeprefix(OURS[0])
+    return [x for x in leftovers(lab) if names_of_it in x or uid in x]
+
+
 def files(lab: Lab) -> list[str]:
     """Files of ours in the pools."""
     return [
         f"file {p}"
         for pool in ("reflink", "plain")
         for p in sorted(lab.pool_path(pool).iterdir())
-        if p.name.startswith(("vms-", "ovl-"))
+        if p.name.startswith(OURS)
     ]
 
 
@@ -157,10 +165,12 @@ def _domains(lab: Lab) -> list[str]:
                     continue
                 found.append(f"journal in the metadata of domain {domain.name()}")
             found += [f"libvirt snapshot {s.getName()} of {domain.name()}" for s in domain.listAllSnapshots()]
-            for disk in ET.fromstring(domain.XMLDesc()).findall("devices/disk"):  # noqa: S314 - libvirt's own
-                source = disk.find("source")
-                if source is not None and any(Path(v).name.startswith("vms-") for v in source.attrib.values()):
-                    found.append(f"overlay on {domain.name()}")
+            for which, flag in (("running", 0), ("saved", libvirt.VIR_DOMAIN_XML_INACTIVE)):
+                layers = ET.fromstring(domain.XMLDesc(flag)).findall("devices/disk//source")  # noqa: S314 - libvirt's own
+                ours = {
+                    Path(v).name for layer in layers for v in layer.attrib.values() if Path(v).name.startswith(OURS)
+                }
+                found += [f"layer {name} in the {which} definition of {domain.name()}" for name in sorted(ours)]
     finally:
         connection.close()
     return found

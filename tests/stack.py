@@ -22,7 +22,7 @@ from typing import Any, Self
 
 import yaml
 
-from tests.lab import Lab, LabError
+from tests.lab import Lab, LabError, api
 from tests.lab.hypervisor import Host
 from tests.lab.supervisor import die_with_parent
 from vmsnapshot_operator.core import names
@@ -90,15 +90,18 @@ class Stack:
     """The operator under test. `snapshots` and friends speak to the API server as the administrator does.
 
     `server`: where the operator looks for the API server, if not where it is. `observer`: the socket of one who is told of each
-    of its steps (see `tests.chaos.observed`).
+    of its steps (see `tests.chaos.observed`). `plugins`: a folder with distributions that are installed for it beside the project.
     """
 
     lab: Lab
     state: Path
+    plugins: Path | None = None
     telemetry_port: int = 0
     server: str = ""
     observer: Path | None = None
     programs: dict[str, Program] = field(default_factory=dict)
+    _token: Path | None = None
+    """The kubeconfig of the operators of this stack; its token is good for a day."""
 
     # --- starting and ending -------------------------------------------------------------------------------------
 
@@ -165,12 +168,17 @@ class Stack:
             until(f"the operator is ready (log: {self.programs[name].log})", self.ready)
 
     def _kubeconfig(self) -> Path:
-        path = self.lab.service_account_kubeconfig(NAMESPACE, SERVICE_ACCOUNT)
-        if self.server:
-            config = yaml.safe_load(path.read_text())
-            config["clusters"][0]["cluster"] = {"server": self.server}
+        """A file of this stack alone: another one may look for the API server elsewhere."""
+        if self._token is None:
+            made = self.lab.service_account_kubeconfig(NAMESPACE, SERVICE_ACCOUNT)
+            config = yaml.safe_load(made.read_text())
+            if self.server:
+                config["clusters"][0]["cluster"] = {"server": self.server}
+            path = self.state / "operator.kubeconfig"
+            path.touch(mode=0o600)
             path.write_text(yaml.safe_dump(config))
-        return path
+            self._token = path
+        return self._token
 
     def stop(self) -> None:
         """End operator and guardian, in this order."""
@@ -229,9 +237,13 @@ class Stack:
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
                 preexec_fn=die_with_parent,  # noqa: PLW1509 - nothing of ours holds a lock that the child could need
-                env={k: v for k, v in os.environ.items() if k != "KUBECONFIG"} | {"PYTHONUNBUFFERED": "1"},
+                env=self._environment(),
             )
         self.programs[name] = Program(name, process, log)
+
+    def _environment(self) -> dict[str, str]:
+        plugins = {"PYTHONPATH": str(self.plugins)} if self.plugins is not None else {}
+        return {k: v for k, v in os.environ.items() if k != "KUBECONFIG"} | {"PYTHONUNBUFFERED": "1"} | plugins
 
     # --- the examples, fitted to this laboratory --------------------------------------------------------------------
 
@@ -290,6 +302,9 @@ class Stack:
         self._apply(document)
 
     def _apply(self, document: Mapping[str, Any]) -> None:
+        if (where := api.path_of(document)) is not None:
+            self.lab.api.apply(where, document)
+            return
         self.lab.kubectl("apply", "--server-side", "--force-conflicts", "-f", "-", stdin=json.dumps(document))
 
     def snapshot(self, name: str, domain: str = "demo", *, namespace: str = TENANT, **spec: Any) -> str:
@@ -315,10 +330,7 @@ class Stack:
 
     def get(self, name: str, namespace: str = TENANT) -> dict[str, Any] | None:
         """The VMSnapshot as it is, or None."""
-        text = self.lab.kubectl(
-            "-n", namespace, "get", "vmsnapshots.vmsnapshot.io", name, "-o", "json", "--ignore-not-found"
-        )
-        return json.loads(text) if text.strip() else None
+        return self.lab.api.get(api.path("vmsnapshots", name, namespace))
 
     def installation(self) -> str:
         """The id of the installation that runs here."""
@@ -346,7 +358,7 @@ class Stack:
 
     def all(self, resource: str) -> list[dict[str, Any]]:
         """All objects of a resource."""
-        return list(json.loads(self.lab.kubectl("get", resource, "-A", "-o", "json"))["items"])
+        return self.lab.api.items(api.path(resource))
 
     def wait(
         self,
@@ -374,9 +386,7 @@ class Stack:
 
     def delete(self, name: str, *, namespace: str = TENANT, wait: bool = True) -> None:
         """Delete a VMSnapshot; by default wait until it is gone."""
-        self.lab.kubectl(
-            "-n", namespace, "delete", "vmsnapshots.vmsnapshot.io", name, "--wait=false", "--ignore-not-found"
-        )
+        self.lab.api.delete(api.path("vmsnapshots", name, namespace))
         if wait:
             until(f"{name} is gone", lambda: self.get(name, namespace) is None)
 
@@ -396,10 +406,7 @@ class Stack:
 
     def get_restore(self, name: str, namespace: str = TENANT) -> dict[str, Any] | None:
         """The VMRestore as it is, or None."""
-        text = self.lab.kubectl(
-            "-n", namespace, "get", "vmrestores.vmsnapshot.io", name, "-o", "json", "--ignore-not-found"
-        )
-        return json.loads(text) if text.strip() else None
+        return self.lab.api.get(api.path("vmrestores", name, namespace))
 
     def wait_restore(
         self, name: str, kind: str = "Ready", *, namespace: str = TENANT, timeout: float = 2 * GUARD_SECONDS
@@ -421,9 +428,7 @@ class Stack:
 
     def delete_restore(self, name: str, *, namespace: str = TENANT, wait: bool = True) -> None:
         """Delete a VMRestore; by default wait until it is gone."""
-        self.lab.kubectl(
-            "-n", namespace, "delete", "vmrestores.vmsnapshot.io", name, "--wait=false", "--ignore-not-found"
-        )
+        self.lab.api.delete(api.path("vmrestores", name, namespace))
         if wait:
             until(f"{name} is gone", lambda: self.get_restore(name, namespace) is None)
 
@@ -432,15 +437,7 @@ class Stack:
         body = self.get(name, namespace)
         if body is None:
             return None
-        text = self.lab.kubectl(
-            "get",
-            "vmsnapshotcontents.vmsnapshot.io",
-            f"vmsnapcontent-{body['metadata']['uid']}",
-            "-o",
-            "json",
-            "--ignore-not-found",
-        )
-        return json.loads(text) if text.strip() else None
+        return self.lab.api.get(api.path("vmsnapshotcontents", f"vmsnapcontent-{body['metadata']['uid']}"))
 
 
 def conditions(body: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -449,7 +446,7 @@ def conditions(body: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 @contextmanager
-def stack(lab: Lab, name: str = "stack") -> Iterator[Stack]:
+def stack(lab: Lab, name: str = "stack", plugins: Path | None = None) -> Iterator[Stack]:
     """Run operator and guardian beside a laboratory for a while."""
-    with Stack(lab, lab.state / name) as running:
+    with Stack(lab, lab.state / name, plugins) as running:
         yield running

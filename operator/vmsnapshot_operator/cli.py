@@ -57,6 +57,14 @@ def main() -> None:
     help="Name of this instance in the lease. It must be one that no other running process has, such as the pod's; a "
     "restart under the same name goes on at once, under another one when the lease has run out. Default: host and process.",
 )
+@click.option(
+    "--lease-seconds",
+    type=click.IntRange(10, 60),
+    default=10,
+    show_default=True,
+    help="So long a standby waits for an instance that has fallen silent; it has taken over 5 s later at the latest. More than 10 only "
+    "for an API server that does not answer for seconds.",
+)
 @click.option("--log-format", type=click.Choice(["json", "text"]), default="json", show_default=True)
 @click.option("--verbose", is_flag=True, help="Also log what is seen, not only what is done.")
 def run(
@@ -67,6 +75,7 @@ def run(
     telemetry_port: int,
     telemetry_host: str,
     identity: str,
+    lease_seconds: int,
     log_format: str,
     verbose: bool,
 ) -> None:
@@ -85,6 +94,7 @@ def run(
             telemetry_port=telemetry_port,
             telemetry_host=telemetry_host,
             identity=identity,
+            lease_seconds=lease_seconds,
         )
     )
 
@@ -197,7 +207,7 @@ def sweep(
 
     A journal is given five seconds to go by itself, since its snapshot may be being taken; one that is cut short all the same
     fails and is tried again, and its VM is none the worse. Journals of other installations, and those that cannot be read, are
-    said and left; a VM that is frozen without a journal is not looked for. `thaw` frees a single VM, whoever holds it.
+    said and left, and so are overlays that no journal tells of: a VM may run on one, or what it wrote be in it alone; a VM that is frozen without a journal is not looked for. `thaw` frees a VM at once, whoever holds it.
 
     Exit status 0: nothing of ours is held. 1: something is (in a dry run: would have to be freed), a journal cannot be read,
     or a hypervisor does not answer.
@@ -213,23 +223,57 @@ def sweep(
 @main.command()
 @_KUBECONFIG
 @_NAMESPACE
-@click.argument("hypervisor")
-@click.argument("domain", required=False)
-@click.option("--all", "everything", is_flag=True, help="Every domain of the hypervisor that bears a journal.")
-@click.option("--force", is_flag=True, help="Thaw also a domain without a journal of ours.")
+@click.option(
+    "--hypervisor",
+    required=True,
+    metavar="NAME|URI",
+    help="Name of a Hypervisor object, or a libvirt URI such as qemu:///system, which needs no API server.",
+)
+@click.option(
+    "--domain",
+    metavar="NAME|UUID",
+    help="The VM. It is freed whoever's journal it bears. Default: every VM of the hypervisor that our installation holds.",
+)
+@click.option(
+    "--installation",
+    default="",
+    metavar="ID",
+    help="Without --domain: whose VMs are freed. Default: those of the cluster's installation, or, if the API server does not "
+    "say which that is, of any.",
+)
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Also thaw what bears no journal or one that cannot be read; without --domain, also what other installations hold.",
+)
 def thaw(
-    *, kubeconfig: Path | None, namespace: str, hypervisor: str, domain: str | None, everything: bool, force: bool
+    *, kubeconfig: Path | None, namespace: str, hypervisor: str, domain: str | None, installation: str, force: bool
 ) -> None:
-    """Free a VM by hand: thaw or resume it as its journal says, then remove the journal.
+    """Free VMs by hand, at once: thaw or resume them as their journals say, then remove the journals.
 
-    HYPERVISOR is the name of a Hypervisor object, or a libvirt URI such as qemu:///system, which needs no API server; DOMAIN
-    the name or UUID of the VM.
-    """
+    While a VM is held for a snapshot, a journal in its metadata says by whom, how and for how long. To free it early harms no
+    VM: the snapshot that held it fails, says so, and is tried again. What is held is said first, then what became of it.
+
+    \b
+    One VM, or all that are held:
+      vmsnapshot-operator thaw --hypervisor kvm1 --domain db-0
+      vmsnapshot-operator thaw --hypervisor kvm1
+    With the API server gone, from a machine that has the libvirt client's certificates, or on the host itself:
+      vmsnapshot-operator thaw --hypervisor qemu+tls://kvm1.example.org/system --domain db-0
+      vmsnapshot-operator thaw --hypervisor qemu:///system
+    A VM that is frozen although it bears no journal (by a backup program, say):
+      vmsnapshot-operator thaw --hypervisor kvm1 --domain db-0 --force
+
+    `sweep --dry-run` only says what is held, on all hypervisors; `sweep` frees what is left, and spares what ends by itself.
+
+    Exit status 0: what was asked for is free. 1: a VM could not be freed, was left because its journal cannot be read or somebody
+    else froze it, or a host does not answer.
+    """  # noqa: D301 - the mark by which click leaves the lines of a paragraph as they are
     from vmsnapshot_operator.handlers import thaw as thaw_module
 
-    if (domain is None) == (not everything):
-        raise click.UsageError("name a DOMAIN, or use --all")
-    lines, ok = asyncio.run(thaw_module.thaw(kubeconfig, namespace, hypervisor, domain, force=force))
-    for line in lines:
-        click.echo(line)
+    ok = asyncio.run(
+        thaw_module.thaw(
+            kubeconfig, namespace, hypervisor, domain, installation=installation, force=force, say=click.echo
+        )
+    )
     sys.exit(0 if ok else 1)

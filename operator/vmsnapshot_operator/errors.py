@@ -99,8 +99,8 @@ class ForeignJournalError(HypervisorError):
 class QuiesceError(SnapshotError):
     """The VM could not be made to stand still, or not be freed.
 
-    `free` tells whether it is confirmed free, `rest` whether its journal has to stay although it is, and `fallback` whether
-    another way to make it stand still may do.
+    `free` tells whether it is confirmed free, `rest` whether its journal has to stay although it is, `fallback` whether another
+    way to make it stand still may do, and `evidence` (a `core.evidence.Evidence`) what was seen until then, if anything was sent.
     """
 
     reason = "QuiesceFailed"
@@ -114,11 +114,13 @@ class QuiesceError(SnapshotError):
         free: bool = False,
         rest: bool = False,
         fallback: bool = True,
+        evidence: object = None,
     ) -> None:
         super().__init__(message, reason=reason, retryable=retryable)
         self.free = free
         self.rest = rest
         self.fallback = fallback
+        self.evidence = evidence
 
 
 class GuardianError(SnapshotError):

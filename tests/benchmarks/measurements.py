@@ -6,8 +6,10 @@ import os
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import libvirt
 import rbd
@@ -41,33 +43,33 @@ class Bare:
         self._storage.close()
 
     def window(self, number: int) -> tuple[float, dict[str, float]]:
-        """Freeze, cut, thaw; return milliseconds in all and of the parts. What was cut is removed afterwards."""
+        """Freeze, cut, thaw; return milliseconds in all and of the parts. What was cut is removed afterwards.
+
+        The cuts are the calls that the drivers make: a plain snapshot of the image that is open already, and a clone of each
+        file in a thread of its own.
+        """
         self._pool.refresh()
         names = [f"bare-{number}-{p.name}" for p in self._files]
         parts: dict[str, float] = {}
-        with self._lab.ceph.connect() as (_, ioctx):
-            group_name = f"bare-{number}"
-            rbd.RBD().group_create(ioctx, group_name)
-            group = rbd.Group(ioctx, group_name)
-            group.add_image(ioctx, self._image)
+        with self._lab.ceph.connect() as (_, ioctx), rbd.Image(ioctx, self._image) as image:
             sources = [self._storage.storageVolLookupByPath(str(p)) for p in self._files]
             xmls = [
                 f"<volume><name>{n}</name><capacity>{s.info()[1]}</capacity><target><format type='raw'/></target></volume>"
                 for n, s in zip(names, sources, strict=True)
             ]
 
-            def files() -> None:
+            def clone(xml: str, source: libvirt.virStorageVol) -> None:
                 begun = time.perf_counter()
-                for xml, source in zip(xmls, sources, strict=True):
-                    self._pool.createXMLFrom(xml, source, libvirt.VIR_STORAGE_VOL_CREATE_REFLINK)
-                parts["reflink"] = (time.perf_counter() - begun) * 1000
+                self._pool.createXMLFrom(xml, source, libvirt.VIR_STORAGE_VOL_CREATE_REFLINK)
+                parts["reflink"] = max(parts.get("reflink", 0.0), (time.perf_counter() - begun) * 1000)
 
-            def ceph() -> None:
+            def snapshot() -> None:
                 begun = time.perf_counter()
-                group.create_snap("s")
+                image.create_snap(f"bare-{number}", rbd.RBD_SNAP_CREATE_SKIP_QUIESCE)
                 parts["ceph"] = (time.perf_counter() - begun) * 1000
 
-            threads = [threading.Thread(target=files), threading.Thread(target=ceph)]
+            threads = [threading.Thread(target=clone, args=pair) for pair in zip(xmls, sources, strict=True)]
+            threads.append(threading.Thread(target=snapshot))
             start = time.perf_counter()
             self._domain.fsFreeze()
             frozen = time.perf_counter()
@@ -78,9 +80,7 @@ class Bare:
             cut = time.perf_counter()
             self._domain.fsThaw()
             end = time.perf_counter()
-            group.remove_snap("s")
-            group.remove_image(ioctx, self._image)
-            rbd.RBD().group_remove(ioctx, group_name)
+            image.remove_snap(f"bare-{number}")
         self._pool.refresh()
         for name in names:
             self._pool.storageVolLookupByName(name).delete()
@@ -94,24 +94,26 @@ def window(stack: Stack, pairs: int) -> Result:
     ours: list[float] = []
     against: list[float] = []
     parts: dict[str, list[float]] = {}
-    cuts: list[float] = []
+    still: list[float] = []
     try:
         for number in range(pairs + 1):  # the first pair warms caches and is not counted
             name = stack.snapshot(f"bench-window-{number}")
-            status = stack.wait(name)["status"]
+            quiesce = stack.wait(name)["status"]["quiesce"]
+            evidence = _evidence(stack, name)
             stack.delete(name)
             total, seen = bare.window(number)
             if number == 0:
                 continue
-            ours.append(status["quiesce"]["frozenMilliseconds"])
-            cuts.append(max(g["cutMilliseconds"] for g in status["groups"]))
+            ours.append(quiesce["frozenMilliseconds"])
+            still.append(evidence["stillUntilMilliseconds"] - evidence["stillFromMilliseconds"])
             against.append(total)
             for key, value in seen.items():
                 parts.setdefault(key, []).append(value)
     finally:
         bare.close()
-    ratio = statistics.median(a / b for a, b in zip(ours, against, strict=True))
-    medians = {k: round(statistics.median(v)) for k, v in sorted(parts.items())}
+    medians = {k: statistics.median(v) for k, v in sorted(parts.items())}
+    cuts = statistics.median(still)
+    around = statistics.median(a - b for a, b in zip(ours, still, strict=True))
     return Result(
         name="window",
         unit="ms frozen",
@@ -120,58 +122,73 @@ def window(stack: Stack, pairs: int) -> Result:
         ours_is="freeze sent to thaw answered",
         against_is="the same calls by a bare script",
         goal=f"median ratio at most {WINDOW_GOAL:.2f}",
-        met=ratio <= WINDOW_GOAL,
         details={
-            "parts of the bare window (median ms)": medians,
-            "our longest cut (median ms)": round(statistics.median(cuts)),
+            "parts of the bare window (median ms)": {k: round(v) for k, v in medians.items()},
+            "parts of ours (median ms)": {"freeze and thaw": round(around), "cuts": round(cuts)},
+            "what ours takes more (median ms)": {
+                "freeze and thaw: two calls in threads": round(around - medians["freeze"] - medians["thaw"], 1),
+                "cuts: to the drivers' processes and back": round(cuts - medians["cuts"], 1),
+            },
         },
-    )
+    ).judged(WINDOW_GOAL)
+
+
+def _evidence(stack: Stack, name: str) -> Mapping[str, Any]:
+    """What the snapshot's content says of its window."""
+    content = stack.content(name)
+    if content is None:
+        raise RuntimeError(f"{name} has no VMSnapshotContent")
+    evidence: Mapping[str, Any] = content["spec"]["evidence"]
+    return evidence
 
 
 def writes(stack: Stack, pairs: int) -> Result:
-    """API writes from apply to Ready (ours) and from delete to gone (against), from the audit log."""
+    """API writes from apply to Ready (ours), and what else was asked of the API server for it, from its audit log."""
     log = stack.lab.audit_log
     if log is None:
         raise RuntimeError("the laboratory's own control plane is needed: only it has an audit log")
-    taking: list[float] = []
-    deleting: list[float] = []
-    reads: list[float] = []
-    inside = 0
-    last: list[audit.Asked] = []
+    taking: list[list[audit.Asked]] = []
+    deleting: list[list[audit.Asked]] = []
+    inside: list[audit.Asked] = []
     for number in range(max(5, pairs // 3)):
         mark = log.stat().st_size
         name = stack.snapshot(f"bench-writes-{number}")
-        status = stack.wait(name)["status"]
-        time.sleep(1.5)
-        last = audit.of_snapshots(log, start=mark)
-        every = list(audit.requests(log, start=mark))
-        taking.append(sum(r.is_write for r in last))
-        reads.append(sum(not r.is_write for r in every))
-        frozen, thawed = status["quiesce"]["frozenTime"], status["quiesce"]["thawedTime"]
-        inside += sum(frozen <= r.time.strftime("%Y-%m-%dT%H:%M:%S.%fZ") <= thawed for r in every)
+        quiesce = stack.wait(name)["status"]["quiesce"]
+        time.sleep(1.5)  # the log is written after the answer
+        taking.append(list(audit.requests(log, start=mark)))
+        frozen, thawed = (datetime.fromisoformat(quiesce[t]) for t in ("frozenTime", "thawedTime"))
+        inside += [r for r in audit.requests(log, start=mark, leases=True) if frozen <= r.time <= thawed]
         mark = log.stat().st_size
         stack.delete(name)
         time.sleep(1.5)
-        deleting.append(sum(r.is_write for r in audit.of_snapshots(log, start=mark)))
+        deleting.append(list(audit.requests(log, start=mark)))
+    made = [sum(r.is_write for r in each) for each in taking]
+    renewals = [r for r in inside if r.resource == "leases"]
+
+    def medians(each: list[list[audit.Asked]]) -> str:
+        wrote = statistics.median(sum(r.is_write for r in one) for one in each)
+        read = statistics.median(sum(not r.is_write for r in one) for one in each)
+        return f"{wrote:g} writes, {read:g} reads"
+
     return Result(
         name="writes",
         unit="API writes",
-        ours=taking,
-        against=deleting,
+        ours=made,
         ours_is="from apply to Ready",
-        against_is="from delete to gone",
         goal=f"at most {TAKING_WRITES_GOAL} for taking; none while frozen",
-        met=max(taking) <= TAKING_WRITES_GOAL and inside == 0,
+        met=max(made) <= TAKING_WRITES_GOAL and len(inside) == len(renewals),
         details={
-            "requests while the guest was frozen": inside,
-            "reads from apply to Ready (median)": statistics.median(reads),
-            "the writes of the last one": ", ".join(f"{r.verb} {r.resource}" for r in last if r.is_write),
+            "from apply to Ready (median)": medians(taking),
+            "from delete to gone (median)": medians(deleting),
+            "requests while the guest was frozen": len(inside) - len(renewals),
+            "renewals of the lease meanwhile, by a clock of their own": len(renewals),
+            "the writes of the last one": ", ".join(f"{r.verb} {r.resource}" for r in taking[-1] if r.is_write),
         },
     )
 
 
 def memory(stack: Stack, _pairs: int) -> Result:
-    """Resident memory of the idle operator, the guardian and each driver process."""
+    """Resident memory of the idle operator (ours), of the guardian and of each driver process."""
     time.sleep(5)
     operator, guardian = stack.programs["operator"].pid, stack.programs["guardian"].pid
     drivers = {_name(pid): _resident(pid) for pid in _children(operator)}
@@ -180,12 +197,13 @@ def memory(stack: Stack, _pairs: int) -> Result:
         name="memory",
         unit="MB resident",
         ours=[ours],
-        against=[watch],
-        ours_is="operator",
-        against_is="guardian",
+        ours_is="the idle operator",
         goal=f"operator at most {OPERATOR_MB}, guardian at most {GUARDIAN_MB}",
         met=ours <= OPERATOR_MB and watch <= GUARDIAN_MB,
-        details={"driver processes (MB)": ", ".join(f"{n} {m:.0f}" for n, m in sorted(drivers.items()))},
+        details={
+            "guardian (MB)": watch,
+            "driver processes (MB)": ", ".join(f"{n} {m:.0f}" for n, m in sorted(drivers.items())),
+        },
     )
 
 

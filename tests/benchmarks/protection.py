@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import signal
 import statistics
 import time
@@ -17,7 +18,7 @@ from vmsnapshot_operator.core.machine import AgentState
 from vmsnapshot_operator.hypervisors.guardian_link import GuardianLink
 from vmsnapshot_operator.kube.cluster import Cluster
 
-GUARDIAN_SECONDS, SWEEPER_SECONDS = 2.0, 5.0
+GUARDIAN_SECONDS, SWEEPER_SECONDS, TAKEOVER_SECONDS = 2.0, 5.0, 15.0
 
 T = TypeVar("T")
 
@@ -37,6 +38,7 @@ def recovery(stack: Stack, pairs: int) -> Result:
         against_is="sweep, from the start of the operator's process, without a guardian that knew of it",
         goal=f"guardian at most {GUARDIAN_SECONDS:g} s, sweep at most {SWEEPER_SECONDS:g} s",
         met=max(by_guardian) <= GUARDIAN_SECONDS and max(by_sweep) <= SWEEPER_SECONDS,
+        paired=False,
     )
 
 
@@ -150,7 +152,7 @@ def costs(stack: Stack, pairs: int) -> Result:
         ours_is="before the freeze",
         against_is="after the thaw",
         goal="nothing inside the window",
-        met=None,
+        paired=False,
         details={
             "medians (ms)": {k: round(statistics.median(v), 1) for k, v in parts.items()},
             "driver processes": "reserved before the freeze; see the measurement `window` for what they cost inside",
@@ -158,4 +160,58 @@ def costs(stack: Stack, pairs: int) -> Result:
     )
 
 
-ALL: dict[str, Callable[[Stack, int], Result]] = {"recovery": recovery, "costs": costs}
+def takeover(stack: Stack, pairs: int) -> Result:
+    """From SIGKILL of the leader until a standby that runs beside it holds the lease; every other one dies while a VM is held."""
+    took: list[float] = []
+    stack.start_operator("standby", wait=False)
+    names = ["operator", "standby"]
+    for number in range(max(10, pairs)):
+        until("one of both holds the lease", lambda: holder(stack) in names)
+        leader = holder(stack)
+        time.sleep(3 + number % 7 / 7)  # it has renewed for a while, and dies at any point of its rhythm
+        if number % 2:
+            took.append(_killed_in_a_window(stack, leader))
+        else:
+            stack.programs.pop(leader).kill()
+            took.append(_taken(stack, leader, time.monotonic()))
+        stack.start_operator(leader, wait=False)
+        time.sleep(5)  # it has read the lease before the next one dies
+    for name in names:
+        stack.programs.pop(name).stop()
+    stack.start_operator()
+    return Result(
+        name="takeover",
+        unit="s until a standby leads",
+        ours=took[::2],
+        against=took[1::2],
+        ours_is="from SIGKILL of a leader that is idle",
+        against_is="from SIGKILL of a leader in a window",
+        goal=f"at most {TAKEOVER_SECONDS:g} s",
+        met=max(took) < TAKEOVER_SECONDS,
+        details={"median (s)": statistics.median(took), "longest (s)": max(took), "kills": len(took)},
+    )
+
+
+def holder(stack: Stack) -> str:
+    """Who holds the lease, as it says."""
+    return stack.lab.kubectl(
+        "-n", NAMESPACE, "get", "lease", "vmsnapshot-operator", "-o", "jsonpath={.spec.holderIdentity}"
+    )
+
+
+def _taken(stack: Stack, before: str, start: float) -> float:
+    until("another one holds the lease", lambda: holder(stack) not in ("", before))
+    return round(time.monotonic() - start, 2)
+
+
+def _killed_in_a_window(stack: Stack, leader: str) -> float:
+    name = stack.snapshot(f"takeover-{secrets.token_hex(4)}", quiesce={"policy": "Require"})
+    guest = stack.lab.guest("demo")
+    until("the VM is held", lambda: "vmsnapshot:journal" in guest.domain().XMLDesc())
+    stack.programs.pop(leader).kill()
+    took = _taken(stack, leader, time.monotonic())
+    stack.delete(name)
+    return took
+
+
+ALL: dict[str, Callable[[Stack, int], Result]] = {"recovery": recovery, "costs": costs, "takeover": takeover}

@@ -18,7 +18,10 @@ FOLDER = ROOT / "build" / "bench"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """One measurement. `goal` is said in words; `met` is None where there is nothing to meet."""
+    """One measurement. `goal` is said in words; `met` is None where there is nothing to meet.
+
+    `paired`: each of `ours` was taken beside one of `against`, of the same quantity; only then their ratio means something.
+    """
 
     name: str
     unit: str
@@ -28,12 +31,13 @@ class Result:
     against_is: str = ""
     goal: str = ""
     met: bool | None = None
+    paired: bool = True
     details: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def ratio(self) -> float | None:
-        """Median of the ratios pair by pair, which a drifting machine does not disturb."""
-        pairs = [a / b for a, b in zip(self.ours, self.against, strict=False) if b]
+        """Median of the ratios pair by pair, which a drifting machine does not disturb; None where there are no pairs."""
+        pairs = [a / b for a, b in zip(self.ours, self.against, strict=False) if b] if self.paired else []
         return statistics.median(pairs) if pairs else None
 
     def judged(self, most: float) -> Result:

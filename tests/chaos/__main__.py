@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from tests.chaos import cases, runner
+from tests.chaos import cases, results, runner
 from tests.chaos.fleet import run as run_fleet
-from tests.chaos.runner import Result
+from tests.chaos.results import Result
 from tests.lab import Lab
 
 BUILD = Path("build")
@@ -62,12 +62,14 @@ def main(
         task = bar.add_task("injecting", total=len(chosen) + fleet)
 
         def tell(result: Result) -> None:
-            runner.write(suite.results, seed, BUILD / "chaos.json")
+            results.append(result, seed, BUILD / "chaos.jsonl")
+            results.write(suite.results, seed, BUILD / "chaos.json")
             for finding in result.findings:
                 bar.console.print(f"[red]✘ {result.case}: {finding.kind}: {finding.subject}: {finding.what}[/red]")
                 if not result.case.endswith("@fleet"):
                     bar.console.print(f"  replay: make chaos SEED={seed} CASE={result.case}", markup=False)
-            bar.advance(task)
+            if result.reached:
+                bar.advance(task)
             if not console.is_terminal:
                 console.print(
                     f"{result.number:>5} {result.case:<64} {result.outcome:<12.40} {result.seconds:6.1f} s",
@@ -79,15 +81,14 @@ def main(
             result = suite.inject(case, first + offset)
             tell(result)
             if not result.reached:
-                bar.update(task, total=(bar.tasks[task].total or 0) + 1)
                 tell(suite.inject(cases.instead(case), first + offset))
         if fleet:
             bar.update(task, description=f"{fleet} over 16 guests")
             run_fleet(suite, fleet, tell)
-        found = runner.write(suite.results, seed, BUILD / "chaos.json")
+        found = results.write(suite.results, seed, BUILD / "chaos.json")
     console.print(_table(found))
-    console.print("written to build/chaos.json, and one line for each injection to build/chaos.jsonl")
-    sys.exit(1 if any(found[kind] for kind in runner.KINDS.values()) else 0)
+    console.print("written to build/chaos.json, and one line for each injection added to build/chaos.jsonl")
+    sys.exit(1 if any(found[kind] for kind in results.KINDS.values()) else 0)
 
 
 def _progress() -> Progress:

@@ -1,7 +1,8 @@
 """Stands between the operator and the API server, and fails as networks and overloaded servers do.
 
 Faults: answers of its own (409, 429, 500), requests that are never answered, answers that get lost after the server did what
-was asked, watches that fall silent. Leases can be left out, so that a fault meets the work and not the leadership.
+was asked, watches that fall silent; of writes or of reads. Leases are left out, so that a fault meets the work and not the
+leadership, unless everything is meant.
 """
 
 from __future__ import annotations
@@ -24,13 +25,26 @@ _HOP = {"transfer-encoding", "connection", "content-length", "content-encoding",
 
 @dataclass(slots=True)
 class Trouble:
-    """What happens to requests now. `status`, `hang`, `lose` meet the next `count` writes; `silent` all watches."""
+    """What happens to requests now. `status`, `hang`, `lose` meet the next `count` writes, or `reads` (lists, too; no watches), or
+    `all_of_them`, of leases, too; `silent` meets all watches.
+    """
 
     status: int = 0
     hang: bool = False
     lose: bool = False
     silent: bool = False
+    reads: bool = False
+    all_of_them: bool = False
     count: int = 0
+
+    def concerns(self, method: str, path: str, *, watch: bool) -> bool:
+        """Whether such a request fails now."""
+        if self.count <= 0 or watch:
+            return False
+        if self.all_of_them:
+            return True
+        wanted = method == "GET" if self.reads else method in _WRITES
+        return wanted and "/leases" not in path and "/events" not in path
 
 
 class ApiProxy:
@@ -48,6 +62,7 @@ class ApiProxy:
 
             self._authority = base64.b64decode(cluster["certificate-authority-data"]).decode()
         self.trouble = Trouble()
+        self.wanted = 0
         self.url = ""
         self._loop = asyncio.new_event_loop()
         self._ready = threading.Event()
@@ -67,6 +82,7 @@ class ApiProxy:
 
     def begin(self, trouble: Trouble) -> None:
         """Fail in this way from now on."""
+        self.wanted = trouble.count
         self.trouble = trouble
 
     def calm(self) -> None:
@@ -102,12 +118,7 @@ class ApiProxy:
     def _meets(self, request: web.Request) -> Trouble | None:
         """Whether this request is one that fails now."""
         trouble = self.trouble
-        if (
-            request.method not in _WRITES
-            or "/leases" in request.path
-            or "/events" in request.path
-            or trouble.count <= 0
-        ):
+        if not trouble.concerns(request.method, request.path, watch=_is_watch(request)):
             return None
         trouble.count -= 1
         return trouble
@@ -134,7 +145,7 @@ class ApiProxy:
                 _cut_off(request)
             passed = {k: v for k, v in answer.headers.items() if k.lower() not in _HOP}
             response = web.StreamResponse(status=answer.status, headers=passed)
-            watch = request.query.get("watch") in ("true", "1")
+            watch = _is_watch(request)
             try:
                 await response.prepare(request)
                 async for chunk in answer.content.iter_any():
@@ -146,6 +157,10 @@ class ApiProxy:
             except (aiohttp.ClientError, ConnectionError):
                 _cut_off(request)
             return response
+
+
+def _is_watch(request: web.Request) -> bool:
+    return request.query.get("watch") in ("true", "1")
 
 
 def _refusal(status: int) -> web.Response:

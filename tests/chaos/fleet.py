@@ -1,20 +1,27 @@
 """Many VMSnapshots over many guests at once, with a random fault for each: what one case after the other cannot show.
 
-Nobody is met at a step here; a fault strikes wherever the operator happens to be.
+Nobody is met at a step here; a fault strikes wherever the operator happens to be. One that strikes when its snapshot has already
+come to its end, or that finds nothing to hurt, is no injection: it is told, and another one is made instead.
 """
 
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from random import Random
+
+import libvirt
 
 from tests.chaos import judge
 from tests.chaos.faults import FAULTS, Fault, NoEffectError, Scene
+from tests.chaos.faults.neighbours import is_over
 from tests.chaos.judge import Finding
-from tests.chaos.runner import Result, Suite
+from tests.chaos.results import Result
+from tests.chaos.runner import Suite
 from tests.lab import Lab, LabError
 from tests.lab.definition import GuestDisk
 from tests.lab.guests import Guest
@@ -23,10 +30,20 @@ from tests.stack import TENANT, until
 GUESTS = 16
 DISKS = {"vda": GuestDisk(kind="file", size_mib=16), "vdb": GuestDisk(kind="rbd", size_mib=16)}
 WRITER_MICROSECONDS = 200_000
+BOOTS_AT_ONCE = 3
 BATCH = 40
-"""So many VMSnapshots exist at a time: two or three for each guest."""
-END_SECONDS = 600.0
+"""After so many VMSnapshots everything comes to rest, and the judge looks."""
+AT_ONCE = 12
+"""So many are under way at a time, of different guests or of the same."""
+PAIR_SHARE = 0.25
+"""Of so many of the guests another VMSnapshot is taken at the same time."""
+MEET_SECONDS = 1.5
+"""A fault strikes within so long after its snapshot was asked for."""
+END_SECONDS = 300.0
+TRIES = 2
+"""So many times the number of injections that are wanted are tried at most."""
 
+OF_ONE_SHARE = 0.85
 _OF_ALL = (
     "operator-killed",
     "guardian-killed",
@@ -34,6 +51,8 @@ _OF_ALL = (
     "drivers-killed",
     "api-conflict",
     "api-internal-error",
+    "api-read-internal-error",
+    "guardian-and-operator-killed",
 )
 _OF_ONE = (
     "deleted",
@@ -42,6 +61,7 @@ _OF_ONE = (
     "agent-hangs",
     "agent-ended",
     "agent-hook-fails",
+    "agent-fails-at-freeze",
     "agent-fails-at-thaw",
     "thawed-inside-the-guest",
     "guest-reset",
@@ -53,86 +73,140 @@ _OF_ONE = (
 
 
 def run(suite: Suite, number: int, tell: Callable[[Result], None]) -> None:
-    """Take `number` snapshots with a fault for each; the results are added to the suite's."""
+    """Take snapshots until `number` of them have met a fault that did something; the results are added to the suite's."""
     random = Random(f"{suite.seed}/fleet")  # noqa: S311 - nothing secret
-    with _guests(suite.lab) as guests:
-        done = 0
-        while done < number:
-            size = min(BATCH, number - done)
-            for result in _batch(suite, guests, random, done, size):
+    with _guests(suite.lab, min(GUESTS, number)) as guests:
+        tried = met = 0
+        while met < number and tried < TRIES * number:
+            size = min(BATCH, number - met)
+            for result in _batch(suite, guests, random, tried, size):
                 suite.results.append(result)
+                met += result.reached
                 tell(result)
-            done += size
+            tried += size
 
 
 @contextlib.contextmanager
-def _guests(lab: Lab) -> Iterator[list[Guest]]:
-    made = [lab.guest(f"demo-fleet-{n}", DISKS, writer_us=WRITER_MICROSECONDS, memory_mib=96) for n in range(GUESTS)]
-    try:
-        yield made
-    finally:
-        for guest in made:
-            guest.remove()
+def _guests(lab: Lab, number: int) -> Iterator[list[Guest]]:
+    def make(n: int) -> Guest:
+        return lab.guest(f"demo-fleet-{n}", DISKS, writer_us=WRITER_MICROSECONDS, memory_mib=96)
+
+    with ThreadPoolExecutor(BOOTS_AT_ONCE) as threads:
+        made = list(threads.map(make, range(number)))
+        try:
+            yield made
+        finally:
+            list(threads.map(Guest.remove, made))
+
+
+@dataclass(slots=True)
+class _Turn:
+    """One VMSnapshot and its fault."""
+
+    scene: Scene
+    fault: Fault
+    pause: float
+    pair: bool
+    met: bool = False
+    seconds: float = 0.0
+    recovery: float = 0.0
+    outcome: str = ""
+    findings: list[Finding] = field(default_factory=list)
 
 
 def _batch(suite: Suite, guests: list[Guest], random: Random, first: int, size: int) -> list[Result]:
     faults = {f.name: f for f in FAULTS}
-    scenes = [suite.scene(guests[(first + n) % len(guests)], random, f"fleet-{first + n}") for n in range(size)]
-    chosen = [faults[random.choice(_OF_ONE if random.random() < 0.85 else _OF_ALL)] for _ in scenes]
-    start = time.monotonic()
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda s: suite.stack.snapshot(s.name, s.guest.name, namespace=TENANT), scenes))
-    for scene, fault in zip(scenes, chosen, strict=True):
-        _strike(scene, fault)
-    findings: dict[str, list[Finding]] = {s.name: [] for s in scenes}
-    mended = time.monotonic()
-    seconds = {}
-    for scene in scenes:
-        findings[scene.name] += suite.ended(scene, END_SECONDS)
-        seconds[scene.name] = time.monotonic() - mended
-    outcomes = {s.name: suite.outcome(s) for s in scenes}
-    world = _look(suite, guests, scenes, findings)
-    results = []
-    for number, (scene, fault) in enumerate(zip(scenes, chosen, strict=True)):
-        found = findings[scene.name] + (world if number == 0 else [])
-        results.append(
-            Result(
-                case=f"{fault.name}@fleet",
-                number=first + number,
-                reached=True,
-                seconds=round(time.monotonic() - start, 2),
-                recovery_seconds=round(seconds[scene.name], 2),
-                longest_freeze_milliseconds=0,
-                outcome=outcomes[scene.name],
-                findings=tuple(dict.fromkeys(found)),
-            )
+    turns = [
+        _Turn(
+            scene=suite.scene(guests[(first + n) % len(guests)], random, f"fleet-{first + n}"),
+            fault=faults[random.choice(_OF_ONE if random.random() < OF_ONE_SHARE else _OF_ALL)],
+            pause=random.uniform(0.0, MEET_SECONDS),
+            pair=random.random() < PAIR_SHARE,
         )
-    return results
+        for n in range(size)
+    ]
+    alone = threading.Lock()
+    with ThreadPoolExecutor(AT_ONCE) as threads:
+        list(threads.map(lambda turn: _take(suite, turn, alone), turns))
+    world = _look(suite, guests, turns)
+    return [
+        Result(
+            case=f"{turn.fault.name}@fleet",
+            number=first + number,
+            reached=turn.met,
+            seconds=round(turn.seconds, 2),
+            recovery_seconds=round(turn.recovery, 2),
+            longest_freeze_milliseconds=0,
+            outcome=turn.outcome,
+            findings=tuple(dict.fromkeys([*turn.scene.findings, *turn.findings, *(world if number == 0 else ())])),
+        )
+        for number, turn in enumerate(turns)
+    ]
 
 
-def _strike(scene: Scene, fault: Fault) -> None:
+def _take(suite: Suite, turn: _Turn, alone: threading.Lock) -> None:
+    """Ask for it, strike while it is under way, mend, and wait for its end. What the laboratory cannot do is told, too."""
+    scene, start = turn.scene, time.monotonic()
     try:
-        fault.strike(scene)
-        time.sleep(min(fault.hold, 1.5) * scene.random.random())
-    except (LabError, NoEffectError):
-        pass  # what it would hurt is already gone
-    finally:
-        fault.heal(scene)
+        suite.stack.snapshot(scene.name, scene.guest.name, namespace=TENANT)
+        if turn.pair:
+            scene.others.append(suite.stack.snapshot(f"{scene.name}-pair", scene.guest.name, namespace=TENANT))
+        time.sleep(turn.pause)
+        # What is done to all of them is done by one at a time: two would mend each other's.
+        with alone if turn.fault.name in _OF_ALL else contextlib.nullcontext():
+            turn.met = _strike(suite, turn)
+        mended = time.monotonic()
+        turn.findings += suite.ended(scene, END_SECONDS)
+        turn.recovery = time.monotonic() - mended
+        turn.outcome = suite.outcome(scene)
+    except (LabError, libvirt.libvirtError) as error:
+        turn.findings.append(Finding("stuck", scene.name, str(error)))
+    turn.seconds = time.monotonic() - start
 
 
-def _look(suite: Suite, guests: list[Guest], scenes: list[Scene], findings: dict[str, list[Finding]]) -> list[Finding]:
+def _strike(suite: Suite, turn: _Turn) -> bool:
+    """Whether the fault met a snapshot under way, and did something."""
+    scene, fault = turn.scene, turn.fault
+    if is_over(suite.stack, scene.name):
+        return False
+    try:
+        try:
+            fault.strike(scene)
+            time.sleep(min(fault.hold, 1.5) * scene.random.random())
+        finally:
+            fault.heal(scene)
+    except NoEffectError:
+        return False
+    except (LabError, libvirt.libvirtError):
+        # Another one's fault may stop libvirtd, or this very guest, at the same moment: then nobody can say what this one did.
+        return False
+    return True
+
+
+def _look(suite: Suite, guests: list[Guest], turns: list[_Turn]) -> list[Finding]:
+    """The judge's view when all has come to rest. A guest whose mending was disturbed is started anew."""
     world: list[Finding] = []
     try:
-        for guest in guests:
-            guest.up()
-        left = [s for s in scenes if suite.stack.get(s.name, TENANT) is not None]
-        for scene in left:
-            findings[scene.name] += judge.judge_snapshot(suite.lab, suite.stack, scene.name, TENANT)
+        with ThreadPoolExecutor(BOOTS_AT_ONCE) as threads:
+            list(threads.map(_at_rest, guests))
+        names = [(turn, name) for turn in turns for name in (turn.scene.name, *turn.scene.others)]
+        left = [(turn, name) for turn, name in names if suite.stack.get(name, TENANT) is not None]
+        with ThreadPoolExecutor(2) as threads:
+            judged = [threads.submit(judge.judge_snapshot, suite.lab, suite.stack, name, TENANT) for _, name in left]
+            for (turn, _), each in zip(left, judged, strict=True):
+                turn.findings += each.result()
         world += judge.settled(suite.lab, suite.stack, guests)
-        for scene in left:
-            suite.stack.delete(scene.name, namespace=TENANT, wait=False)
-        until("all are gone", lambda: not any(suite.stack.get(s.name, TENANT) for s in left), END_SECONDS)
+        for _, name in left:
+            suite.stack.delete(name, namespace=TENANT, wait=False)
+        until("all are gone", lambda: not any(suite.stack.get(name, TENANT) for _, name in left), END_SECONDS)
         world += judge.settled(suite.lab, suite.stack, guests)
     except LabError as error:
         world.append(Finding("stuck", "fleet", str(error)))
     return world
+
+
+def _at_rest(guest: Guest) -> None:
+    """Nothing of a fault is left in it: what two of them did at once, not each may have mended."""
+    guest.up()
+    guest.control(["rm", "-f", "/run/agent-off", "/run/hook-fail", "/run/hook-fail-thaw", "/run/hook-fail-freeze"])
+    guest.wait()

@@ -17,10 +17,15 @@ from vmsnapshot_operator.core.steps import Moment, Step
 
 @dataclass(slots=True)
 class Trap:
-    """Waits for the first time that any snapshot reaches one side of a step; the operator stands there until `go`."""
+    """Waits for the first time that any snapshot reaches one side of a step; the operator stands there until `go`.
+
+    `about`: the class or handle that it has to be about; empty: any. `detail` is then what it was about.
+    """
 
     step: Step
     moment: Moment
+    about: str = ""
+    detail: str = ""
     _reached: threading.Event = field(default_factory=threading.Event)
     _going: threading.Event = field(default_factory=threading.Event)
 
@@ -37,22 +42,30 @@ class Trap:
         """Whether the operator was let go on."""
         return self._going.is_set()
 
-    def matches(self, step: str, moment: str) -> bool:
+    def matches(self, step: str, moment: str, detail: str = "") -> bool:
         """Whether this is it, for the first time."""
-        return (step, moment) == (self.step, self.moment) and not self._reached.is_set()
+        here = (step, moment) == (self.step, self.moment) and self.about in ("", detail)
+        return here and not self._reached.is_set()
 
-    def hold(self) -> None:
+    def hold(self, detail: str = "") -> None:
         """Keep the operator there."""
+        self.detail = detail
         self._reached.set()
         self._going.wait(120)
 
 
 class Injector:
-    """Listens on a socket as long as it is entered. `clock_seconds`: by so much the operator's wall clock shall be wrong."""
+    """Listens on a socket as long as it is entered. `clock_seconds`: by so much the operator's wall clock shall be wrong.
+
+    `orders`: what shall become of the next thing that the driver of a class does, by the class, told once: `lose` it is done, and the
+    driver dies before it says so; `fail` it dies before; `refuse` it says that it cannot be done.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.clock_seconds = 0
+        self.orders: dict[str, str] = {}
+        self._obeyed: dict[int, int] = {}
         self.reached: Counter[tuple[str, str]] = Counter()
         self._traps: list[Trap] = []
         self._listener: socket.socket | None = None
@@ -73,10 +86,15 @@ class Injector:
         for trap in self._traps:
             trap.go()
 
+    @property
+    def obeyed(self) -> int:
+        """To how many orders all operators together say that they have come; each counts from its start."""
+        return sum(self._obeyed.values())
+
     @contextlib.contextmanager
-    def trap(self, step: Step, moment: Moment) -> Iterator[Trap]:
+    def trap(self, step: Step, moment: Moment, about: str = "") -> Iterator[Trap]:
         """Set a trap for as long as it is entered."""
-        made = Trap(step, moment)
+        made = Trap(step, moment, about)
         self._traps.append(made)
         try:
             yield made
@@ -96,7 +114,9 @@ class Injector:
         with link, contextlib.suppress(OSError, ValueError):
             said = json.loads(link.makefile().readline())
             self.reached[said["step"], said["moment"]] += 1
+            self._obeyed[said["pid"]] = said["obeyed"]
             for trap in list(self._traps):
-                if trap.matches(said["step"], said["moment"]):
-                    trap.hold()
-            link.sendall(b"%d\n" % self.clock_seconds)
+                if trap.matches(said["step"], said["moment"], said["detail"]):
+                    trap.hold(said["detail"])
+            answer = {"clock": self.clock_seconds, "order": self.orders.pop(said["detail"], "")}
+            link.sendall(json.dumps(answer).encode() + b"\n")

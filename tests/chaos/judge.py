@@ -34,7 +34,7 @@ def judge_now(lab: Lab, stack: Stack, guests: Sequence[Guest], allowed: Allowed 
 
     Every guest runs, its agent says thawed and its writer's writes arrive; no domain bears a journal, an overlay, a block job or a
     snapshot of libvirt's; pools and Ceph hold exactly what the contents of Ready VMSnapshots account for, and no lock but QEMU's;
-    contents and VMSnapshots belong to each other; every VMSnapshot has ended; nothing that is deleted waits for our finalizer; one
+    contents and VMSnapshots belong to each other; every VMSnapshot and VMRestore has ended; nothing that is deleted waits for our finalizer; one
     instance that lives holds the lease; no driver outlived its operator.
     """
     return rules.findings(look(lab, stack, guests, allowed), allowed)
@@ -49,7 +49,7 @@ def settled(
         found = judge_now(lab, stack, guests, allowed)
         if not found or time.monotonic() > end:
             return found
-        time.sleep(0.5)
+        time.sleep(0.2)
 
 
 def look(lab: Lab, stack: Stack, guests: Sequence[Guest], allowed: Allowed = NOTHING) -> World:

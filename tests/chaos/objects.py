@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from tests.chaos.seen import Process
-from tests.lab import Lab
+from tests.lab import Lab, api
 from tests.stack import NAMESPACE, ROOT, Stack
 
-_KINDS = ("vmsnapshots", "vmsnapshotcontents", "hypervisors", "storagedriverclasses")
-_LEASES = "leases.coordination.k8s.io"
+_KINDS = ("vmsnapshots", "vmsnapshotcontents", "vmrestores", "hypervisors", "storagedriverclasses")
 _WORKER = "vmsnapshot_operator.drivers.worker"
 
 
 def objects(lab: Lab) -> tuple[tuple[Mapping[str, Any], ...], dict[str, str]]:
-    """All objects of the group, and the holder of each lease in the operator's namespace. One kubectl: most of its time is its start."""
-    kinds = ",".join([*(f"{k}.vmsnapshot.io" for k in _KINDS), _LEASES])
-    items = json.loads(lab.kubectl("get", kinds, "--all-namespaces", "-o", "json"))["items"]
-    leases = [o for o in items if o["kind"] == "Lease" and o["metadata"]["namespace"] == NAMESPACE]
+    """All objects of the group, and the holder of each lease in the operator's namespace."""
+    leases = lab.api.items(f"/apis/coordination.k8s.io/v1/namespaces/{NAMESPACE}/leases")
     holders = {o["metadata"]["name"]: str((o.get("spec") or {}).get("holderIdentity") or "") for o in leases}
-    return tuple(o for o in items if o["kind"] != "Lease"), holders
+    return tuple(o for kind in _KINDS for o in lab.api.items(api.path(kind))), holders
 
 
 def instances(stack: Stack) -> frozenset[str]:

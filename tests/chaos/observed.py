@@ -1,21 +1,51 @@
 """The operator with an observer: each step waits until the injector, at the other end of a Unix socket, lets it go on.
 
 `python -m tests.chaos.observed SOCKET run …` is `vmsnapshot-operator run …`, and nothing else is different. With nobody at the
-other end a step goes on at once. The answer says by how many seconds the process's wall clock shall be wrong from now on.
+other end a step goes on at once. The answer says by how many seconds the process's wall clock shall be wrong from now on, and what
+shall become of the next thing that the driver of this step's class does (`Injector.orders`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 import time
+from typing import Any
 
 import time_machine
 
 from vmsnapshot_operator.cli import main
 from vmsnapshot_operator.core import steps
 from vmsnapshot_operator.core.steps import Moment, Step
+from vmsnapshot_operator.drivers import host
+from vmsnapshot_operator.drivers.process import DriverProcess
+from vmsnapshot_operator.errors import DriverCrashedError, DriverError
+
+_DEEDS = frozenset({"prepare", "cut", "wait_ready", "revert", "clone", "keep", "delete"})
+"""What a driver does; everything else only asks."""
+
+
+class LossyProcess(DriverProcess):
+    """A driver's process that dies before it does what it is asked, or before it says that it did, as its class's order says."""
+
+    orders: dict[str, str] = {}  # noqa: RUF012 - one for all processes
+    obeyed = 0
+
+    async def call(self, operation: str, *arguments: Any, **options: Any) -> Any:
+        """Ask the driver, and do as was ordered, once."""
+        order = self.orders.pop(self.setup.class_name, "") if operation in _DEEDS else ""
+        if order == "refuse":
+            LossyProcess.obeyed += 1
+            raise DriverError(self.setup.where(operation) + "it cannot be done; injected")
+        if order != "fail":
+            answer = await super().call(operation, *arguments, **options)
+            if not order:
+                return answer
+        LossyProcess.obeyed += 1
+        self.kill()
+        raise DriverCrashedError(self.setup.where(operation) + "its process ended before it answered; injected")
 
 
 class SocketObserver:
@@ -33,9 +63,13 @@ class SocketObserver:
         except OSError:
             return
         try:
-            said = {"step": step, "moment": moment, "uid": uid, "detail": detail}
+            said: dict[str, Any] = {"step": step, "moment": moment, "uid": uid, "detail": detail}
+            said |= {"pid": os.getpid(), "obeyed": LossyProcess.obeyed}
             writer.write(json.dumps(said).encode() + b"\n")
-            self._step_clock(int(await reader.readline() or b"0"))
+            order = json.loads(await reader.readline() or b"{}")
+            if order.get("order"):
+                LossyProcess.orders[detail] = order["order"]
+            self._step_clock(order.get("clock", 0))
         except OSError:
             return
         finally:
@@ -56,4 +90,5 @@ class SocketObserver:
 
 if __name__ == "__main__":
     steps.observe(SocketObserver(sys.argv[1]))
+    host.DriverProcess = LossyProcess  # type: ignore[misc]  # a class of its own is what it is replaced by
     main(sys.argv[2:])

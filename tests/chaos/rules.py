@@ -31,6 +31,7 @@ def findings(world: World, allowed: Allowed) -> list[Finding]:
         *_guests(world, allowed),
         *_domains(world, allowed),
         *_snapshots(world, allowed),
+        *_restores(world, allowed),
         *_contents(world),
         *_finalizers(world),
         *_storage(world, allowed),
@@ -56,7 +57,7 @@ def is_true(body: Mapping[str, Any], kind: str) -> bool:
 
 
 def not_ended(body: Mapping[str, Any]) -> str:
-    """Why a VMSnapshot has not come to its end; empty if it has: Ready, Stalled, or planned if it is a dry run."""
+    """Why a VMSnapshot or a VMRestore has not come to its end; empty if it has: Ready, Stalled, or planned if it is a dry run."""
     if is_true(body, "Ready") and is_true(body, "Stalled"):
         return "it is Ready and Stalled at once"
     if is_true(body, "Reconciling"):
@@ -84,6 +85,15 @@ def _snapshots(world: World, allowed: Allowed) -> Iterator[Finding]:
             yield Finding("stuck", f"VMSnapshot {name}", why)
         if is_true(body, "Ready") and body["metadata"]["uid"] not in held:
             yield Finding("lied", f"VMSnapshot {name}", "it is Ready, and no VMSnapshotContent holds anything of it")
+
+
+def _restores(world: World, allowed: Allowed) -> Iterator[Finding]:
+    for body in world.of_kind("VMRestore"):
+        name = name_of(body)
+        if name in allowed.under_way or body["metadata"].get("deletionTimestamp"):
+            continue
+        if why := not_ended(body):
+            yield Finding("stuck", f"VMRestore {name}", why)
 
 
 def _contents(world: World) -> Iterator[Finding]:

@@ -11,48 +11,32 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from random import Random
-from statistics import quantiles
-from typing import Any
 
+import libvirt
+
+from tests import proof
 from tests.chaos import judge, restored, ways
 from tests.chaos.annex import Annex
 from tests.chaos.apiproxy import ApiProxy
-from tests.chaos.cases import RESTORING, WAYS, Case, Way
+from tests.chaos.cases import RESTORING, Case, Way
 from tests.chaos.faults import At, Fault, NoEffectError, Scene
-from tests.chaos.faults.neighbours import is_over
+from tests.chaos.faults.neighbours import all_over, is_over, is_restored
 from tests.chaos.injector import Injector, Trap
 from tests.chaos.judge import Finding
+from tests.chaos.results import Result
 from tests.lab import Lab, LabError
+from tests.lab.ceph import bindings
 from tests.lab.guests import Guest
 from tests.stack import NAMESPACE, SERVICE_ACCOUNT, TENANT, Stack, conditions, until
-from vmsnapshot_operator.core.steps import Step
 
-KINDS = {"frozen": "leftFrozen", "leaked": "leaked", "lied": "lied", "stuck": "stuck", "unbootable": "unbootable"}
-"""What the judge may find, and how it is counted: all have to stay 0."""
-
-WRITER_MICROSECONDS = 20_000
-"""Pause of the guest's writer between two rounds: an emulated guest that writes faster takes half of a processor from all others."""
-
+MADE = "c"
+"""What each injection makes begins with this and its number."""
 HEAL_SECONDS = 3.0
 END_SECONDS = 240.0
 """So long after the mending everything may need to come to its end; after that it is stuck."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Result:
-    """What one injection did. `recovery_seconds`: from the mending to the end of the snapshot, one way or the other."""
-
-    case: str
-    number: int
-    reached: bool
-    seconds: float
-    recovery_seconds: float
-    longest_freeze_milliseconds: int
-    outcome: str
-    findings: tuple[Finding, ...] = ()
 
 
 @dataclass(slots=True)
@@ -73,7 +57,7 @@ class Suite:
         start = time.monotonic()
         random = Random(f"{self.seed}/{case.name}")  # noqa: S311 - nothing secret
         guest = case.fault.guest(self.annex) if case.fault.guest is not None else self.guest
-        scene = self.scene(guest, random, f"c{number}-{random.randrange(10**6)}")
+        scene = self.scene(guest, random, f"{MADE}{number}-{random.randrange(10**6)}")
         guest.control(["sh", "-c", ": > /run/fsfreeze-hook.log"])
         reached, recovery, findings = False, 0.0, scene.findings
         written = guest.records()
@@ -83,14 +67,14 @@ class Suite:
             mended = time.monotonic()
             findings += self.ended(scene)
             recovery = time.monotonic() - mended
-        except LabError as error:
-            findings.append(Finding("stuck", scene.name, str(error)))
+        except _trouble() as error:
+            findings.append(Finding("stuck", scene.name, _said(error)))
         outcome = self.outcome(scene)
         findings += self._look(scene, written)
         try:
             case.fault.leave(scene)
-        except LabError as error:
-            findings.append(Finding("stuck", scene.name, str(error)))
+        except _trouble() as error:
+            findings.append(Finding("stuck", scene.name, _said(error)))
         result = Result(
             case=case.name,
             number=number,
@@ -122,10 +106,15 @@ class Suite:
 
     def _strike(self, case: Case, scene: Scene) -> bool:
         prepare = ways.PREPARE[case.way]
-        with prepare(scene), self.injector.trap(case.step, case.at.moment) as trap:
+        scene.step, scene.late = case.step, case.way in (Way.EXPIRE, Way.AMEND)
+        if case.fault.hasty:
+            scene.hasty = True
+        with prepare(scene), self.injector.trap(case.step, case.at.moment, case.fault.about) as trap:
+            scene.before = Counter(self.injector.reached)
             ways.DRIVE[case.way](scene)
             if not self._reached(trap, scene, case):
                 return False
+            scene.detail = trap.detail
             if case.at is At.DURING:
                 trap.go()
                 time.sleep(scene.random.uniform(0.0, 0.08))
@@ -140,10 +129,9 @@ class Suite:
         """Wait for the step, but not for one that can no longer come. Some steps come only after the snapshot's end."""
         end = time.monotonic() + ways.REACH_SECONDS
         while not trap.wait(1.0):
-            late = case.way in (Way.EXPIRE, Way.AMEND)
-            over = self.stack.get(scene.name, TENANT) is None if late else is_over(self.stack, scene.name)
+            over = self.stack.get(scene.name, TENANT) is None if scene.late else is_over(self.stack, scene.name)
             if case.way in RESTORING:
-                over = all(restored.is_over(self.stack, name) for name in scene.restores)
+                over = all(is_restored(self.stack, name) for name in scene.restores)
             if time.monotonic() > end or over:
                 return trap.wait(0.0)
         return True
@@ -158,7 +146,7 @@ class Suite:
                 return [Finding("stuck", name, f"{error}: {status}")]
         for name in scene.restores:
             try:
-                until(f"{name} has ended", lambda name=name: restored.is_over(self.stack, name), seconds)  # type: ignore[misc]
+                until(f"{name} has ended", lambda name=name: is_restored(self.stack, name), seconds)  # type: ignore[misc]
             except LabError as error:
                 status = json.dumps((self.stack.get_restore(name, TENANT) or {}).get("status"))
                 return [Finding("stuck", name, f"{error}: {status}")]
@@ -181,38 +169,55 @@ class Suite:
         try:
             findings += restored.judge(scene)
             for guest in guests:
-                findings += _booted(scene, guest)
+                findings += booted(scene, guest)
             names = [n for n in (scene.name, *scene.others, *scene.beside) if self.stack.get(n, TENANT) is not None]
-            for name in names:
-                now = scene.guest.records()
-                # One that was booted anew counts from the start, and of the other VMs nothing was counted.
-                counted = (written, now) if 0 < written <= now and name not in scene.beside else None
-                found = judge.judge_snapshot(self.lab, self.stack, name, TENANT, records=counted)
-                if found and scene.forged:
-                    time.sleep(HEAL_SECONDS)  # a status that somebody else wrote stands until the next look
-                    found = judge.judge_snapshot(self.lab, self.stack, name, TENANT, records=counted)
-                findings += found
-            findings += judge.settled(self.lab, self.stack, guests)
+            now = scene.guest.records()
+            with ThreadPoolExecutor(2) as threads:  # they only look
+                world = threads.submit(judge.settled, self.lab, self.stack, guests)
+                for name in names:
+                    # One that was booted anew, or set back, does not count on; and of the other VMs nothing was counted.
+                    counts = 0 < written <= now and name not in scene.beside and not scene.restores
+                    findings += self._of_snapshot(scene, name, (written, now) if counts else None)
+                findings += world.result()
             for name in names:
                 self.stack.delete(name, namespace=TENANT, wait=False)
             for name in names:
                 until(f"{name} is gone", lambda name=name: self.stack.get(name, TENANT) is None, END_SECONDS)  # type: ignore[misc]
             findings += judge.settled(self.lab, self.stack, guests)
-        except LabError as error:
-            findings.append(Finding("stuck", scene.name, str(error)))
+        except _trouble() as error:
+            findings.append(Finding("stuck", scene.name, _said(error)))
         return findings
 
+    def _of_snapshot(self, scene: Scene, name: str, counted: tuple[int, int] | None) -> list[Finding]:
+        found = judge.judge_snapshot(self.lab, self.stack, name, TENANT, records=counted)
+        if found and scene.forged:
+            time.sleep(HEAL_SECONDS)  # a status that somebody else wrote stands until the next look
+            found = judge.judge_snapshot(self.lab, self.stack, name, TENANT, records=counted)
+        return found
 
-def _booted(scene: Scene, guest: Guest) -> list[Finding]:
-    """Start a guest that is off. Raises LabError if it does not come up, but for one whose disks were restored: that is a finding."""
+
+def _trouble() -> tuple[type[Exception], ...]:
+    """What the parts raise where they are asked and do not do what they should: told as a finding, and the run goes on."""
+    return (LabError, OSError, libvirt.libvirtError, bindings("rbd").Error, bindings("rados").Error)
+
+
+def _said(error: Exception) -> str:
+    return str(error) if isinstance(error, LabError) else f"{type(error).__name__}: {error}"
+
+
+def booted(scene: Scene, guest: Guest, *, mend: bool = True) -> list[Finding]:
+    """Start a guest that is off. Raises LabError if it does not come up, but for one whose disks were restored: that is a finding,
+    and it is made anew (`mend`).
+    """
     try:
         guest.up()
-    except LabError as error:
+    except (LabError, libvirt.libvirtError) as error:
         if not scene.restores:
             raise
-        guest.remove()
-        guest.up()
-        return [Finding("unbootable", f"domain {guest.name}", str(error))]
+        if mend:
+            guest.remove()
+            guest.up()
+        return [Finding("unbootable", f"domain {guest.name}", _said(error))]
     return []
 
 
@@ -221,9 +226,19 @@ def hurt(fault: Fault, scene: Scene, trap: Trap) -> None:
     try:
         fault.strike(scene)
         trap.go()
-        time.sleep(fault.hold)
+        _wait_out(fault, scene)
     finally:
         fault.heal(scene)
+
+
+def _wait_out(fault: Fault, scene: Scene) -> None:
+    """Leave it broken for as long as the fault says, but not for longer than there is anybody whom it could hurt."""
+    end = time.monotonic() + fault.hold
+    while time.monotonic() < end and not fault.over(scene):
+        with contextlib.suppress(LabError):  # it may be the API server that is broken
+            if not scene.late and all_over(scene):
+                return
+        time.sleep(min(0.1, max(0.0, end - time.monotonic())))
 
 
 def _longest_freeze(guest: Guest) -> int:
@@ -242,10 +257,26 @@ def _longest_freeze(guest: Guest) -> int:
     return round(longest * 1000)
 
 
+def _forget_earlier_run(lab: Lab, stack: Stack, annex: Annex, guest: Guest) -> None:
+    """Take away what a run has left that was killed: its judge would have, and the next one's must find nothing of it."""
+    annex.one_host(guest)
+    for body in stack.all("vmrestores"):
+        stack.delete_restore(body["metadata"]["name"], namespace=body["metadata"]["namespace"])
+    for body in stack.all("vmsnapshots"):
+        stack.delete(body["metadata"]["name"], namespace=body["metadata"]["namespace"])
+    connection = lab.libvirt()
+    try:
+        left = [d.name() for d in connection.listAllDomains() if d.name().startswith(f"{guest.name}-{MADE}")]
+    finally:
+        connection.close()
+    for name in left:
+        proof.remove_vm(lab, name)
+
+
 @contextlib.contextmanager
 def suite(lab: Lab, seed: int) -> Iterator[Suite]:
     """The operator under observation, and the guest that is hurt."""
-    guest = lab.guest("demo", writer_us=WRITER_MICROSECONDS)
+    guest = lab.guest("demo")
     state = lab.state / "chaos"
     state.mkdir(parents=True, exist_ok=True)
     stack = Stack(lab, state)
@@ -255,52 +286,5 @@ def suite(lab: Lab, seed: int) -> Iterator[Suite]:
         stack.server, stack.observer = proxy.url, injector.path
         annex = Annex(lab, stack)
         with stack, contextlib.closing(annex):
-            annex.one_host(guest)  # where an earlier run was killed
+            _forget_earlier_run(lab, stack, annex, guest)
             yield Suite(lab=lab, stack=stack, proxy=proxy, injector=injector, guest=guest, annex=annex, seed=seed)
-
-
-def _way(name: str) -> str:
-    """On which way to its step a fault was injected; those of the fleet have none."""
-    step = name.partition("@")[2].rpartition(":")[0]
-    return str(WAYS[Step(step)]) if step in list(Step) else "fleet"
-
-
-def summary(results: list[Result], seed: int) -> dict[str, Any]:
-    """What `build/chaos.json` holds."""
-    made = [r for r in results if r.reached]
-    kinds = Counter(f.kind for r in results for f in r.findings)
-    recovery = sorted(r.recovery_seconds for r in made)
-    cuts = quantiles(recovery, n=100, method="inclusive") if len(recovery) > 1 else [*recovery, 0.0] * 99
-    return {
-        "injections": len(made),
-        "byFault": dict(sorted(Counter(r.case.partition("@")[0] for r in made).items())),
-        "byWay": dict(sorted(Counter(_way(r.case) for r in made).items())),
-        **{name: kinds[kind] for kind, name in KINDS.items()},
-        "recoverySeconds": {"p50": round(cuts[49], 2), "p99": round(cuts[98], 2), "max": max(recovery, default=0.0)},
-        "longestFreezeMilliseconds": max((r.longest_freeze_milliseconds for r in made), default=0),
-        "seed": seed,
-    }
-
-
-def write(results: list[Result], seed: int, path: Path) -> dict[str, Any]:
-    """Write the summary, and one line for each injection beside it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    found = summary(results, seed)
-    path.write_text(json.dumps(found, indent=2) + "\n")
-    lines = [
-        json.dumps(
-            {
-                "number": r.number,
-                "case": r.case,
-                "reached": r.reached,
-                "outcome": r.outcome,
-                "seconds": r.seconds,
-                "recoverySeconds": r.recovery_seconds,
-                "longestFreezeMilliseconds": r.longest_freeze_milliseconds,
-                "findings": [{"kind": f.kind, "subject": f.subject, "what": f.what} for f in r.findings],
-            }
-        )
-        for r in results
-    ]
-    path.with_suffix(".jsonl").write_text("\n".join(lines) + "\n")
-    return found

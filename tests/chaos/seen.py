@@ -24,7 +24,7 @@ class Finding:
 class Allowed:
     """What may be so at this moment because somebody meant it. Everything else is a finding.
 
-    `paused`, `off`: names of guests that may be. `under_way`: VMSnapshots as `namespace/name` that need not have ended yet, with
+    `paused`, `off`: names of guests that may be. `under_way`: VMSnapshots and VMRestores as `namespace/name` that need not have ended yet, with
     whatever their VM and the storage bear of them meanwhile. `foreign`: beginnings of names on storage that are somebody else's.
     `operator_down`: nobody needs to hold the lease.
     """

@@ -6,24 +6,29 @@ Not which way leads to which step (`cases`), nor what happens there (`faults`).
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+from tests import proof
 from tests.chaos.cases import Way
 from tests.chaos.faults import Scene
+from tests.chaos.faults.base import HASTY_SECONDS
 from tests.lab import LabError
 from tests.stack import TENANT
 from vmsnapshot_operator.core.steps import Moment, Step
 
 REACH_SECONDS = 60.0
 """So long a snapshot may need to reach its step; one that does not is no injection."""
-HASTY_SHARE = 0.5
+HASTY_SHARE = START_SHARE = 0.5
 
 
 def _create(scene: Scene, **spec: Any) -> None:
     """Apply the scene's VMSnapshot; every other one with a budget that many faults outlast."""
-    if scene.random.random() < HASTY_SHARE:
-        spec["quiesce"] = {"maxFrozenSeconds": 5, **spec.get("quiesce", {})}
+    hasty = scene.random.random() < HASTY_SHARE
+    if hasty if scene.hasty is None else scene.hasty:
+        spec["quiesce"] = {"maxFrozenSeconds": round(HASTY_SECONDS), **spec.get("quiesce", {})}
     scene.stack.snapshot(scene.name, scene.guest.name, namespace=TENANT, **spec)
 
 
@@ -56,6 +61,16 @@ def _copied_by_hypervisor(scene: Scene) -> Iterator[None]:
 @contextlib.contextmanager
 def _copied_and_taken(scene: Scene) -> Iterator[None]:
     with _copied_by_hypervisor(scene), _taken(scene):
+        yield
+
+
+@contextlib.contextmanager
+def _read(scene: Scene) -> Iterator[None]:
+    """Taken, and read: what a restore of it has to bring back, also where the snapshot itself is deleted meanwhile."""
+    with _taken(scene), tempfile.TemporaryDirectory(dir=scene.lab.state, prefix="judge-") as folder:
+        content = scene.stack.content(scene.name, TENANT)
+        if content is not None:
+            scene.held = proof.read(scene.lab, content, Path(folder))
         yield
 
 
@@ -100,7 +115,7 @@ def _hook_fails(scene: Scene) -> Iterator[None]:
 @contextlib.contextmanager
 def _killed_before_the_new_vm(scene: Scene) -> Iterator[None]:
     """The clones are there, and the VM that they are for is not; then nobody wants it any more."""
-    with _taken(scene), scene.injector.trap(Step.CLONE_DEFINE, Moment.BEFORE) as trap:
+    with _read(scene), scene.injector.trap(Step.CLONE_DEFINE, Moment.BEFORE) as trap:
         _clone(scene)
         if not trap.wait(REACH_SECONDS):
             raise LabError("nothing was cloned")
@@ -110,18 +125,18 @@ def _killed_before_the_new_vm(scene: Scene) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _late(scene: Scene) -> Iterator[None]:
-    """A restore that has begun, and whose deadline is then over: by the operator's clock."""
-    with _taken(scene), scene.injector.trap(Step.GATE_CLOSE, Moment.AFTER) as trap:
+def _refused(scene: Scene) -> Iterator[None]:
+    """A restore that has begun, and one of whose drivers is about to say that it cannot set its disks back."""
+    with _read(scene), scene.injector.trap(Step.REVERT_DRIVER, Moment.BEFORE) as trap:
         _restore(scene)
         if not trap.wait(REACH_SECONDS):
-            raise LabError("the gate was not closed")
-        scene.injector.clock_seconds = 2 * 3600
+            raise LabError("nothing was about to be set back")
+        scene.injector.orders[trap.detail] = "refuse"
         scene.go = trap.go
         try:
             yield
         finally:
-            scene.injector.clock_seconds = 0
+            scene.injector.orders.clear()
 
 
 def _take(scene: Scene) -> None:
@@ -137,9 +152,11 @@ def _restore(scene: Scene) -> None:
 
 
 def _clone(scene: Scene) -> None:
-    scene.new_vm = f"{scene.guest.name}-{scene.name}"
-    spec = {"mode": "NewVM", "newVM": {"name": scene.new_vm}, "startAfter": True}
-    scene.restores.append(scene.stack.restore(f"{scene.name}-new", scene.name, namespace=TENANT, **spec))
+    """Started by the restore itself where that is what it is about, else every other time: one that never ran holds exactly the cut."""
+    name, start = f"{scene.name}-new", scene.step is Step.START or scene.random.random() < START_SHARE
+    scene.new_vms[name] = f"{scene.guest.name}-{scene.name}"
+    spec: dict[str, Any] = {"mode": "NewVM", "newVM": {"name": scene.new_vms[name]}, "startAfter": start}
+    scene.restores.append(scene.stack.restore(name, scene.name, namespace=TENANT, **spec))
 
 
 def _go_on(scene: Scene) -> None:
@@ -186,9 +203,9 @@ PREPARE: dict[Way, Callable[[Scene], contextlib.AbstractContextManager[None]]] =
     Way.OVERLAY: _plain,
     Way.BACKUP: _copied_by_hypervisor,
     Way.DELETE_BACKUP: _copied_and_taken,
-    Way.RESTORE: _taken,
-    Way.GO_BACK: _late,
-    Way.CLONE: _taken,
+    Way.RESTORE: _read,
+    Way.GO_BACK: _refused,
+    Way.CLONE: _read,
     Way.UNDO_CLONE: _killed_before_the_new_vm,
 }
 DRIVE: dict[Way, Callable[[Scene], None]] = {

@@ -7,6 +7,8 @@ from collections.abc import Callable, Generator, Iterator
 
 import pytest
 
+from tests.integration import third_driver
+from tests.integration.outcomes import class_conditions
 from tests.lab import Lab
 from tests.lab.errors import LabError
 from tests.stack import Stack, until
@@ -52,10 +54,10 @@ def lab() -> Lab:
 
 
 @pytest.fixture(scope="session")
-def stack(lab: Lab) -> Iterator[Stack]:
-    """Operator and guardian under the chart's permissions, with the guest `demo` running."""
+def stack(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """Operator (a third storage driver is installed for it) and guardian under the chart's permissions; the guest `demo` runs."""
     lab.guest("demo")
-    with run_stack(lab, "integration") as running:
+    with run_stack(lab, "integration", third_driver.install(tmp_path_factory.mktemp("plugins"))) as running:
         for body in running.all("vmsnapshots.vmsnapshot.io"):
             running.delete(body["metadata"]["name"], namespace=body["metadata"]["namespace"])
         yield running
@@ -91,3 +93,26 @@ def vmsnapshot(stack: Stack, fresh: Callable[[str], str]) -> Iterator[Callable[.
     yield create
     for name in made:
         stack.delete(name)
+
+
+@pytest.fixture
+def extra_class(stack: Stack, lab: Lab) -> Iterator[Callable[..., str]]:
+    """Create StorageDriverClasses for one test; each has been looked at when it is returned."""
+    made: list[str] = []
+
+    def create(name: str, driver: str, match: list[dict[str, str]], priority: int = 0, **spec: object) -> str:
+        made.append(name)
+        stack.apply(
+            {
+                "apiVersion": "vmsnapshot.io/v1alpha1",
+                "kind": "StorageDriverClass",
+                "metadata": {"name": name},
+                "spec": {"driver": driver, "priority": priority, "match": match, **spec},
+            }
+        )
+        until(f"class {name} was looked at", lambda: bool(class_conditions(stack, name)))
+        return name
+
+    yield create
+    for name in made:
+        lab.kubectl("delete", "storagedriverclasses.vmsnapshot.io", name)

@@ -56,8 +56,8 @@ CASES = (
         alert="VMSnapshotVMStillHeld",
         severity="critical",
         at=3,
-        fires=({'vmsnapshot_frozen_vms{hypervisor="kvm"}': "0 0 0 1"},),
-        silent=({'vmsnapshot_frozen_vms{hypervisor="kvm"}': "1 1 1 0"},),
+        fires=({'vmsnapshot_still_held_vms{hypervisor="kvm"}': "0 0 0 1"},),
+        silent=({'vmsnapshot_still_held_vms{hypervisor="kvm"}': "1 1 1 0"},),
         labels=_KVM,
         summary="VMs of hypervisor kvm are still frozen or paused by a snapshot: 1",
     ),
@@ -111,6 +111,14 @@ CASES = (
         silent=({'vmsnapshot_strange_journals{hypervisor="kvm"}': "1+0x7 0 1+0x30"},),
         labels=_KVM,
         summary="VMs of hypervisor kvm bear a journal that nobody here may act on: 2",
+    ),
+    Case(
+        alert="VMSnapshotOverlayKept",
+        at=20,
+        fires=({'vmsnapshot_kept_overlays{hypervisor="kvm"}': "1+0x30"},),
+        silent=({'vmsnapshot_kept_overlays{hypervisor="kvm"}': "1+0x7 0 1+0x30"},),
+        labels=_KVM,
+        summary="Overlays of hypervisor kvm are committed by nobody, and a VM may run on one: 1",
     ),
     Case(
         alert="VMSnapshotOrphans",
@@ -306,7 +314,7 @@ def test_every_alert_has_a_case(rules: dict[str, Any]) -> None:
 
 def test_a_rule_about_a_series_that_is_not_there_is_found(evaluate: Callable[..., str], rules: dict[str, Any]) -> None:
     case = next(c for c in CASES if c.alert == "VMSnapshotVMStillHeld")
-    wrong = json.loads(json.dumps(rules).replace("vmsnapshot_frozen_vms", "vmsnapshot_held_vms"))
+    wrong = json.loads(json.dumps(rules).replace("vmsnapshot_still_held_vms", "vmsnapshot_held_vms"))
     assert "VMSnapshotVMStillHeld" in evaluate([_test(case, case.fires[0], fires=True)], wrong)
 
 

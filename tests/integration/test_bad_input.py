@@ -46,6 +46,12 @@ def _refused(stack: Stack, name: str, reason: str) -> str:
     return str(found["Stalled"]["message"])
 
 
+def _events(lab: Lab, name: str, reason: str) -> list[dict[str, Any]]:
+    """The events about a VMSnapshot with this reason."""
+    found = json.loads(lab.kubectl("-n", "team-a", "get", "events.events.k8s.io", "-o", "json"))["items"]
+    return [e for e in found if e["regarding"]["name"] == name and e["reason"] == reason]
+
+
 def _failed(stack: Stack, name: str, *reasons: str) -> str:
     """Wait for the failure after something was touched; return its message."""
     body = stack.wait(name, "Stalled")
@@ -93,9 +99,12 @@ def _conditions_of_class(stack: Stack, name: str) -> dict[str, dict[str, Any]]:
 # --- who and where ----------------------------------------------------------------------------------------------------
 
 
-def test_unknown_hypervisor(stack: Stack, vmsnapshot: Callable[..., str]) -> None:
+def test_unknown_hypervisor(stack: Stack, lab: Lab, vmsnapshot: Callable[..., str]) -> None:
     name = vmsnapshot("nohost", source={"hypervisorName": "nowhere", "domain": "demo"})
-    assert "nowhere" in _refused(stack, name, "HypervisorNotFound")
+    message = _refused(stack, name, "HypervisorNotFound")
+    assert "nowhere" in message
+    until("an event says so", lambda: bool(_events(lab, name, "HypervisorNotFound")))
+    assert [(e["type"], e["note"]) for e in _events(lab, name, "HypervisorNotFound")] == [("Warning", message)]
 
 
 def test_a_domain_that_is_not_there_and_one_that_is_forbidden_look_the_same(
@@ -114,6 +123,39 @@ def test_a_domain_that_is_not_there_and_one_that_is_forbidden_look_the_same(
     )
     assert "vm" not in body["status"]
     stack.delete(forbidden, namespace=other)
+
+
+def test_they_look_the_same_also_while_one_of_the_hosts_does_not_answer(
+    stack: Stack, lab: Lab, vmsnapshot: Callable[..., str], fresh: Callable[[str], str]
+) -> None:
+    """The forbidden one is known to run; the missing one may be on the silent host: whoever may see neither learns neither."""
+    other = fresh("other")
+    stack.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": other}})
+    (document,) = stack.example("hypervisor.yaml")
+    dead = {"driver": "qemu", "transport": "unix", "socketPath": f"/run/{other}"}
+    document["spec"]["libvirt"]["endpoints"] = [stack.endpoint(), dead]
+    stack.apply(document)
+    names = {d: stack.snapshot(fresh(d), d, namespace=other, deadlineSeconds=10) for d in ("demo", "absent")}
+    try:
+        told = {}
+        for domain, name in names.items():
+            last = conditions(stack.wait(name, "Stalled", namespace=other))["Stalled"]
+            told[domain] = last["message"].replace(domain, "D").replace("; trying again shortly", "")
+            assert last["reason"] == "DeadlineExceeded"
+        assert told["demo"] == told["absent"]
+        assert "does not answer" in told["demo"]
+        assert stack.wait(vmsnapshot("allowed", dryRun=True), "Planned"), "one whose VM is known to run is not delayed"
+    finally:
+        for name in names.values():
+            stack.delete(name, namespace=other)
+        stack.configure()
+        stack.observed()
+
+
+def test_a_quiesce_method_that_is_not_installed(stack: Stack, vmsnapshot: Callable[..., str]) -> None:
+    message = _refused(stack, vmsnapshot("sorcery", quiesce={"method": "Sorcery"}), "QuiesceMethodUnknown")
+    assert "Sorcery" in message
+    assert "GuestAgent" in message
 
 
 # --- classes ----------------------------------------------------------------------------------------------------------
@@ -238,10 +280,18 @@ def test_a_freeze_that_fails_is_thawed_and_then_by_policy(
     try:
         require = vmsnapshot("hook", quiesce={"policy": "Require"})
         _failed(stack, require, "FreezeFailed")
-        prefer = stack.wait(vmsnapshot("hook"))["status"]
+        body = stack.get(require) or {}
+        quiesced = conditions(body)["Quiesced"]
+        assert (quiesced["status"], quiesced["reason"]) == ("False", "FreezeFailed")
+        assert body["status"]["quiesce"]["frozenTime"] <= body["status"]["quiesce"]["thawedTime"]
+        name = vmsnapshot("hook")
+        prefer = stack.wait(name)["status"]
         assert prefer["consistency"] == "Crash"
         assert prefer["quiesce"]["method"] == "Pause"
         assert "frozen" in prefer["quiesce"]["reason"]
+        warnings = [e["note"] for e in _events(lab, name, "FreezeFailed") if e["type"] == "Warning"]
+        assert len(warnings) == 1
+        assert "goes on with Pause" in warnings[0]
     finally:
         guest.control(["rm", "-f", "/run/hook-fail"])
 
@@ -258,13 +308,37 @@ def test_paused_by_somebody_stays_paused(stack: Stack, lab: Lab, vmsnapshot: Cal
         domain.resume()
 
 
-def test_shut_off_from_within_is_filesystem_consistent(stack: Stack, lab: Lab, vmsnapshot: Callable[..., str]) -> None:
+def test_shut_off_from_within_is_filesystem_consistent(
+    stack: Stack, lab: Lab, vmsnapshot: Callable[..., str], tmp_path: Path
+) -> None:
     guest = lab.guest("demo")
     guest.shutdown()
     try:
-        body = stack.wait(vmsnapshot("off", quiesce={"policy": "Require"}))
+        name = vmsnapshot("off", quiesce={"policy": "Require"})
+        body = stack.wait(name)
         assert body["status"]["consistency"] == "Filesystem"
         assert body["status"]["vm"]["powerState"] == "ShutOff"
+        content = stack.content(name)
+        assert content is not None
+        held = proof.read(lab, content, tmp_path)
+        assert held.clean, held.fsck
+    finally:
+        lab.guest("demo")
+
+
+def test_a_qemu_that_was_ended_by_a_signal_is_crash_consistent(
+    stack: Stack, lab: Lab, vmsnapshot: Callable[..., str]
+) -> None:
+    """QEMU goes in good order, and libvirt calls the VM `shut down`: the guest knew nothing of it."""
+    guest = lab.guest("demo")
+    domain = guest.domain()
+    guest.kill(signal.SIGTERM)
+    try:
+        until("the VM is off", lambda: not domain.isActive())
+        assert domain.state() == [libvirt.VIR_DOMAIN_SHUTOFF, libvirt.VIR_DOMAIN_SHUTOFF_SHUTDOWN]
+        message = _refused(stack, vmsnapshot("off", quiesce={"policy": "Require"}), "VMNotCleanlyShutDown")
+        assert "not heard" in message
+        assert stack.wait(vmsnapshot("off"))["status"]["consistency"] == "Crash"
     finally:
         lab.guest("demo")
 
@@ -324,9 +398,13 @@ def test_a_cut_that_hangs_or_crashes_frees_the_guest_first(
     for pid in stopped:
         os.kill(pid, sig)
     try:
+        if sig == signal.SIGSTOP:
+            held = 'vmsnapshot_frozen_vms{hypervisor="lab"}'
+            until("the metric says that it is frozen now", lambda: f"{held} 1.0" in stack.http("/metrics")[1], 3)
         message = _failed(stack, name, "FrozenTooLong", "DriverTimeout", "DriverCrashed")
         assert "ceph-vms" in message
         assert "vdc" in message
+        assert 'vmsnapshot_frozen_vms{hypervisor="lab"} 0.0' in stack.http("/metrics")[1]
     finally:
         for pid in stopped:
             if Path(f"/proc/{pid}").exists():

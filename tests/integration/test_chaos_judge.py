@@ -8,16 +8,22 @@ import signal
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import libvirt
 import pytest
 
-from tests.chaos import hosts, judge, rules
+from tests import proof
+from tests.chaos import hosts, judge, restored, rules, runner
+from tests.chaos.faults import Scene
 from tests.chaos.judge import Allowed, Finding
 from tests.lab import GuestDisk, Lab
 from tests.lab.guests import Guest
 from tests.stack import NAMESPACE, ROOT, TENANT, Stack, until
+from vmsnapshot_operator.core import names
+from vmsnapshot_operator.core.markers import GATE_NAMESPACE, RESTORED_NAMESPACE, Gate, Marker
+from vmsnapshot_operator.plan import definition
 
 JOURNAL = "https://vmsnapshot.io/journal/1"
 FOREIGN = "vms-aaaaaa-bbbbbbbbbb-01-cccccc"
@@ -237,7 +243,7 @@ def test_a_journal(world: World, place: str, flags: int) -> None:
 
 
 def test_a_gate_is_a_leak_and_that_a_restore_was_done_is_none(world: World) -> None:
-    gate, done = "https://vmsnapshot.io/gate/1", "https://vmsnapshot.io/restored/1"
+    gate, done = GATE_NAMESPACE, RESTORED_NAMESPACE
     stored = libvirt.VIR_DOMAIN_AFFECT_CONFIG
     before = world.guest.domain().XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
     try:
@@ -484,3 +490,205 @@ def test_a_disk_that_is_left_out_silently(world: World, vmsnapshot: Callable[...
     world.stack.wait(name)
     with world.forged(SNAPSHOTS, name, {"excluded": None}, status=True):
         world.lie(name, "disk vda of its VM is neither in it nor said to be left out")
+
+
+# --- restores --------------------------------------------------------------------------------------------------------------------
+
+
+def of_restore(world: World, snapshot: str, folder: Path, restore: str, new_vm: str = "") -> Scene:
+    """The scene of one restore of a snapshot that was read before."""
+    nobody: Any = None
+    return Scene(
+        lab=world.lab,
+        stack=world.stack,
+        proxy=nobody,
+        injector=nobody,
+        annex=nobody,
+        guest=world.guest,
+        random=Random(0),  # noqa: S311 - nothing secret
+        name=snapshot,
+        restores=[restore],
+        new_vms={restore: new_vm} if new_vm else {},
+        held=proof.read(world.lab, world.content(snapshot), folder),
+    )
+
+
+def found_of(scene: Scene, kind: str, *words: str) -> None:
+    """There is exactly one finding of what the restores have made: of this kind, and with these words in it."""
+    found = restored.look(scene)
+    assert [f.kind for f in found] == [kind], found
+    text = f"{found[0].subject}: {found[0].what}"
+    assert all(w in text for w in words), text
+
+
+@contextlib.contextmanager
+def redefined(guest: Guest, change: Callable[[str], str]) -> Iterator[None]:
+    """The stored definition is another one meanwhile."""
+    before = guest.domain().XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE | libvirt.VIR_DOMAIN_XML_SECURE)
+    guest.connection().defineXML(change(before))
+    try:
+        yield
+    finally:
+        guest.connection().defineXML(before)
+
+
+def later(world: World, vmsnapshot: Callable[..., str], than: str, folder: Path) -> str:
+    """A snapshot that holds more records than another one."""
+    last = max(proof.read(world.lab, world.content(than), folder).records.values())
+    until("the writer went on", lambda: world.guest.records() > last + 20)
+    late = vmsnapshot("late")
+    world.stack.wait(late)
+    return late
+
+
+def test_a_vm_that_was_set_back(world: World, vmsnapshot: Callable[..., str], tmp_path: Path) -> None:
+    """Nothing is found of one that is in order; a disk of another moment, a gate, a mark and a disk that are missing are."""
+    name = vmsnapshot("back", quiesce={"policy": "Require"})
+    world.stack.wait(name)
+    late = later(world, vmsnapshot, name, tmp_path)
+    restore = world.stack.restore(f"{name}-r", name)
+    scene = of_restore(world, name, tmp_path, restore)
+    try:
+        body = world.stack.wait_restore(restore)
+        assert restored.look(scene) == []
+
+        disk = Path(world.guest.disks["vda"].path)
+        honest = disk.read_bytes()
+        disk.write_bytes(Path(world.handle(late, "vda")).read_bytes())
+        found_of(scene, "lied", "domain demo", f"the snapshot {name}: the disks hold")
+        disk.write_bytes(honest)
+
+        domain, uid = world.guest.domain(), body["metadata"]["uid"]
+        marker = Marker(installation="aaaaaa", restore=f"{TENANT}/gone", restore_uid="u-1", snapshot_uid="u-2")
+        gate = Gate(marker=marker, targets=("vda",), autostart=False)
+        with redefined(world.guest, lambda xml: definition.gated(xml, gate)):
+            found_of(scene, "leaked", "the gate of u-1 is closed")
+            assert [f.kind for f in runner.booted(scene, world.guest, mend=False)] == ["unbootable"]
+        domain.setMetadata(libvirt.VIR_DOMAIN_METADATA_ELEMENT, None, None, RESTORED_NAMESPACE, 2)
+        found_of(scene, "lied", "its mark is not there")
+        domain.setMetadata(
+            libvirt.VIR_DOMAIN_METADATA_ELEMENT, "<restored uid='u-1'/>", "vmsnapshot", RESTORED_NAMESPACE, 2
+        )
+        found_of(scene, "lied", "its mark is u-1")
+        domain.setMetadata(
+            libvirt.VIR_DOMAIN_METADATA_ELEMENT, f"<restored uid='{uid}'/>", "vmsnapshot", RESTORED_NAMESPACE, 2
+        )
+        with redefined(world.guest, lambda xml: xml.replace("dev='vdb'", "dev='vdy'")):
+            found_of(scene, "stuck", "vdb are not in its definition")
+        assert restored.look(scene) == []
+    finally:
+        restored.judge(scene)
+
+
+def test_disks_of_different_moments_after_a_restore_that_is_gone(
+    world: World, vmsnapshot: Callable[..., str], tmp_path: Path
+) -> None:
+    """Nobody says what they should be: that they are of one moment can be told all the same."""
+    name = vmsnapshot("half", quiesce={"policy": "Require"})
+    world.stack.wait(name)
+    until("the writer went on", lambda: world.guest.records() > 20)
+    scene = of_restore(world, name, tmp_path, "never-was")
+    last = max(scene.held.records.values()) if scene.held else 0
+    until("the writer went on", lambda: world.guest.records() > last + 20)
+    world.guest.destroy()
+    assert restored.look(scene) == []
+    disk = Path(world.guest.disks["vda"].path)
+    honest = disk.read_bytes()
+    disk.write_bytes(Path(world.handle(name, "vda")).read_bytes())
+    found_of(scene, "lied", "its disks are of different moments")
+    disk.write_bytes(honest)
+
+
+def test_a_vm_that_was_made(
+    world: World, vmsnapshot: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is found of one that is in order; a guest that does not come up, disks and a mark that are missing are."""
+    name = vmsnapshot("new", quiesce={"policy": "Require"})
+    world.stack.wait(name)
+    restore, vm = f"{name}-r", f"demo-{name}"
+    world.stack.restore(restore, name, mode="NewVM", newVM={"name": vm})
+    scene = of_restore(world, name, tmp_path, restore, vm)
+    connection = world.lab.libvirt()
+    try:
+        world.stack.wait_restore(restore)
+        domain = connection.lookupByName(vm)
+        before = domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE | libvirt.VIR_DOMAIN_XML_SECURE)
+        assert restored.look(scene) == []
+        scene.started = True  # by the judge itself, to see whether it comes up
+
+        monkeypatch.setattr(restored, "BOOT_SECONDS", 3.0)
+        connection.defineXML(before.replace("<cmdline>", "<cmdline>rdinit=/nothing "))
+        found_of(scene, "unbootable", f"the guest of {vm} answers")
+        connection.defineXML(before)
+        monkeypatch.undo()
+
+        disk = file_of(before)
+        disk.rename(disk.with_suffix(".away"))
+        assert {f.kind for f in restored.look(scene)} == {"unbootable"}
+        disk.with_suffix(".away").rename(disk)
+
+        domain.setMetadata(libvirt.VIR_DOMAIN_METADATA_ELEMENT, None, None, RESTORED_NAMESPACE, 2)
+        found_of(scene, "lied", "its mark is not there")
+        domain.undefine()
+        found_of(scene, "lied", f"it is Ready, and there is no VM {vm}")
+        connection.defineXML(before)
+    finally:
+        connection.close()
+        restored.judge(scene)
+
+
+def file_of(definition_: str) -> Path:
+    """The first disk of a definition that is a file."""
+    return Path(definition_.split("<source file='")[1].split("'", maxsplit=1)[0])
+
+
+def test_a_vm_that_was_made_of_another_moment(world: World, vmsnapshot: Callable[..., str], tmp_path: Path) -> None:
+    name = vmsnapshot("new", quiesce={"policy": "Require"})
+    world.stack.wait(name)
+    late = later(world, vmsnapshot, name, tmp_path)
+    restore, vm = f"{name}-r", f"demo-{name}"
+    world.stack.restore(restore, name, mode="NewVM", newVM={"name": vm})
+    scene = of_restore(world, name, tmp_path, restore, vm)
+    connection = world.lab.libvirt()
+    try:
+        world.stack.wait_restore(restore)
+        disk = file_of(connection.lookupByName(vm).XMLDesc(0))
+        disk.write_bytes(Path(world.handle(late, "vda")).read_bytes())
+        found = restored.look(scene)
+        assert {(f.kind, f.subject) for f in found} == {("lied", f"domain {vm}")}
+        assert any(f"the snapshot {name}: the disks hold" in f.what for f in found)
+    finally:
+        connection.close()
+        restored.judge(scene)
+
+
+def test_clones_of_a_vm_that_will_not_be(world: World) -> None:
+    """They are named after a VMRestore, and no content accounts for them."""
+    import rbd
+
+    name = names.request_name(
+        world.stack.installation(), "11111111-0000-4000-8000-000000000000", 1, "reflink-files", ()
+    )
+    clone = world.lab.pool_path("reflink") / f"{name}-dddddddd"
+    clone.write_bytes(b"x")
+    try:
+        world.one("leaked", f"file {clone}", "no VMSnapshotContent accounts for it")
+    finally:
+        clone.unlink()
+    with world.lab.ceph.connect() as (_, ioctx):
+        rbd.RBD().create(ioctx, name, 4 << 20, old_format=False)
+        try:
+            world.one("leaked", f"rbd image vms/{name}", "no VMSnapshotContent accounts for it")
+        finally:
+            rbd.RBD().remove(ioctx, name)
+
+
+def test_a_restore_that_does_not_end(world: World, vmsnapshot: Callable[..., str]) -> None:
+    name = vmsnapshot("waits")
+    world.stack.wait(name)
+    with world.nobody_acts():
+        restore = world.stack.restore(f"{name}-r", name, runningVM="Refuse")
+        world.one("stuck", f"VMRestore {TENANT}/{restore}")
+        assert world.found(Allowed(under_way=frozenset({f"{TENANT}/{restore}"}))) == []
+    world.stack.wait_restore(restore, "Stalled")
+    world.stack.delete_restore(restore)

@@ -39,6 +39,8 @@ affinity:
   nodeAffinity:
     requiredDuringSchedulingIgnoredDuringExecution:
       nodeSelectorTerms: [{matchExpressions: [{key: a, operator: Exists}]}]
+replicas: 2
+leaseSeconds: 20
 extraVolumes: [{name: libvirt, hostPath: {path: /run/libvirt, type: Directory}}]
 extraVolumeMounts: [{name: libvirt, mountPath: /run/libvirt}]
 metrics: {service: {enabled: true, annotations: {example.com/scrape: "true"}}}
@@ -225,6 +227,7 @@ def test_the_guardian_is_a_sidecar_of_its_own(render: Render) -> None:
     assert "run" in mounts["guardian"] & mounts["operator"]
     deployment = only(render(), "Deployment")["spec"]
     assert (deployment["replicas"], deployment["strategy"]) == (1, {"type": "Recreate"})
+    assert "--lease-seconds=10" in operator["args"]
     assert spec["terminationGracePeriodSeconds"] > 30, "a window of the default budget ends before anything is killed"
 
 

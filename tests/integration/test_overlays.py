@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import libvirt
 import pytest
@@ -16,13 +18,14 @@ from tests.integration.hypervisor_support import connect, eventually, journal, s
 from tests.lab import Lab
 from tests.lab.definition import GuestDisk
 from tests.lab.guests import Guest
-from tests.stack import Stack, conditions, until
+from tests.stack import NAMESPACE, Stack, conditions, until
 from vmsnapshot_operator.core import journal as journals
-from vmsnapshot_operator.core import qcow2
+from vmsnapshot_operator.core import names, qcow2
 from vmsnapshot_operator.core.chains import Move, Ruling
 from vmsnapshot_operator.core.journal import Journal, Phase
-from vmsnapshot_operator.core.volumes import Layer, SourceKind, Volume, volume_id
+from vmsnapshot_operator.core.volumes import Layer, SourceKind, Volume, VolumeId, volume_id
 from vmsnapshot_operator.errors import HypervisorError
+from vmsnapshot_operator.handlers.sweep import sweep
 from vmsnapshot_operator.hypervisors.domains import Hypervisor, Ref
 from vmsnapshot_operator.plan import collapse
 from vmsnapshot_operator.strategies import overlays
@@ -117,6 +120,15 @@ async def hypervisor(lab: Lab) -> AsyncIterator[Hypervisor]:
 @pytest_asyncio.fixture
 async def switched(lab: Lab, hypervisor: Hypervisor, guest: Guest) -> AsyncIterator[tuple[Ref, Journal]]:
     """The guest on overlays of both disks, with a journal that says so."""
+    async with on_overlays_of(lab, hypervisor, guest, journal("HypervisorSnapshot")) as (ref, told):
+        yield ref, told
+
+
+@asynccontextmanager
+async def on_overlays_of(
+    lab: Lab, hypervisor: Hypervisor, guest: Guest, whose: Journal, name: Callable[[str, VolumeId], str] | None = None
+) -> AsyncIterator[tuple[Ref, Journal]]:
+    """The guest on overlays of both disks, named by target and volume, with this journal that says so; on its disks afterwards."""
     guest.up()
     before = guest.domain().XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE | libvirt.VIR_DOMAIN_XML_SECURE)
     ref = await hypervisor.find(guest.name)
@@ -126,10 +138,11 @@ async def switched(lab: Lab, hypervisor: Hypervisor, guest: Guest) -> AsyncItera
         volume = Volume(
             id=volume_id(disk.layers[0]), label=disk.target, writable=disk.layers[0], size_bytes=disk.size_bytes
         )
-        made[disk.target] = (volume.id, await hypervisor.overlays(ref).create(POOL, f"ovl-test-{disk.target}", volume))
+        called = name(disk.target, volume.id) if name is not None else f"ovl-test-{disk.target}"
+        made[disk.target] = (volume.id, await hypervisor.overlays(ref).create(POOL, called, volume))
         layers[str(volume.id)] = volume.writable
     held = replace(
-        journal("HypervisorSnapshot"),
+        whose,
         overlays={str(v): path for v, path in made.values()},
         run_id=machine.run_id,
         phase=Phase.OVERLAID,
@@ -139,15 +152,17 @@ async def switched(lab: Lab, hypervisor: Hypervisor, guest: Guest) -> AsyncItera
     await window.switch(await window.prepare_switch({t: path for t, (_, path) in made.items()}), timeout=20)  # type: ignore[arg-type]
     told = replace(held, bases=await hypervisor.overlays(ref).fingerprints(layers))
     assert await hypervisor.update_journal(ref, told)
-    yield ref, told
-    guest.destroy()
-    domain = guest.domain()
-    domain.setMetadata(
-        libvirt.VIR_DOMAIN_METADATA_ELEMENT, None, None, journals.NAMESPACE, libvirt.VIR_DOMAIN_AFFECT_CONFIG
-    )
-    domain.connect().defineXML(before)
-    for path in lab.pool_path(POOL).glob("ovl-test-*"):
-        path.unlink()
+    try:
+        yield ref, told
+    finally:
+        guest.destroy()
+        domain = guest.domain()
+        domain.setMetadata(
+            libvirt.VIR_DOMAIN_METADATA_ELEMENT, None, None, journals.NAMESPACE, libvirt.VIR_DOMAIN_AFFECT_CONFIG
+        )
+        domain.connect().defineXML(before)
+        for _, path in made.values():
+            Path(path).unlink(missing_ok=True)
 
 
 async def moves(hypervisor: Hypervisor, ref: Ref) -> set[Move]:
@@ -242,6 +257,45 @@ async def test_a_base_that_changed_is_never_committed_onto(
     assert rulings["vda"] is Move.KEEP
     assert Path(base).read_bytes() == content
     assert Path(told.overlays[str(volume_id(file_layer(base)))]).exists(), "both are kept"
+
+
+async def test_one_that_is_kept_while_the_vm_runs_on_it_stays_visible(
+    lab: Lab, stack: Stack, hypervisor: Hypervisor, guest: Guest
+) -> None:
+    ours, nobody = stack.installation(), "0b6f7d1e-0000-4000-8000-00000000dead"
+    held = replace(journal("HypervisorSnapshot"), installation=ours, owner_uid=nobody)
+
+    def called(_: str, volume: VolumeId) -> str:
+        return names.overlay_name(ours, nobody, 1, volume)
+
+    async with on_overlays_of(lab, hypervisor, guest, held, called) as (ref, told):
+        base = guest.disks["vda"].path
+        overlay = told.overlays[str(volume_id(file_layer(base)))]
+        scribble(Path(base))
+
+        def kept() -> list[dict[str, Any]]:
+            (body,) = stack.all("hypervisors.vmsnapshot.io")
+            return list(body["status"].get("keptOverlays") or ())
+
+        # Nobody knows this VMSnapshot: the sweep brings the VM back onto its disks, as far as it may.
+        until("it is told", lambda: bool(kept()))
+        (entry,) = kept()
+        assert (entry["path"], entry["domain"]) == (overlay, guest.name)
+        assert "its base has changed since the switch" in entry["message"]
+        assert await hypervisor.read_journal(ref) is None, "snapshots of it may be taken again"
+        assert 'vmsnapshot_kept_overlays{hypervisor="lab"} 1.0' in stack.http("/metrics")[1]
+        assert overlay in guest.domain().XMLDesc(), "the VM goes on on it"
+        lines, ok = await sweep(lab.kubeconfig, NAMESPACE, ["lab"], "", dry_run=True)
+        assert ok, "no VM is held"
+        assert any(f"overlay {overlay}" in line and f"VM {guest.name} has it" in line for line in lines), lines
+        stack.programs.pop("operator").stop()
+        stack.start_operator()
+        until("it is told again", lambda: 'vmsnapshot_kept_overlays{hypervisor="lab"} 1.0' in stack.http("/metrics")[1])
+        assert kept() == [entry], "since when and why, as before"
+        assert any(overlay in e["note"] for e in stack.all("events.events.k8s.io") if e["reason"] == "OverlayKept")
+    stack.programs.pop("operator").stop()
+    stack.start_operator()
+    until("it is forgotten", lambda: not kept())
 
 
 def scribble(path: Path) -> None:

@@ -22,7 +22,7 @@ from tests.lab.guests import Guest
 from tests.stack import NAMESPACE, SERVICE_ACCOUNT, TENANT, Stack, conditions, until
 from vmsnapshot_operator import cli
 from vmsnapshot_operator.core import journal as journals
-from vmsnapshot_operator.core import names
+from vmsnapshot_operator.core import names, qcow2
 from vmsnapshot_operator.core.endpoint import Endpoint
 from vmsnapshot_operator.core.journal import Journal
 from vmsnapshot_operator.core.volumes import VolumeId
@@ -236,6 +236,33 @@ def test_a_vmsnapshot_that_lost_its_content_says_so_and_cleans_up(stack: Stack, 
     assert not on_storage(stack, uid)
 
 
+def test_an_object_restored_under_its_name_is_another_one(stack: Stack, fresh: Callable[[str], str]) -> None:
+    """As a backup of the cluster's objects brings a VMSnapshot back: spec and status as they were, with another UID."""
+    name = fresh("again")
+    uid, content = taken(stack, name)
+    saved = stack.get(name)
+    assert saved is not None
+    with without_operator(stack):
+        forced(stack, name)
+        stack.snapshot(name, **saved["spec"])
+        body = stack.get(name) or {}
+        new_uid = body["metadata"]["uid"]
+        body["status"] = saved["status"]
+        stack.lab.kubectl("-n", TENANT, "replace", "--subresource=status", "-f", "-", stdin=json.dumps(body))
+        assert conditions(stack.get(name) or {})["Ready"]["status"] == "True", "so the backup says"
+        assert new_uid != uid
+    until("the old one's content is removed", lambda: get(stack, CONTENTS, content["metadata"]["name"]) is None)
+    assert not on_storage(stack, uid), "what the old one held went with it"
+    until("it is said", lambda: any(uid in note for note in events(stack, "ContentRemoved")))
+    # To take it now would put another moment under a name that promises an older one.
+    body = stack.wait(name, "Stalled")
+    told = conditions(body)["Ready"]
+    assert (told["status"], told["reason"]) == ("False", "ContentLost")
+    assert "consistency" not in body["status"], "nothing of what the backup said is claimed"
+    assert not on_storage(stack, new_uid)
+    stack.delete(name)
+
+
 # --- names on storage that nobody knows -----------------------------------------------------------------------------------
 
 
@@ -316,10 +343,56 @@ def test_status_of_class_and_content_tell_what_is(stack: Stack, vmsnapshot: Call
     assert found["cutMilliseconds"]["samples"] >= 1
 
 
+def test_overlays_that_nobody_knows_are_told_or_removed(stack: Stack) -> None:
+    ours, pool = stack.installation(), stack.lab.pool_path("reflink")
+    volume = VolumeId("v")
+
+    def overlay(installation: str, attempt: int) -> Path:
+        return pool / names.overlay_name(installation, NOBODY, attempt, volume)
+
+    new = qcow2.overlay(64 << 20, str(pool / "demo-vda.raw"), "raw")
+    rubbish, written, alien = overlay(ours, 1), overlay(ours, 2), overlay(ours, 3)
+    strange, theirs = pool / f"{names.overlays_prefix(ours)}mine", overlay("zzzzzz", 1)
+    contents = {
+        rubbish: new,
+        written: new + bytes(qcow2.CLUSTER),
+        alien: bytes(4 * qcow2.CLUSTER),
+        strange: new,
+        theirs: new,
+    }
+    try:
+        for file, content in contents.items():
+            file.write_bytes(content)
+        restart(stack)
+        until("rubbish is removed", lambda: not rubbish.exists())
+        told = {str(f) for f in (written, alien, strange)}
+        until("the others are told", lambda: {e["path"] for e in kept_overlays(stack)} == told)
+        why = {Path(e["path"]): e["message"] for e in kept_overlays(stack)}
+        assert "in this file alone" in why[written]
+        assert "somebody else made it" in why[alien]
+        assert "somebody else made it" in why[strange]
+        for file in (written, alien, strange, theirs):
+            assert file.read_bytes() == contents[file], "what is not proved to be ours and of no use stays as it is"
+        assert any(str(rubbish) in note for note in events(stack, "OrphanRemoved"))
+        assert any(str(written) in note for note in events(stack, "OverlayKept"))
+        assert 'vmsnapshot_kept_overlays{hypervisor="lab"} 3.0' in stack.http("/metrics")[1]
+    finally:
+        for file in contents:
+            file.unlink(missing_ok=True)
+    restart(stack)
+    until("they are forgotten", lambda: not kept_overlays(stack))
+
+
+def kept_overlays(stack: Stack) -> list[dict[str, Any]]:
+    """What the Hypervisor's status says of overlays that are kept."""
+    status = (get(stack, "hypervisors.vmsnapshot.io", "lab") or {}).get("status") or {}
+    return list(status.get("keptOverlays") or ())
+
+
 # --- journals -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
+STRANGE = pytest.mark.parametrize(
     ("element", "said"),
     [
         ("<journal>this is none</journal>", "cannot be read"),
@@ -331,6 +404,10 @@ def test_status_of_class_and_content_tell_what_is(stack: Stack, vmsnapshot: Call
     ],
     ids=["corrupt", "newer", "foreign"],
 )
+"""Journals that nobody here may act on, and what is said of each."""
+
+
+@STRANGE
 def test_a_journal_that_is_not_ours_is_left_and_said(stack: Stack, guest: Guest, element: str, said: str) -> None:
     guest.agent("guest-fsfreeze-freeze")
     mark(guest, element)
@@ -340,6 +417,27 @@ def test_a_journal_that_is_not_ours_is_left_and_said(stack: Stack, guest: Guest,
     assert 'vmsnapshot_strange_journals{hypervisor="lab"} 1.0' in stack.http("/metrics")[1]
     assert marked(guest)
     assert guest.freeze_status() == "frozen", "whoever froze it may need it so"
+
+
+@STRANGE
+def test_no_snapshot_of_a_vm_with_a_strange_journal_begins(
+    stack: Stack, guest: Guest, fresh: Callable[[str], str], element: str, said: str
+) -> None:
+    mark(guest, element)
+    before = guest.domain().metadata(libvirt.VIR_DOMAIN_METADATA_ELEMENT, journals.NAMESPACE, 0)
+    name = stack.snapshot(fresh("waits"), quiesce={"policy": "Require"})
+
+    def told() -> dict[str, Any]:
+        return conditions(stack.get(name) or {}).get("Ready", {})
+
+    until("it is told why", lambda: said.removeprefix("another ") in told().get("message", ""))
+    assert told()["status"] != "True"
+    assert stack.content(name) is None, "nothing was begun"
+    assert guest.domain().metadata(libvirt.VIR_DOMAIN_METADATA_ELEMENT, journals.NAMESPACE, 0) == before
+    assert guest.freeze_status() == "thawed"
+    mark(guest, None)
+    stack.wait(name)
+    stack.delete(name)
 
 
 def test_a_journal_of_ours_without_an_owner_frees_the_vm_first(stack: Stack, guest: Guest) -> None:
@@ -455,6 +553,8 @@ def test_the_command(lab: Lab, stack: Stack, guest: Guest, nowhere: Path, uri: s
     )
     assert dead.exit_code == 1
     assert "cannot be swept" in dead.output
-    thawed = CliRunner().invoke(cli.main, ["thaw", "--kubeconfig", str(nowhere), uri, "demo"])
+    thawed = CliRunner().invoke(
+        cli.main, ["thaw", "--kubeconfig", str(nowhere), "--hypervisor", uri, "--domain", "demo"]
+    )
     assert thawed.exit_code == 0, thawed.output
     assert "not held by a snapshot" in thawed.output

@@ -17,8 +17,10 @@ from tests.stack import NAMESPACE, SERVICE_ACCOUNT, Stack, until
 from vmsnapshot_operator import cli
 from vmsnapshot_operator.core.endpoint import Endpoint
 from vmsnapshot_operator.core.journal import Journal
-from vmsnapshot_operator.handlers.thaw import thaw
+from vmsnapshot_operator.handlers import thaw as by_hand
 from vmsnapshot_operator.hypervisors.domains import Hypervisor
+
+ANYWAY = "--domain demo frees it all the same"
 
 
 @pytest.fixture
@@ -48,10 +50,21 @@ async def hypervisor(lab: Lab) -> AsyncIterator[Hypervisor]:
     await client.close()
 
 
-def a_journal(method: str) -> Journal:
+async def thaw(
+    kubeconfig: Path, namespace: str, hypervisor: str, domain: str | None, *, force: bool, installation: str = ""
+) -> tuple[list[str], bool]:
+    """Free by hand; what was said, and whether all are free."""
+    lines: list[str] = []
+    ok = await by_hand.thaw(
+        kubeconfig, namespace, hypervisor, domain, installation=installation, force=force, say=lines.append
+    )
+    return lines, ok
+
+
+def a_journal(method: str, installation: str = "gone01") -> Journal:
     """The journal of an installation that is no more; a guardian that sees it waits ten minutes."""
     return Journal(
-        installation="gone01", owner_uid="0", nonce=secrets.token_hex(16), attempt=1, method=method, budget=600.0
+        installation=installation, owner_uid="0", nonce=secrets.token_hex(16), attempt=1, method=method, budget=600.0
     )
 
 
@@ -85,19 +98,40 @@ async def test_a_journal_is_obeyed_and_removed(guest: Guest, operator: Path, hyp
     assert await hypervisor.read_journal(ref) is None
 
 
-async def test_all_that_bear_a_journal_are_freed(guest: Guest, operator: Path, hypervisor: Hypervisor) -> None:
+async def test_all_that_are_held_by_us_are_freed(
+    stack: Stack, guest: Guest, operator: Path, hypervisor: Hypervisor
+) -> None:
     ref = await hypervisor.find("demo")
     await hypervisor.write_journal(ref, a_journal("Pause"))
     guest.domain().suspend()
     lines, ok = await thaw(operator, NAMESPACE, "lab", None, force=False)
+    assert ok, "another installation's business"
+    assert lines == [f"demo: left: held by installation gone01, object 0, attempt 1, which is not ours; {ANYWAY}"]
+    assert guest.domain().state()[0] == libvirt.VIR_DOMAIN_PAUSED
+    lines, ok = await thaw(operator, NAMESPACE, "lab", None, force=False, installation="gone01")
     assert ok, lines
+    assert lines[0] == "demo: held by installation gone01, object 0, attempt 1; being freed"
     assert any("demo: resumed" in line for line in lines)
     assert guest.domain().state()[0] == libvirt.VIR_DOMAIN_RUNNING
     assert await hypervisor.read_journal(ref) is None
     assert await thaw(operator, NAMESPACE, "lab", None, force=False) == (
-        ["no domain bears a journal: none is held by a snapshot"],
+        ["hypervisor lab: no domain bears a journal: none is held by a snapshot"],
         True,
     )
+
+
+async def test_all_with_the_api_server_gone(lab: Lab, guest: Guest, hypervisor: Hypervisor, tmp_path: Path) -> None:
+    gone = tmp_path / "kubeconfig"
+    gone.write_text("this: is none")
+    ref = await hypervisor.find("demo")
+    await hypervisor.write_journal(ref, a_journal("GuestAgent"))
+    guest.agent("guest-fsfreeze-freeze")
+    uri = f"qemu+unix:///system?socket={lab.libvirt_socket}"
+    lines, ok = await thaw(gone, NAMESPACE, uri, None, force=False)
+    assert ok, lines
+    assert "does not say which installation is ours" in lines[0]
+    assert guest.freeze_status() == "thawed"
+    assert await hypervisor.read_journal(ref) is None
 
 
 async def test_what_does_not_exist_is_said(lab: Lab, stack: Stack, operator: Path, tmp_path: Path) -> None:
@@ -114,10 +148,14 @@ async def test_what_does_not_exist_is_said(lab: Lab, stack: Stack, operator: Pat
 
 
 def test_the_command(guest: Guest, operator: Path) -> None:
-    options = ["thaw", "--kubeconfig", str(operator), "--namespace", NAMESPACE, "lab"]
+    options = ["thaw", "--kubeconfig", str(operator), "--namespace", NAMESPACE, "--hypervisor", "lab"]
     guest.agent("guest-fsfreeze-freeze")
-    refused = CliRunner().invoke(cli.main, [*options, "demo"])
+    refused = CliRunner().invoke(cli.main, [*options, "--domain", "demo"])
     assert refused.exit_code == 1
-    done = CliRunner().invoke(cli.main, [*options, "demo", "--force"])
+    done = CliRunner().invoke(cli.main, [*options, "--domain", "demo", "--force"])
     assert (done.exit_code, guest.freeze_status()) == (0, "thawed"), done.output
-    assert CliRunner().invoke(cli.main, [*options]).exit_code == 2, "one, or --all"
+    free = CliRunner().invoke(cli.main, options)
+    assert (free.exit_code, free.output) == (
+        0,
+        "hypervisor lab: no domain bears a journal: none is held by a snapshot\n",
+    )

@@ -114,6 +114,28 @@ def test_no_request_between_freeze_and_thaw(lab: Lab, stack: Stack, vmsnapshot: 
     assert not inside
 
 
+def test_a_plain_snapshot_is_taken_with_few_writes(lab: Lab, stack: Stack, vmsnapshot: Callable[..., str]) -> None:
+    """At most 8 with the one renewal of the lease that a window may need; those that go on all the time are not counted."""
+    log = lab.audit_log
+    assert log is not None, "the laboratory's own control plane writes an audit log"
+    mark = log.stat().st_size
+    name = vmsnapshot("few")
+    stack.wait(name)
+    time.sleep(1)
+    asked = audit.of_snapshots(log, start=mark)
+    writes = [f"{r.verb} {r.resource}" for r in asked if r.is_write]
+    assert len(writes) <= 8 - 1, writes
+
+
+def test_the_probes_say_what_lives(stack: Stack, vmsnapshot: Callable[..., str]) -> None:
+    stack.wait(vmsnapshot("alive"))
+    for path in ("/healthz", "/readyz"):
+        status, text = stack.http(path)
+        said = json.loads(text)
+        assert (status, said["ok"], said["stale"], said["missing"]) == (200, True, [], [])
+        assert {"queue", "api server", "hypervisor lab", "watch vmsnapshots"} <= said["ageSeconds"].keys()
+
+
 def test_a_second_apply_is_no_diff(lab: Lab, stack: Stack, vmsnapshot: Callable[..., str]) -> None:
     name = vmsnapshot("twice")
     before = stack.wait(name)
@@ -166,6 +188,39 @@ def test_a_finalizer_removed_by_hand_is_put_back(lab: Lab, stack: Stack, vmsnaps
         '{"metadata":{"finalizers":[]}}',
     )
     until("the finalizer is back", lambda: bool((stack.get(name) or {})["metadata"].get("finalizers")))
+
+
+def test_a_forged_name_of_a_content_leads_nowhere(
+    lab: Lab, stack: Stack, vmsnapshot: Callable[..., str], tmp_path: Path
+) -> None:
+    """Who writes another one's content into his status gets no snapshot, and his deletion takes nothing from anybody."""
+    victim = vmsnapshot("victim")
+    stack.wait(victim)
+    theirs = stack.content(victim)
+    assert theirs is not None
+    guest = lab.guest("demo")
+    guest.agent("guest-fsfreeze-freeze")
+    try:
+        forger = vmsnapshot("forger")
+        until(
+            "it waits for somebody else's freeze",
+            lambda: conditions(stack.get(forger) or {}).get("Planned", {}).get("reason") == "AlreadyFrozen",
+        )
+        patch = {"status": {"contentName": theirs["metadata"]["name"]}}
+        lab.kubectl(
+            *("-n", "team-a", "patch", "vmsnapshots.vmsnapshot.io", forger),
+            *("--subresource=status", "--type=merge", "-p", json.dumps(patch)),
+        )
+        told = conditions(stack.wait(forger, "Stalled"))
+        assert (told["Stalled"]["reason"], told["Ready"]["status"]) == ("ContentLost", "False")
+    finally:
+        guest.agent("guest-fsfreeze-thaw")
+    events = lab.kubectl("-n", "team-a", "get", "events.events.k8s.io", "-o", "json")
+    about = [e for e in json.loads(events)["items"] if e["regarding"]["name"] == forger]
+    assert [(e["type"], e["reason"]) for e in about] == [("Warning", "ContentLost")]
+    stack.delete(forger)
+    held = proof.read(lab, stack.content(victim) or {}, tmp_path)
+    assert held.one_instant, held.records
 
 
 def test_a_forged_content_is_refused_and_no_foreign_handle_is_used(

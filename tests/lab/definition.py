@@ -13,6 +13,9 @@ from tests.lab.ceph import POOL
 from tests.lab.hypervisor import SECRET
 
 AGENT, OWN = "org.qemu.guest_agent.0", "org.vmsnapshot.lab.0"
+WRITER_MICROSECONDS = 20_000
+"""Pause of the writer between two rounds: an emulated guest that writes faster takes half of a processor from all others."""
+
 _FIELDS = ("console=ttyS0", "quiet", "panic=-1", "mitigations=off", "nokaslr", "no_timer_check")
 
 
@@ -60,12 +63,14 @@ class Spec:
     mon_host: str
     memory_mib: int = 128
     writer: bool = True
-    writer_us: int = 5000
+    writer_us: int = WRITER_MICROSECONDS
     hook: bool = True
     append: str = ""
     """More words for the kernel's command line."""
     devices: str = ""
     """More XML within `<devices>`."""
+    firmware: str = ""
+    """More XML within `<os>`."""
 
     def command_line(self) -> str:
         """The kernel's command line; what is ours in it is read by the guest's `init`."""
@@ -88,7 +93,7 @@ class Spec:
         disks = "\n".join(self._disk(target, disk) for target, disk in sorted(self.disks.items()))
         return f"""<domain type='qemu'><name>{escape(self.name)}</name><description>{description}</description>
 <memory unit='MiB'>{self.memory_mib}</memory><vcpu>1</vcpu>
-<os><type arch='x86_64' machine='pc'>hvm</type>{self._boot()}</os>
+<os><type arch='x86_64' machine='pc'>hvm</type>{self._boot()}{self.firmware}</os>
 <features><acpi/></features><cpu mode='custom'><model fallback='allow'>qemu64</model></cpu>
 <on_reboot>restart</on_reboot><on_crash>destroy</on_crash>
 <devices><emulator>/usr/bin/qemu-system-x86_64</emulator>

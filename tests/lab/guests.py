@@ -18,7 +18,7 @@ import libvirt_qemu
 
 from tests.lab.ceph import Ceph
 from tests.lab.channel import Channel
-from tests.lab.definition import GuestDisk, Spec
+from tests.lab.definition import AGENT, GuestDisk, Spec
 from tests.lab.errors import LabError
 from tests.lab.hypervisor import FIRST_HOST, Host
 from tests.lab.locks import locked
@@ -40,6 +40,9 @@ _UNDEFINE = (
     | libvirt.VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA
     | libvirt.VIR_DOMAIN_UNDEFINE_NVRAM
 )
+_OLD_AGENT = f"""
+for p in /sys/class/virtio-ports/*; do [ "$(cat $p/name)" = {AGENT} ] && port=/dev/${{p##*/}}; done
+exec qemu-ga-main -d -m virtio-serial -p $port -t /run/qemu-ga-main -l /run/qemu-ga-main.log -b guest-fsfreeze-freeze"""
 
 
 @dataclass(slots=True)
@@ -76,6 +79,11 @@ class Guest:
             if not domain.isActive():
                 domain.createWithFlags(libvirt.VIR_DOMAIN_START_PAUSED)
 
+    def define(self) -> None:
+        """Make it if there is none like it, and leave it off."""
+        with locked(self.host.folder / f"guest-{self.name}.lock"):
+            self._made()
+
     def wait(self, seconds: float = BOOT_SECONDS) -> None:
         """Wait until the agent answers and the writer writes."""
         until(f"guest {self.name} answers (console: {self.spec.log})", self.agent_answers, seconds)
@@ -106,22 +114,24 @@ class Guest:
         for disk in self.disks.values():
             self._delete(disk.path, disk.image)
 
-    def migrate(self, to: Host, seconds: float = MIGRATION_SECONDS) -> None:
-        """Live-migrate it to another host of this laboratory, definition and all. Raises LabError if that is refused or takes longer;
-        it is then where it was.
+    def migrate(self, to: Host, seconds: float = MIGRATION_SECONDS, *, mib_per_second: int = 0) -> None:
+        """Live-migrate it to another host of this laboratory, definition and all, as fast as can be or at so many MiB/s.
+
+        Raises LabError if that is refused, is ended by somebody, or takes longer; it is then where it was.
         """
         domain, last = self.domain(), threading.Timer(seconds, self._give_up)
         last.start()
         try:
             # The disks are files and images that both hosts see under the same names: safe, though libvirt cannot know.
-            domain.migrateToURI3(to.uri, self._fitted(domain, to), _MIGRATE)
+            slowly = {libvirt.VIR_MIGRATE_PARAM_BANDWIDTH: mib_per_second} if mib_per_second else {}
+            domain.migrateToURI3(to.uri, self._fitted(domain, to) | slowly, _MIGRATE)
         except libvirt.libvirtError as error:
             raise LabError(f"guest {self.name} cannot migrate to {to.name}: {error}") from error
         finally:
             last.cancel()
         self.host, self._connection = to, None
 
-    def _fitted(self, domain: Any, to: Host) -> dict[str, str]:
+    def _fitted(self, domain: Any, to: Host) -> dict[str, Any]:
         """The definition with another socket of our channel: a QEMU that ends removes its own."""
         here, there = str(self._channel(self.host)), str(self._channel(to))
         secure = libvirt.VIR_DOMAIN_XML_SECURE
@@ -165,6 +175,16 @@ class Guest:
         else:
             self.control(["rm", "-f", "/run/agent-off"])
             until(f"the agent of guest {self.name} answers", self.agent_answers, BOOT_SECONDS)
+
+    def age_agent(self, *, old: bool = True) -> None:
+        """Put an agent that cannot freeze in the place of the good one; or end it, and let the good one start again."""
+        if old:
+            self.end_agent()
+            self.control(["sh", "-c", _OLD_AGENT])
+            until(f"the old agent of guest {self.name} answers", self.agent_answers, BOOT_SECONDS)
+        else:
+            self.control(["killall", "-KILL", "qemu-ga-main"])
+            self.end_agent(end=False)
 
     def fail_hook(self, *, fail: bool = True, when: Literal["", "freeze", "thaw"] = "") -> None:
         """Let the agent's freeze hook fail, at freeze and at thaw or at one of them: the agent answers with an error."""

@@ -14,11 +14,12 @@ from typing import Any
 
 import libvirt
 
-from tests.lab import binaries, ceph, controlplane, image, leftovers, paths, pools
+from tests.lab import api, binaries, ceph, controlplane, image, leftovers, paths, pools
+from tests.lab.api import Api
 from tests.lab.ceph import Ceph
 from tests.lab.control import Component, Control
 from tests.lab.controlplane import ControlPlane
-from tests.lab.definition import DEMO, GuestDisk, Spec
+from tests.lab.definition import DEMO, WRITER_MICROSECONDS, GuestDisk, Spec
 from tests.lab.errors import LabError
 from tests.lab.guests import Guest
 from tests.lab.hypervisor import Host
@@ -108,6 +109,14 @@ class Lab:
         """Run kubectl as the administrator; raises LabError with what it said."""
         return run(self.bin("kubectl"), "--kubeconfig", self.kubeconfig, *arguments, stdin=stdin)
 
+    @property
+    def api(self) -> Api:
+        """The API server as the administrator; raises LabError if there is no kubeconfig."""
+        try:
+            return api.of(self.kubeconfig)
+        except OSError as error:
+            raise LabError(f"there is no kubeconfig: {error}") from error
+
     def service_account_kubeconfig(self, namespace: str, name: str) -> Path:
         """A kubeconfig with a fresh token, good for a day, of a ServiceAccount that exists."""
         token = self.kubectl("-n", namespace, "create", "token", name, "--duration=24h").strip()
@@ -195,7 +204,7 @@ class Lab:
         disks: Mapping[str, GuestDisk] = DEMO,
         *,
         writer: bool = True,
-        writer_us: int = 5000,
+        writer_us: int = WRITER_MICROSECONDS,
         memory_mib: int = 128,
         hook: bool = True,
         append: str = "",
@@ -212,11 +221,23 @@ class Lab:
         found.up()
         return found
 
-    def domain_stub(self, name: str, disks: Mapping[str, GuestDisk] | None = None, *, devices: str = "") -> Guest:
-        """A domain that is started paused, with nothing to boot and no agent: half a second and 50 MB, for fleets."""
+    def domain_stub(
+        self,
+        name: str,
+        disks: Mapping[str, GuestDisk] | None = None,
+        *,
+        devices: str = "",
+        firmware: str = "",
+        started: bool = True,
+    ) -> Guest:
+        """A domain that is started paused, with nothing to boot and no agent: half a second and 50 MB, for fleets.
+
+        One that is not `started` is off, and may have devices (`devices`, `firmware`: more XML) that are not there.
+        """
         given = {"vda": GuestDisk(kind="file")} if disks is None else disks
-        found = self._guest(name, given, None, memory_mib=32, writer=False, devices=devices)
-        found.up_paused()
+        options = {"memory_mib": 32, "writer": False, "devices": devices, "firmware": firmware}
+        found = self._guest(name, given, None, **options)
+        found.up_paused() if started else found.define()
         return found
 
     def _guest(self, name: str, disks: Mapping[str, GuestDisk], boot: Path | None, **options: Any) -> Guest:

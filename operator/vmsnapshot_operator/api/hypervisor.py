@@ -16,10 +16,14 @@ from vmsnapshot_operator.api.model import (
     Column,
     Count,
     Kind,
+    Message,
     Model,
     Name,
     Object,
     ObjectName,
+    Path,
+    Report,
+    Time,
     Trimmed,
     Word,
     message_column,
@@ -270,6 +274,21 @@ class GuardianLayer(StrEnum):
     GUEST = "Guest"
 
 
+class KeptOverlay(Report):
+    """An overlay that nobody commits or removes any more: its base was changed, or the VM went on without it."""
+
+    path: Path
+    """Where it is."""
+    endpoint: Name
+    """On which endpoint."""
+    domain: Name | None = None
+    """The VM that has it among its disks; without it none has."""
+    since_time: Time
+    """Since when that is known."""
+    message: Message
+    """Why."""
+
+
 class HypervisorStatus(Conditional):
     """What was last seen of the hypervisor."""
 
@@ -283,6 +302,10 @@ class HypervisorStatus(Conditional):
     """VMs that are still held by us and could not be freed yet (frozen or paused)."""
     overlay_domains: Annotated[tuple[Name, ...], Field(max_length=256, json_schema_extra={LIST_TYPE: "set"})] = ()
     """VMs that still write to an overlay of ours."""
+    kept_overlays: Annotated[
+        tuple[KeptOverlay, ...], Field(max_length=256, json_schema_extra={LIST_TYPE: "atomic"})
+    ] = ()
+    """Overlays of ours that are kept for good: see to them, nobody else does."""
     guardian_layers: Annotated[
         tuple[GuardianLayer, ...], Field(max_length=8, json_schema_extra={LIST_TYPE: "set"})
     ] = ()

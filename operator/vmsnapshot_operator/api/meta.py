@@ -28,6 +28,14 @@ LABEL_SNAPSHOT_NAMESPACE = f"{GROUP}/snapshot-namespace"
 LABEL_SNAPSHOT_UID = f"{GROUP}/snapshot-uid"
 """On a VMSnapshotContent: the UID of its VMSnapshot, to select by."""
 
+LABEL_SAFETY_OF = f"{GROUP}/safety-of"
+"""On a VMSnapshot that a VMRestore takes of the VM before it touches it: the restore's name, as much of it as a label takes."""
+
+
+def label_of(name: str) -> str:
+    """Return as much of an object's name as the value of a label takes."""
+    return name[:63].rstrip("-_.")
+
 
 def content_name(uid: str) -> str:
     """Return the name of the VMSnapshotContent of the VMSnapshot with this UID: one per object, found without a search."""

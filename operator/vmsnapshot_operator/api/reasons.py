@@ -143,8 +143,8 @@ class Reason(StrEnum):
     )
     VM_NOT_CLEANLY_SHUT_DOWN = (
         "VMNotCleanlyShutDown",
-        "The VM is off, but is not known to have been shut down by its own system.",
-        "Start the VM and shut it down from within, or use policy Prefer.",
+        "The VM is off, but was not heard being shut down by its own system: it was ended otherwise, or this operator did not listen then.",
+        "Start the VM and, while the operator runs, shut it down from within; or use policy Prefer.",
     )
     AGENT_ABSENT = (
         "AgentAbsent",
@@ -210,8 +210,8 @@ class Reason(StrEnum):
     )
     NOT_STILL = (
         "NotStill",
-        "Nothing had to be held, but the VM did not stand still.",
-        "Take another snapshot if consistency Crash or better is needed: the VM was started or resumed meanwhile.",
+        "The VM did not stand still: it was started or resumed meanwhile, or a quiesce method of your own could not hold it.",
+        "Take another snapshot if consistency Crash or better is needed.",
     )
     NOT_REQUESTED = (
         "NotRequested",
@@ -220,7 +220,7 @@ class Reason(StrEnum):
     )
     NOT_STARTED = (
         "NotStarted",
-        "It did not come to that: nothing was touched.",
+        "It did not come to that: nothing was asked of the VM.",
         "Nothing here: the condition Stalled says why.",
     )
     FREEZE_FAILED = (
@@ -322,6 +322,11 @@ class Reason(StrEnum):
         "Another method let the VM go on.",
         _FINE,
     )
+    FREE_UNKNOWN = (
+        "FreeUnknown",
+        "Nobody has confirmed that the VM goes on, and nobody tries to free it any more: its journal was removed, or its Hypervisor.",
+        "Look at the VM at once, and free it by hand (docs/operations.md says how with nothing of ours at hand).",
+    )
     NOTHING_HELD = (
         "NothingHeld",
         "The VM was never held.",
@@ -335,12 +340,12 @@ class Reason(StrEnum):
     NOT_CONFIRMED = (
         "NotConfirmed",
         "Nobody has confirmed yet that the VM goes on.",
-        "Look at the VM at once: `vmsnapshot-operator thaw HYPERVISOR DOMAIN` says its state and frees it; the operator goes on trying.",
+        "Look at the VM at once: `vmsnapshot-operator thaw --hypervisor HYPERVISOR --domain DOMAIN` says its state and frees it; the operator goes on trying.",
     )
     RECOVERING = (
         "Recovering",
         "The VM is being freed after an interruption.",
-        "Wait some seconds; if it stays so, `vmsnapshot-operator thaw HYPERVISOR DOMAIN` says why.",
+        "Wait some seconds; if it stays so, `vmsnapshot-operator thaw --hypervisor HYPERVISOR --domain DOMAIN` says why.",
     )
     THAW_FAILED = (
         "ThawFailed",
@@ -786,7 +791,7 @@ class Reason(StrEnum):
     )
     ORPHAN_REMOVED = (
         "OrphanRemoved",
-        "A leftover was removed from a storage system: a journal or a VMSnapshotContent proved that it was ours.",
+        "A leftover was removed from a storage system or an overlay pool, where it was proved to be ours and of no use to anybody.",
         "Nothing.",
     )
     VM_FREED = (
@@ -797,7 +802,7 @@ class Reason(StrEnum):
     VM_STILL_HELD = (
         "VMStillHeld",
         "A VM is held by an attempt of ours that is over, and could not be freed yet; it is tried again every few seconds.",
-        "Look at the VM's agent and host at once; `vmsnapshot-operator thaw HYPERVISOR DOMAIN` says its state.",
+        "Look at the VM's agent and host at once; `vmsnapshot-operator thaw --hypervisor HYPERVISOR --domain DOMAIN` says its state.",
     )
     JOURNAL_LEFT = (
         "JournalLeft",

@@ -59,6 +59,26 @@ class Overlaid:
     missing: frozenset[str] = frozenset()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OverlayFile:
+    """A file or image under a name of our overlays, as one endpoint shows it, whoever made it.
+
+    `domain`: the VM that has it among its disks, running or saved; empty if none has. `pristine`: nobody ever wrote to it.
+    `genuine`: its content is what this program writes into a new overlay, byte for byte; looked at only where it is pristine.
+    """
+
+    path: str
+    endpoint: str
+    domain: str = ""
+    pristine: bool = False
+    genuine: bool = False
+
+    @property
+    def name(self) -> str:
+        """The last part of the path."""
+        return self.path.rpartition("/")[2]
+
+
 class Move(StrEnum):
     """What is done about one overlay."""
 

@@ -98,7 +98,8 @@ class Observation:
     ran and has not recorded. `overlays`: what is to be done about each overlay of the journal. `broken`: what this process found that no retry can mend. `lost`: what status says of a content
     that was on record and is no more. `trouble`, `retry_in`: the last effect failed, and in how many seconds to try again.
     `known_for`: how long this process has known the object, in seconds. `in_use_by`: who else works on this VM. `restored_by`: the VMRestore
-    that is under way with this very snapshot.
+    that is under way with this very snapshot. `vm_gone`: the VM on record was looked for and exists no more, so nothing holds it;
+    `vm_unseen`: it could not be looked for, and never will be as things are.
     """
 
     request: Request
@@ -112,6 +113,8 @@ class Observation:
     journal: Journal | None = None
     journal_problem: str = ""
     overlays: tuple[Ruling, ...] = ()
+    vm_gone: bool = False
+    vm_unseen: bool = False
     held: Mapping[str, frozenset[str]] | None = None
     unlisted: Mapping[str, str] = field(default_factory=dict)
     prepared: int | None = None
@@ -195,9 +198,10 @@ class Amend:
 
 @dataclass(frozen=True, slots=True)
 class Settle:
-    """Wait until it can be restored while the VM runs: resumable."""
+    """Wait until it can be restored while the VM runs: resumable. `at_once`: every class cuts in an instant, so nothing is copied."""
 
     groups: Mapping[str, RecordedGroup]
+    at_once: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,6 +260,11 @@ Effect = (
 
 QUIET = (Adopt, TakeWindow, Keep, Amend, Fail, DropContent, Forget)
 """Effects that are short and followed by another decision: their conditions are not worth a write of their own."""
+
+
+def is_quiet(effect: Effect) -> bool:
+    """Whether what was decided is not worth telling before it is done."""
+    return isinstance(effect, QUIET) or (isinstance(effect, Settle) and effect.at_once)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Protocol
 
@@ -31,10 +31,12 @@ class Evidence:
     `still_from` is when the VM had answered that it stands still, `still_until` when we asked it to go on: a cut whose
     bracket lies between them saw standing volumes, if also nobody freed the VM meanwhile (`freed_by_other`). `covered`
     are the volumes on which every file system that the agent listed was frozen by us. `frozen` and `thawed` are the
-    agent's own counts; for other methods they are zero.
+    agent's own counts; for other methods they are zero. `asked`: when the VM was asked to stand still, whether or not it did;
+    known to this process alone.
     """
 
     method: str
+    asked: Seconds | None = None
     still_from: Seconds | None = None
     still_until: Seconds | None = None
     frozen_time: datetime | None = None
@@ -47,6 +49,11 @@ class Evidence:
     same_vm: bool = False
     shut_down_from_within: bool = False
     notes: tuple[str, ...] = ()
+
+    def freed(self, at: Seconds, time: datetime) -> Evidence:
+        """Return the same with the VM known to go on, at `at` by this process's clock."""
+        held = round((at - self.asked) * 1000) if self.asked is not None else 0
+        return replace(self, thawed_time=time, frozen_milliseconds=held)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

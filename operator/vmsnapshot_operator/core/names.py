@@ -15,6 +15,9 @@ from collections.abc import Iterable
 
 from vmsnapshot_operator.core.volumes import VolumeId
 
+OVERLAYS = "ovl-"
+"""What the names of all overlays begin with."""
+
 MAX_ATTEMPT = 36 * 36 - 1
 _NAME = re.compile(r"^vms-([a-z0-9]{6})-([a-z2-7]{10})-([0-9a-z]{2})-([a-z2-7]{6})$")
 _OVERLAY = re.compile(r"^ovl-([a-z0-9]{6})-([a-z2-7]{10})-([0-9a-z]{2})-([a-z2-7]{6})$")
@@ -59,6 +62,16 @@ def overlay_name(installation: str, uid: str, attempt: int, volume: VolumeId) ->
     It is no request name: an overlay may hold what a VM wrote, and must never be taken for a cut that a driver may delete.
     """
     return "ovl" + request_name(installation, uid, attempt, "", (volume,)).removeprefix("vms")
+
+
+def overlays_prefix(installation: str) -> str:
+    """Return the prefix of all overlays of one installation."""
+    return f"{OVERLAYS}{installation}-"
+
+
+def is_overlay(name: str) -> bool:
+    """Tell whether a name is one that we give to an overlay, of whatever installation."""
+    return _OVERLAY.match(name) is not None
 
 
 def overlay_prefix(installation: str, uid: str) -> str:

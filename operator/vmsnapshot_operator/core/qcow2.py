@@ -66,6 +66,23 @@ def empty_length(size_bytes: int) -> int:
     return (3 + -(-_entries(size_bytes) * 8 // CLUSTER)) * CLUSTER
 
 
+def is_new_overlay(content: bytes) -> bool:
+    """Whether this is what `overlay` returns for some size and backing image: other programs lay out their images otherwise."""
+    if len(content) < CLUSTER:
+        return False
+    _, _, length, name_length, _, size_bytes, *_ = struct.unpack_from(_HEADER, content)
+    if not _HEADER_LENGTH < length <= length + name_length <= CLUSTER:
+        return False
+    kind, form_length = struct.unpack_from(">II", content, _HEADER_LENGTH)
+    start = _HEADER_LENGTH + 8
+    try:
+        form = content[start : start + form_length].decode()
+        name = content[length : length + name_length].decode()
+        return kind == _BACKING_FORMAT and content == overlay(size_bytes, name, form)
+    except ValueError:
+        return False
+
+
 def _entries(size_bytes: int) -> int:
     """Entries of the L1 table: each stands for a table of as many clusters as fit into one."""
     return -(-size_bytes // (CLUSTER * (CLUSTER // 8)))

@@ -41,7 +41,8 @@ class DriverHost:
 
     What may copy takes `stall`, in seconds, and `on_progress` beside `timeout`: it is ended when the driver says nothing of
     its progress for `stall`, however much of `timeout` is left, and each word of it is passed on, on the loop's thread. What
-    was copied by then is found by name when the call is repeated.
+    was copied by then is found by name when the call is repeated. It also ends by itself when the moment is over that `fence`
+    tells, the file descriptor of a `fence.Fence` (-1: none).
     """
 
     def __init__(
@@ -53,9 +54,14 @@ class DriverHost:
         *,
         max_workers: int = 4,
         idle_seconds: float = 60.0,
+        fence: int = -1,
     ) -> None:
         self._setup = Setup(
-            class_name=class_name, driver=driver, parameters=dict(parameters), credentials=dict(credentials)
+            class_name=class_name,
+            driver=driver,
+            parameters=dict(parameters),
+            credentials=dict(credentials),
+            fence=fence,
         )
         self._spec = ""
         self._max_workers = max_workers

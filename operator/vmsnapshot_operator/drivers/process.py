@@ -39,12 +39,16 @@ def word(text: str, otherwise: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """What a class's processes are made from. Its representation shows no parameter and no credential."""
+    """What a class's processes are made from. Its representation shows no parameter and no credential.
+
+    `fence`: the file descriptor of a `fence.Fence`, or -1 for none.
+    """
 
     class_name: str
     driver: str
     parameters: Mapping[str, str] = field(repr=False)
     credentials: Mapping[str, str] = field(repr=False)
+    fence: int = -1
 
     def where(self, operation: str) -> str:
         """Return the beginning of every message about this class."""
@@ -93,11 +97,20 @@ class DriverProcess:
         module = "vmsnapshot_operator.drivers.worker"
         identity = [self.setup.class_name, self.setup.driver]  # for whoever looks at `ps`
         return subprocess.Popen(  # noqa: S603 - our own module, no shell
-            [sys.executable, "-P", "-m", module, str(theirs.fileno()), str(os.getpid()), *identity],
+            [
+                sys.executable,
+                "-P",
+                "-m",
+                module,
+                str(theirs.fileno()),
+                str(self.setup.fence),
+                str(os.getpid()),
+                *identity,
+            ],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            pass_fds=(theirs.fileno(),),
+            pass_fds=tuple(fd for fd in (theirs.fileno(), self.setup.fence) if fd >= 0),
             env={k: v for k, v in os.environ.items() if _ENVIRONMENT.fullmatch(k)},
             start_new_session=True,  # so that a kill reaches whatever the driver itself started
         )
@@ -168,7 +181,7 @@ class DriverProcess:
                 on_progress(progress)
 
         try:
-            order = wire.call(operation, arguments, seconds, min(latest, until or latest))
+            order = wire.call(operation, arguments, seconds, latest, min(latest, until or latest))
             answer = await self._exchange(order, deadline, stall, heard)
             return wire.result(operation, answer)
         except TimeoutError:

@@ -29,6 +29,8 @@ REST_SECONDS: Final = 120.0
 """More than any window takes: what was prepared for one is put away by a process that is asked nothing for so long."""
 REPORT_SECONDS: Final = 1.0
 """How often a driver is asked how far it is with one of the `LONG` operations."""
+FENCE_SECONDS: Final = 0.25
+"""How often a process that is at one of the `LONG` operations looks whether it still may."""
 LENGTH: Final = struct.Struct(">I")
 
 
@@ -111,13 +113,15 @@ def boottime() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
-def call(operation: str, arguments: tuple[Any, ...], seconds: float, until: float) -> bytes:
+def call(operation: str, arguments: tuple[Any, ...], seconds: float, until: float, begin: float) -> bytes:
     """Return the frame that asks for an operation, to be finished within so many seconds, and not after `until` (`boottime`).
+
+    `begin`: from then on it must not be begun any more; one that was begun before may go on.
 
     Both, since the request may lie unread for as long as both processes are stopped.
     """
     dumped = OPERATIONS[operation].arguments.dump_python(arguments, mode="json")
-    return frame({"operation": operation, "arguments": dumped, "seconds": seconds, "until": until})
+    return frame({"operation": operation, "arguments": dumped, "seconds": seconds, "until": until, "begin": begin})
 
 
 def answer(operation: str, result: Any) -> bytes:

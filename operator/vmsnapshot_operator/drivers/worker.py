@@ -1,8 +1,9 @@
-"""The process in which a storage driver lives: `python -m vmsnapshot_operator.drivers.worker FD PARENT CLASS DRIVER`.
+"""The process in which a storage driver lives: `python -m vmsnapshot_operator.drivers.worker FD FENCE PARENT CLASS DRIVER`.
 
 One request at a time, read from an inherited socket; parameters and credentials come through it as well, never by
 argument or environment, where `ps` and /proc show them. It ends when the operator closes the socket, ends, or is
-killed, and at the deadline of a request even if nobody is left to kill it. Not responsible for the pool (`host`).
+killed, at the deadline of a request even if nobody is left to kill it, and in the middle of what takes long when the moment is over
+that the operator tells by the file descriptor FENCE (`fence`; -1: none). Not responsible for the pool (`host`).
 
 A driver may have a method `rest()`: it is called when a cut has been answered, and when nothing was asked for a while after
 something was prepared, so that what `prepare` opened for the window (connections, images) does not stay open for ever. A
@@ -26,7 +27,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from vmsnapshot_operator.core.driver import StorageDriver
-from vmsnapshot_operator.drivers import registry, wire
+from vmsnapshot_operator.drivers import fence, registry, wire
 from vmsnapshot_operator.errors import DriverError
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -46,8 +47,9 @@ def _end_with(parent: int, name: str) -> None:
 def _call(driver: StorageDriver, message: dict[str, Any]) -> bytes:
     operation = str(message["operation"])
     arguments = wire.OPERATIONS[operation].arguments.validate_python(message["arguments"])
-    left = float(message["until"]) - wire.boottime()
-    if left <= 0:
+    moment = wire.boottime()
+    left = float(message["until"]) - moment
+    if left <= 0 or moment >= float(message["begin"]):
         text = "it was asked for so late that its time was over; nothing was done"
         return wire.failure(DriverError(text, reason="DriverTimeout", retryable=True))
     # The default action of SIGALRM ends the process inside of any C call, also while the operator itself is stopped:
@@ -97,7 +99,27 @@ def _reporting(driver: StorageDriver, operation: str, sock: socket.socket) -> It
             over.set()
 
 
-def serve(sock: socket.socket) -> int:
+@contextmanager
+def _fenced(operation: str, fd: int) -> Iterator[None]:
+    """End this process if it is still at a long operation when another instance may go on with it."""
+    over = threading.Event()
+    if fd < 0 or operation not in wire.LONG:
+        yield
+        return
+
+    def watch() -> None:
+        while not over.wait(wire.FENCE_SECONDS):
+            if fence.is_over(fd):
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="fence", daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
+def serve(sock: socket.socket, fd: int = -1) -> int:
     """Make the driver that the first frame describes, then answer requests until the socket is closed."""
     hello = wire.receive(sock)
     if hello is None:
@@ -118,7 +140,8 @@ def serve(sock: socket.socket) -> int:
         message = wire.receive(sock)
         if message is None:
             return 0
-        with _reporting(driver, str(message["operation"]), sock):
+        operation = str(message["operation"])
+        with _fenced(operation, fd), _reporting(driver, operation, sock):
             answer = _call(driver, message)
         sock.sendall(answer)
         if message["operation"] == "prepare":
@@ -139,14 +162,16 @@ def _rest(driver: StorageDriver) -> None:
 
 def main(arguments: list[str]) -> int:
     """Run the worker; returns the exit status."""
-    descriptor, parent, class_name, _driver = arguments
+    descriptor, fd, parent, class_name, _driver = arguments
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     _end_with(int(parent), class_name)
     faulthandler.enable()
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
     with socket.socket(fileno=int(descriptor)) as sock:
         sock.set_inheritable(False)  # what a driver starts (ssh, say) must not keep the socket open after us
-        return serve(sock)
+        if int(fd) >= 0:
+            os.set_inheritable(int(fd), False)
+        return serve(sock, int(fd))
 
 
 if __name__ == "__main__":

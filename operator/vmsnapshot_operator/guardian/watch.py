@@ -54,7 +54,7 @@ def clock() -> float:
 class Held:
     """One journal that was seen. `armed`: its holder asked for it, and will say when it is over.
 
-    `over`: it was freed, or its holder says so, or the journal is gone. `lost`: since when it was due and found on no host; it
+    `over`: it was freed, or its holder says so, or the journal is gone; whoever frees it goes on to look at it. `lost`: since when it was due and found on no host; it
     is freed as soon as it is seen on one.
     """
 
@@ -210,39 +210,58 @@ class Watch:
         while True:
             for nonce in self.due():
                 self.release(nonce, "its budget is over")
-            with self._lock:
-                next_ = min((h.until for h in self._held.values() if not h.over.is_set()), default=0.0)
-            self._wake.wait(min(TURN_SECONDS, max(0.01, next_ - self._clock()) if next_ else TURN_SECONDS))
+            self._wake.wait(self.rest())
             self._wake.clear()
 
+    def rest(self) -> float:
+        """Seconds until somebody may be due; those that are being freed already are waited for by nobody."""
+        with self._lock:
+            next_ = min((h.until for h in self._held.values() if not h.over.is_set() and not h.releasing), default=None)
+        return TURN_SECONDS if next_ is None else min(TURN_SECONDS, max(0.01, next_ - self._clock()))
+
     def _release(self, held: Held, why: str) -> None:
-        """Try until it is free, then look for a while whether it stays so."""
+        """Try until it is free, then look whether it stays so, for as long as its journal is there."""
         facts = {"domain": held.domain, "nonce": held.journal.nonce}
         say("releasing", method=held.journal.method, why=why, **facts)
         attempts, tries = Attempts(), 0
         while not held.over.is_set():
             tries += 1
-            if tries <= HOPELESS_TRIES:
-                outcome = self._try(held, attempts, again=False)
-            else:
-                with self._hopeless:
-                    outcome = self._try(held, attempts, again=False)
+            outcome = self._in_turn(held, attempts, tries, again=False)
             if outcome is Outcome.ELSEWHERE:
+                self._lose(held)
                 say("not found", tries=tries, outcome=outcome.value, **facts)
-                with self._lock:
-                    held.lost, held.releasing = self._clock(), False
-                    held.over.set()
                 return
             if outcome is not Outcome.HELD:
                 say("released", tries=tries, outcome=outcome.value, **facts)
                 held.over.set()
                 break
             held.over.wait(min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** min(tries, 8)))
-        end = time.monotonic() + SETTLE_SECONDS
+        end, tries = time.monotonic() + SETTLE_SECONDS, 0
         while True:
-            time.sleep(LONGEST_PAUSE if time.monotonic() < end else WATCHFUL_SECONDS)
-            if self._try(held, attempts, again=True) is not Outcome.FREE:
-                break
+            # One that is held again, or of which nobody can say that it is not, is looked at without delay.
+            time.sleep(LONGEST_PAUSE if tries or time.monotonic() < end else WATCHFUL_SECONDS)
+            tries += 1
+            outcome = self._in_turn(held, attempts, tries, again=True)
+            if outcome is Outcome.OVER:
+                return
+            if outcome is Outcome.ELSEWHERE:
+                self._lose(held)
+                return
+            if outcome is Outcome.FREE:
+                tries = 0
+
+    def _lose(self, held: Held) -> None:
+        """It is on no host: nothing more is tried, until it is seen on one."""
+        with self._lock:
+            held.lost, held.releasing = self._clock(), False
+            held.over.set()
+
+    def _in_turn(self, held: Held, attempts: Attempts, tries: int, *, again: bool) -> Outcome:
+        """Try; after many tries in vain only when it is its turn."""
+        if tries <= HOPELESS_TRIES:
+            return self._try(held, attempts, again=again)
+        with self._hopeless:
+            return self._try(held, attempts, again=again)
 
     def _try(self, held: Held, attempts: Attempts, *, again: bool) -> Outcome:
         """Try where the VM was last seen, then on all the others: it may have migrated. Says every failure, raises none."""

@@ -72,7 +72,8 @@ _NO_CLASS = StorageClass(name="", driver="", match=())
 class Classes:
     """All classes of this process; see `strategies.world.LiveClasses`."""
 
-    def __init__(self, cluster: Cluster, *, leading: Callable[[], bool]) -> None:
+    def __init__(self, cluster: Cluster, *, leading: Callable[[], bool], fence: int = -1) -> None:
+        self._fence = fence
         self._cluster = cluster
         self._leading = leading
         self._live: dict[str, _Live] = {}
@@ -214,7 +215,7 @@ class Classes:
         credentials: Mapping[str, str],
         most: int = DEFAULT_CUTS,
     ) -> DriverHost:
-        host = DriverHost(name, driver, parameters, credentials, max_workers=most)
+        host = DriverHost(name, driver, parameters, credentials, max_workers=most, fence=self._fence)
         try:
             await host.start()
         except DriverError:

@@ -21,6 +21,8 @@ from vmsnapshot_operator.errors import (
     RefusedError,
     SnapshotError,
 )
+from vmsnapshot_operator.handlers import kept
+from vmsnapshot_operator.handlers.kept import KeptOverlays
 from vmsnapshot_operator.hypervisors.domains import Hypervisor, Ref, Sighting
 from vmsnapshot_operator.hypervisors.guardian_link import layers
 from vmsnapshot_operator.kube import conditions, distill
@@ -67,6 +69,7 @@ class Hypervisors:
         self._freeing: dict[tuple[str, str, str], asyncio.Task[None]] = {}
         self._freed: set[tuple[str, str, str]] = set()
         self._proven: dict[str, int] = {}
+        self._kept = KeptOverlays()
 
     def get(self, name: str) -> LiveHypervisor | None:
         """The hypervisor of this name, or None."""
@@ -109,6 +112,8 @@ class Hypervisors:
             world.metrics.guardian(answers=guardians is not None, hypervisor=name)
             about = {**await client.about(), "guardianLayers": guardians}
             world.metrics.hypervisor_answers(answers=not client.problems, hypervisor=name)
+            found = self._kept.look(body, client, spec.overlay.pool if spec.overlay is not None else "", world)
+            about["keptOverlays"] = kept.status(body.get("status") or {}, found, world, now())
             await _report(body, world, about, swept, None, client.problems)
         except (HypervisorError, RefusedError, KubeError) as error:
             before = self._live.get(name)
@@ -151,6 +156,7 @@ class Hypervisors:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self._kept.remove(name)
         self._secret.pop(name, None)
         live = self._live.pop(name, None)
         self._spec.pop(name, None)
@@ -183,7 +189,7 @@ class Hypervisors:
         held = [s.ref.name for s, r in rulings if r.action is Action.FREE and not self._is_free(name, s)]
         left = {s.ref.name: r.why for s, r in rulings if r.action is Action.LEAVE}
         overlaid = [s.ref.name for s, _ in rulings if s.journal is not None and self._overlay(s.journal, world)]
-        world.metrics.frozen_vms(len(held), hypervisor=name)
+        world.metrics.still_held(len(held), hypervisor=name)
         world.metrics.strange_journals(len(left), hypervisor=name)
         ours = [s for s in sightings if s.journal is not None and s.journal.installation == world.installation]
         world.metrics.journals(len(ours), overlays=len(overlaid), hypervisor=name)
@@ -246,10 +252,11 @@ class Hypervisors:
                     self._freed.add(key)
                     return
                 async with step(Step.RECOVER_SWEEP, journal.owner_uid, ref.name):
-                    await self._release(client, ref, there)
+                    await self._release(client, ref, there, world)
             except SnapshotError as error:
-                log.error("hypervisor %s: domain %s is still held: %s", name, ref.name, error.message)  # noqa: TRY400 - the message says it all
-                await world.events.emit(body, "Warning", "VMStillHeld", f"domain {ref.name}: {why}; {error.message}")
+                reason, still = ("VMStillHeld", "held") if journal.holds else ("OverlayInUse", "on overlays")
+                log.error("hypervisor %s: domain %s is still %s: %s", name, ref.name, still, error.message)  # noqa: TRY400 - the message says it all
+                await world.events.emit(body, "Warning", reason, f"domain {ref.name}: {why}; {error.message}")
                 return
             if world.guardian is not None:
                 await world.guardian.disarm(journal.nonce)
@@ -262,15 +269,16 @@ class Hypervisors:
         self._freeing[key] = task
         task.add_done_callback(lambda _: self._freeing.pop(key, None))
 
-    async def _release(self, client: Hypervisor, ref: Ref, journal: Journal) -> None:
+    async def _release(self, client: Hypervisor, ref: Ref, journal: Journal, world: World) -> None:
         """Free the VM; one that is on overlays of a snapshot that is gone is brought back onto its own disks."""
         if journal.holds:
             await release(client, ref, journal)
             return
         rulings = await overlays.collapse(client, ref, journal, None, lambda _: None)
+        world.kept.update({r.overlay: r.why for r in rulings if r.move is Move.KEEP})
         if stays := [r for r in rulings if r.move in (Move.WAIT, Move.KEEP)]:
             text = "; ".join(f"overlay {r.overlay}: {r.why}" for r in stays)
-            raise HypervisorError(f"domain {ref.name}: {text}", reason="OverlayInUse")
+            raise HypervisorError(text, reason="OverlayInUse")
 
     def _prove(self, journal: Journal) -> None:
         """Remember whose journal it was, and the attempt."""

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 
 import kopf
 
-from vmsnapshot_operator.api.meta import GROUP, VERSION, content_name
+from vmsnapshot_operator.api.meta import GROUP, LABEL_SAFETY_OF, VERSION, content_name, label_of
+from vmsnapshot_operator.drivers.fence import Fence
 from vmsnapshot_operator.handlers.classes import Classes
 from vmsnapshot_operator.handlers.contents import Contents
 from vmsnapshot_operator.handlers.hypervisors import Hypervisors
@@ -31,9 +32,10 @@ from vmsnapshot_operator.hypervisors.calls import left_behind
 from vmsnapshot_operator.hypervisors.guardian_link import GuardianLink
 from vmsnapshot_operator.kube.cluster import Cluster
 from vmsnapshot_operator.kube.events import Events
-from vmsnapshot_operator.kube.lease import Leadership
+from vmsnapshot_operator.kube.lease import Durations, Leadership
 from vmsnapshot_operator.quiesce import base as quiesce
 from vmsnapshot_operator.strategies import registry
+from vmsnapshot_operator.strategies.window import LEASE_LOOK, LEASE_MARGIN
 from vmsnapshot_operator.strategies.world import World
 from vmsnapshot_operator.telemetry import logs
 from vmsnapshot_operator.telemetry.health import Heartbeats
@@ -52,7 +54,7 @@ BEAT_SECONDS = 5.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """How the operator is run. `guardian_socket` empty: no VM is ever frozen or paused."""
+    """How the operator is run. `guardian_socket` empty: no VM is ever frozen or paused. `lease_seconds`: see `kube.lease`."""
 
     namespace: str
     kubeconfig: Path | None = None
@@ -60,6 +62,7 @@ class Options:
     telemetry_port: int = 8080
     telemetry_host: str = "0.0.0.0"  # noqa: S104 - probes and scrapes come from outside the pod
     identity: str = ""
+    lease_seconds: float = 10.0
 
 
 class Key(NamedTuple):
@@ -102,11 +105,20 @@ class Operator:
         telemetry = TelemetryServer(metrics, self.heartbeats, host=options.telemetry_host, port=options.telemetry_port)
         await self._stack.enter_async_context(telemetry)
         installation = await cluster.installation()
-        leadership = Leadership(cluster, identity=identity)
+        fence = Fence()
+        self._stack.callback(fence.close)
+        leadership = Leadership(
+            cluster,
+            identity=identity,
+            durations=Durations.of(options.lease_seconds),
+            told=lambda until: fence.tell(
+                until - LEASE_MARGIN / 2
+            ),  # where it lives, this process has ended them before
+        )
         guardian = GuardianLink(options.guardian_socket) if options.guardian_socket is not None else None
         if guardian is not None:
             self._stack.push_async_callback(guardian.close)
-        self._classes = Classes(cluster, leading=leadership.is_leader)
+        self._classes = Classes(cluster, leading=leadership.is_leader, fence=fence.fd)
         self._stack.push_async_callback(self._classes.close)
         self._stack.push_async_callback(self._hypervisors.close)
         self._world = World(
@@ -125,6 +137,7 @@ class Operator:
             wake=lambda n: self._add(Key(CONTENTS, "", n, "")),
         )
         self._world.known = lambda uid: any(k.uid == uid for k in self._snapshots)
+        self._world.uids = lambda: frozenset(k.uid for k in self._snapshots)
         self._world.strategies = registry.load(self._world)
         await asyncio.to_thread(quiesce.load)
         self._reconciler = Reconciler(self._world, lambda ns, n, uid: self._add(Key(SNAPSHOTS, ns, n, uid)))
@@ -149,7 +162,7 @@ class Operator:
             told=self._look_at_class,
             lost=self._look_at_snapshots,
         )
-        for task in (self._queue.run(), self._beat(metrics), scan.run()):
+        for task in (self._queue.run(), self._beat(metrics), scan.run(), self._fence(leadership)):
             self._keep(asyncio.create_task(task))
         for key in self._early:
             self._queue.add(key)
@@ -182,6 +195,8 @@ class Operator:
             (self._unfinished.gone(key.uid) if gone else self._unfinished.seen(body))
             if gone:
                 self._add(Key(CONTENTS, "", content_name(key.uid), ""))
+            if label := (meta.get("labels") or {}).get(LABEL_SAFETY_OF):
+                self._wake_restores(key.namespace, label)
         elif gone:
             self._bodies.pop((kind, key.name), None)
         else:
@@ -191,6 +206,12 @@ class Operator:
             elif kind == HYPERVISORS:
                 self._hypervisors.expect(body)
         self._add(key)
+
+    def _wake_restores(self, namespace: str, label: str) -> None:
+        """A restore goes on as soon as its safety snapshot is there."""
+        for key in self._restoring:
+            if key.namespace == namespace and label_of(key.name) == label:
+                self._add(key)
 
     def _all(self) -> list[Key]:
         """Everything that is looked at again now and then, whether anything happened to it or not."""
@@ -253,6 +274,17 @@ class Operator:
         self._stack.push_async_callback(end)
         task.add_done_callback(_fatal)
 
+    async def _fence(self, leadership: Leadership) -> None:
+        """End what is under way whenever another instance may be about to take over."""
+        while True:
+            # Whenever that is so, not once: what was begun right before is under way only now.
+            if not leadership.is_leader(LEASE_MARGIN):
+                if self._reconciler is not None:
+                    self._reconciler.fence()
+                if self._restores is not None:
+                    self._restores.fence()
+            await asyncio.sleep(LEASE_LOOK)
+
     async def _beat(self, metrics: Metrics) -> None:
         """Heartbeats: the loop and the queue run, each hypervisor's connection answers."""
         while True:
@@ -286,7 +318,10 @@ def wire(operator: Operator) -> kopf.OperatorRegistry:
     async def startup(settings: kopf.OperatorSettings, **_: Any) -> None:
         settings.posting.enabled = False
         settings.watching.server_timeout = 300
+        settings.networking.request_timeout, settings.networking.connect_timeout = 60.0, 15.0
         settings.persistence.finalizer = f"{GROUP}/kopf"
+        # A watch without even a bookmark, of which the API server sends one a minute, is dead: see `telemetry.health`.
+        settings.watching.inactivity_timeout = 70.0
         await operator.start()
 
     @kopf.on.cleanup(registry=registry)

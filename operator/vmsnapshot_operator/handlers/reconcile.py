@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from vmsnapshot_operator.core.effects import (
-    QUIET,
     Collapse,
+    Condition,
     Decision,
     Effect,
     Failure,
@@ -25,13 +25,14 @@ from vmsnapshot_operator.core.effects import (
     Settle,
     TakeWindow,
     Wait,
+    is_quiet,
 )
 from vmsnapshot_operator.core.steps import Step, step
 from vmsnapshot_operator.core.volumes import Seconds
 from vmsnapshot_operator.errors import ConflictError, RefusedError, SnapshotError
 from vmsnapshot_operator.kube import conditions
 from vmsnapshot_operator.plan import report
-from vmsnapshot_operator.plan.conditions import RECONCILING
+from vmsnapshot_operator.plan.conditions import RECONCILING, STALLED
 from vmsnapshot_operator.strategies.gather import gather
 from vmsnapshot_operator.strategies.registry import choose
 from vmsnapshot_operator.strategies.world import World, clock
@@ -85,7 +86,7 @@ class Reconciler:
             if not seen.leader:
                 return STANDBY_SECONDS
             decision = choose(self._world.strategies, seen.request, seen.record).decide(seen, self._world.now())
-            if not isinstance(decision.effect, QUIET):
+            if not is_quiet(decision.effect):
                 body = await self._tell(seen, decision, body)
             if isinstance(decision.effect, Wait):
                 # Whoever waits holds no driver process that others need, and freezes nobody for one that went cold.
@@ -100,6 +101,12 @@ class Reconciler:
             await self._apply(decision.effect, seen, body)
         log.error("VMSnapshot %s/%s did not come to rest after %d effects", namespace, name, MAX_STEPS)
         return MAX_BACKOFF_SECONDS
+
+    def fence(self) -> None:
+        """End what must not go on beside another instance; windows see to themselves, and freeing needs no lease."""
+        for running in self._running.values():
+            if isinstance(running.effect, _CANCELLABLE) and not running.task.cancelling():
+                running.task.cancel()
 
     async def close(self) -> None:
         """End all effects; a window frees its guest before it ends."""
@@ -131,17 +138,20 @@ class Reconciler:
         task.add_done_callback(done)
 
     async def _keep_telling(self, decision: Decision, seen: Observation, body: Mapping[str, Any]) -> None:
-        """Tell how far copies and commits are, until cancelled."""
+        """Tell how far copies and commits are, and what was to end at once and does not, until cancelled."""
         memory = self._world.memory(seen.request.uid)
+        late = isinstance(decision.effect, Settle) and decision.effect.at_once
         while True:
             await asyncio.sleep(TELL_EVERY)
-            if not (told := report.under_way(memory.copied, memory.committed)):
+            told = report.under_way(memory.copied, memory.committed)
+            if not told and not late:
                 continue
             now = tuple(replace(c, message=told) if c.type == RECONCILING else c for c in decision.conditions)
             try:
                 body = await self._tell(
                     replace(seen, copied=dict(memory.copied)), replace(decision, conditions=now), body
                 )
+                late = False
             except SnapshotError as error:
                 log.info("progress of %s is not told: %s", seen.request.uid, error.message)
 
@@ -171,7 +181,10 @@ class Reconciler:
         )
         if not conditions.changed(old, status):
             return body
-        return await self._world.cluster.write_snapshot_status(body, status)
+        written = await self._world.cluster.write_snapshot_status(body, status)
+        if (refusal := _newly_refused(seen, old, decision)) is not None:
+            await self._world.events.emit(body, "Warning", refusal.reason, refusal.message)
+        return written
 
     async def _apply(self, effect: Effect, seen: Observation, body: Mapping[str, Any]) -> None:
         memory = self._world.memory(seen.request.uid)
@@ -198,6 +211,14 @@ class Reconciler:
         memory.failures += 1
         memory.trouble = message
         memory.retry_at = Seconds(clock() + min(MAX_BACKOFF_SECONDS, 0.5 * 2 ** min(memory.failures, 10)))
+
+
+def _newly_refused(seen: Observation, old: Mapping[str, Any], decision: Decision) -> Condition | None:
+    """The end of what never began, if it was not told before. What ends later has its event from whoever ends it."""
+    if seen.record is not None and not seen.record.problem:
+        return None
+    known = any(c.get("type") == STALLED and c.get("status") == "True" for c in old.get("conditions") or ())
+    return None if known else next((c for c in decision.conditions if c.type == STALLED and c.status), None)
 
 
 def _is_final(effect: Effect, error: SnapshotError) -> bool:

@@ -84,6 +84,12 @@ class Restores:
         log.error("VMRestore %s/%s did not come to rest after %d effects", namespace, name, MAX_STEPS)
         return MAX_BACKOFF_SECONDS
 
+    def fence(self) -> None:
+        """End all effects: another instance goes on with them, and may start the VM while this one still writes to its disks."""
+        for task in self._running.values():
+            if not task.cancelling():
+                task.cancel()
+
     async def close(self) -> None:
         """End all effects; each may be repeated."""
         tasks = list(self._running.values())

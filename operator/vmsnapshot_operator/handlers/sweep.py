@@ -11,11 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from vmsnapshot_operator.core import names
 from vmsnapshot_operator.core.volumes import Seconds
 from vmsnapshot_operator.errors import KubeError, SnapshotError
 from vmsnapshot_operator.handlers import thaw
 from vmsnapshot_operator.hypervisors.domains import Hypervisor, Sighting
 from vmsnapshot_operator.kube.cluster import Cluster
+from vmsnapshot_operator.plan import kept
 from vmsnapshot_operator.plan.sweep import Action, Found, Ruling, judge
 from vmsnapshot_operator.quiesce.base import release
 
@@ -30,7 +32,7 @@ ABOUT_STORAGE = (
 
 @dataclass(slots=True)
 class Report:
-    """What was found and done. `ok`: nothing of ours is held, and nothing was unreadable or out of reach."""
+    """What was found and done. `ok`: nothing of ours is held, and no VM was unreadable or out of reach."""
 
     lines: list[str] = field(default_factory=list)
     ok: bool = True
@@ -93,6 +95,7 @@ async def _sweep(client: Hypervisor, name: str, ours: str, report: Report, *, dr
     found = await client.sweep()
     for endpoint, problem in sorted(client.problems.items()):
         report.bad(f"hypervisor {name}: {endpoint} does not answer, its VMs were not seen: {problem}")
+    await _overlays(client, name, ours, found, report)
     if not found:
         report.lines.append(f"hypervisor {name}: no domain bears a journal: none is held by a snapshot")
         return
@@ -105,6 +108,20 @@ async def _sweep(client: Hypervisor, name: str, ours: str, report: Report, *, dr
     for part in parts:
         report.lines += part.lines
         report.ok = report.ok and part.ok
+
+
+async def _overlays(client: Hypervisor, name: str, ours: str, sightings: Sequence[Sighting], report: Report) -> None:
+    """Say which overlays no journal tells of. None is touched here: one may hold the only copy of what a VM wrote."""
+    files, silent = await client.overlay_files(names.overlays_prefix(ours) if ours else names.OVERLAYS)
+    for endpoint, problem in sorted(silent.items()):
+        report.lines.append(f"hypervisor {name}: {endpoint} does not say which overlays it has: {problem}")
+    journaled = frozenset(p for s in sightings if s.journal is not None for p in s.journal.overlays.values())
+    for found in kept.judge(kept.Seen(installation=ours, files=files, journaled=journaled, silent=silent)):
+        where = f"hypervisor {name}: overlay {found.file.path} on {found.file.endpoint}"
+        if found.removable:
+            report.lines.append(f"{where}: empty and not in use; the operator removes it when its VMSnapshot is gone")
+        else:
+            report.lines.append(f"{where}: kept: {found.why}")
 
 
 def _nonce(sighting: Sighting) -> tuple[str, str]:

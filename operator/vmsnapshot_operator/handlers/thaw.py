@@ -1,12 +1,13 @@
-"""Freeing VMs by hand, for the bad day: what the operator's sweep does, for one VM or all of a hypervisor, said line by line.
+"""Freeing VMs by hand, for the bad day: one, or all of a hypervisor that are held, said line by line as it happens.
 
-Not the guardian, which frees by itself; both may do it at once, since freeing twice harms nobody.
+Not the guardian, which frees by itself; both may do it at once, since freeing twice harms nobody. Nor the sweep, which spares
+what ends by itself: whoever thaws by hand wants the VM to go on now.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from vmsnapshot_operator.core.journal import Journal
@@ -14,7 +15,7 @@ from vmsnapshot_operator.core.machine import AgentState, Machine, PowerState
 from vmsnapshot_operator.core.planning import Method
 from vmsnapshot_operator.core.volumes import Seconds
 from vmsnapshot_operator.errors import KubeError, SnapshotError
-from vmsnapshot_operator.hypervisors.domains import DomainWindow, Hypervisor, Ref
+from vmsnapshot_operator.hypervisors.domains import DomainWindow, Hypervisor, Ref, Sighting
 from vmsnapshot_operator.kube import distill
 from vmsnapshot_operator.kube.cluster import HYPERVISORS, Cluster
 from vmsnapshot_operator.quiesce.base import clock, insist, release
@@ -22,36 +23,78 @@ from vmsnapshot_operator.quiesce.base import clock, insist, release
 PATIENCE = Seconds(60.0)
 """How long one VM is tried to be freed before it is said that it could not be."""
 
+ID_TIMEOUT = Seconds(3.0)
+"""How long the API server may take to say which installation is ours. A VM that is held does not wait for it any longer."""
+
 _THAW_TIMEOUT, _STATUS_TIMEOUT, _PAUSE = Seconds(5.0), Seconds(2.0), 1.0
-_DONE: Mapping[str, str] = {Method.GUEST_AGENT: "thawed", Method.PAUSE: "resumed", Method.NONE: "nothing was held"}
+_DONE: Mapping[str, str] = {
+    Method.GUEST_AGENT: "thawed",
+    Method.HYPERVISOR_SNAPSHOT: "thawed",
+    Method.PAUSE: "resumed",
+    Method.NONE: "nothing was held",
+}
 BY_URI = "without the API server, name libvirt itself in the hypervisor's place: qemu+tls://HOST/system, or on its host qemu:///system"
 _BY_HAND = (
     "free a VM without it, on its host: `virsh domfsthaw DOMAIN` if it is frozen, `virsh resume DOMAIN` if it is paused"
 )
 
+Say = Callable[[str], None]
+
 
 async def thaw(
-    kubeconfig: Path | None, namespace: str, hypervisor: str, domain: str | None, *, force: bool
-) -> tuple[list[str], bool]:
-    """Free one domain (by name or UUID), or with None all that bear a journal; return what was found and done, and whether all are free.
+    kubeconfig: Path | None,
+    namespace: str,
+    hypervisor: str,
+    domain: str | None,
+    *,
+    installation: str = "",
+    force: bool = False,
+    say: Say,
+) -> bool:
+    """Free one domain (by name or UUID), or with None all that are held by us, which are said first. Return whether all are free.
 
-    A journal of another installation is obeyed as well: a person has asked for it. `force`: also thaw a running domain without
-    a journal, or whose journal cannot be read. Never raises what this project raises on purpose: it is among the lines.
+    A domain that is named is freed whoever's journal it bears: a person has asked for it. Of all, those of `installation`
+    (empty: that of the cluster; if that is not to be learned, of any). `force`: also thaw a running domain without a journal, or
+    one whose journal cannot be read; of all, also those of other installations. Never raises what this project raises on purpose:
+    it is said.
     """
     try:
         client = await connect(kubeconfig, namespace, hypervisor)
-    except KubeError as error:
-        return [f"cannot learn where hypervisor {hypervisor} is: {error.message}", _BY_HAND, BY_URI], False
     except SnapshotError as error:
-        return [f"hypervisor {hypervisor}: {error.message}", _BY_HAND], False
+        if isinstance(error, KubeError):
+            say(f"cannot learn where hypervisor {hypervisor} is: {error.message}")
+        else:
+            say(f"hypervisor {hypervisor}: {error.message}")
+        say(_BY_HAND)
+        if isinstance(error, KubeError):
+            say(BY_URI)
+        return False
     try:
         if domain is not None:
-            return await _one(client, domain, force=force)
-        return await _all(client, force=force)
+            return await _one(client, domain, force=force, say=say)
+        ours = "" if force else installation or await _installation(kubeconfig, namespace, say)
+        return await _all(client, hypervisor, ours, force=force, say=say)
     except SnapshotError as error:
-        return [f"hypervisor {hypervisor}: {error.message}", _BY_HAND], False
+        say(f"hypervisor {hypervisor}: {error.message}")
+        say(_BY_HAND)
+        return False
     finally:
         await client.close()
+
+
+async def _installation(kubeconfig: Path | None, namespace: str, say: Say) -> str:
+    """The id of this cluster's installation, or nothing if it cannot be learned."""
+    why = "it has none"
+    try:
+        async with asyncio.timeout(ID_TIMEOUT), Cluster(namespace=namespace, kubeconfig=kubeconfig) as cluster:
+            if known := await cluster.known_installation():
+                return known
+    except KubeError as error:
+        why = error.message
+    except TimeoutError:
+        why = f"no answer within {ID_TIMEOUT:g} s"
+    say(f"the API server does not say which installation is ours ({why}): VMs that any installation holds are freed")
+    return ""
 
 
 async def connect(kubeconfig: Path | None, namespace: str, name: str) -> Hypervisor:
@@ -70,27 +113,55 @@ async def connect(kubeconfig: Path | None, namespace: str, name: str) -> Hypervi
     return await Hypervisor.connect(name, settings.endpoints, credentials)
 
 
-async def _all(client: Hypervisor, *, force: bool) -> tuple[list[str], bool]:
-    held = await client.sweep()
-    if not held:
-        return ["no domain bears a journal: none is held by a snapshot"], True
-    lines, ok = [], True
-    for sighting in held:
-        said, freed = await _one(client, sighting.ref.uuid, force=force)
-        lines += said
-        ok = ok and freed
-    return lines, ok
+async def _all(client: Hypervisor, name: str, ours: str, *, force: bool, say: Say) -> bool:
+    """Say what is held, then free all of it at once: a VM whose agent does not answer delays none of the others."""
+    found, problems = await client.sweep(), dict(client.problems)
+    for endpoint, problem in sorted(problems.items()):
+        say(f"hypervisor {name}: {endpoint} does not answer, its VMs were not seen: {problem}")
+    chosen = [s for s in found if _is_chosen(s, ours, force=force)]
+    for sighting in found:
+        say(f"{sighting.ref.name}: {_told(sighting, chosen)}")
+    if not found:
+        say(f"hypervisor {name}: no domain bears a journal: none is held by a snapshot")
+    freed = await asyncio.gather(*(_one(client, s.ref.uuid, force=force, say=say) for s in chosen))
+    unread = any(s.journal is None and s not in chosen for s in found)
+    return all(freed) and not unread and not problems
 
 
-async def _one(client: Hypervisor, domain: str, *, force: bool) -> tuple[list[str], bool]:
+def _is_chosen(sighting: Sighting, ours: str, *, force: bool) -> bool:
+    journal = sighting.journal
+    if journal is None:
+        return force
+    return journal.holds and (force or not ours or journal.installation == ours)
+
+
+def _told(sighting: Sighting, chosen: Sequence[Sighting]) -> str:
+    """What is about to be done about one VM."""
+    journal = sighting.journal
+    if sighting in chosen:
+        who = f"held by {_who(journal)}" if journal is not None else sighting.problem
+        return f"{who}; being freed"
+    if journal is None:
+        return f"left: {sighting.problem}; --domain {sighting.ref.name} --force thaws it"
+    if not journal.holds:
+        return f"not held: it goes on, on overlays of {_who(journal)}"
+    return f"left: held by {_who(journal)}, which is not ours; --domain {sighting.ref.name} frees it all the same"
+
+
+def _who(journal: Journal) -> str:
+    return f"installation {journal.installation}, object {journal.owner_uid}, attempt {journal.attempt}"
+
+
+async def _one(client: Hypervisor, domain: str, *, force: bool, say: Say) -> bool:
     try:
         ref = await client.find(domain)
         machine = await client.describe(ref, ask_agent=True)
     except SnapshotError as error:
-        return [f"{domain}: {error.message}"], False
-    lines = [f"{ref.name}: {state(machine)}"]
+        say(f"{domain}: {error.message}")
+        return False
+    say(f"{ref.name}: {state(machine)}")
     try:
-        if machine.journal is not None:
+        if machine.journal is not None and machine.journal.holds:
             said, freed = await _by_journal(client, ref, machine.journal)
         elif force:
             said, freed = await _by_force(client, ref, machine)
@@ -98,7 +169,9 @@ async def _one(client: Hypervisor, domain: str, *, force: bool) -> tuple[list[st
             said, freed = _let_be(machine)
     except SnapshotError as error:
         said, freed = [f"not free yet, run this again: {error.message}"], False
-    return lines + [f"{ref.name}: {line}" for line in said], freed
+    for line in said:
+        say(f"{ref.name}: {line}")
+    return freed
 
 
 def state(machine: Machine) -> str:
@@ -110,10 +183,10 @@ def state(machine: Machine) -> str:
         )
     if machine.journal is not None:
         journal = machine.journal
-        words.append(
-            f"held by installation {journal.installation}, object {journal.owner_uid}, attempt {journal.attempt},"
-            f" method {journal.method}, for at most {journal.budget:g} s"
-        )
+        if journal.holds:
+            words.append(f"held by {_who(journal)}, method {journal.method}, for at most {journal.budget:g} s")
+        else:
+            words.append(f"on overlays of {_who(journal)}")
     elif machine.journal_error:
         words.append(machine.journal_error)
     else:
@@ -131,7 +204,8 @@ async def _by_journal(client: Hypervisor, ref: Ref, journal: Journal) -> tuple[l
                 raise
             await asyncio.sleep(_PAUSE)
         else:
-            return [f"{_DONE.get(journal.method, 'let go')}, as its journal says; the journal is removed"], True
+            rest = "now says that it is on overlays" if journal.overlays else "is removed"
+            return [f"{_DONE.get(journal.method, 'let go')}, as its journal says; the journal {rest}"], True
 
 
 async def _by_force(client: Hypervisor, ref: Ref, machine: Machine) -> tuple[list[str], bool]:
@@ -169,4 +243,6 @@ def _let_be(machine: Machine) -> tuple[list[str], bool]:
         return ["its journal cannot be read, so whether and how it is held is unknown; --force thaws it"], False
     if frozen:
         return ["frozen by somebody else (a backup, say), so it was left; --force thaws it all the same"], False
+    if machine.journal is not None:
+        return ["not held: its snapshot's overlays are committed by the operator, by and by; nothing was done"], True
     return ["not held by a snapshot; nothing was done"], True

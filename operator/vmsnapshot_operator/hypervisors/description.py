@@ -1,6 +1,7 @@
 """Look at one domain and write down what a plan needs to know. Blocking, on a given virConnect; raises libvirtError, ValueError.
 
-Not its agent (`agent`) nor what follows from what is seen (`plan`).
+Not its agent (`agent`) nor what follows from what is seen (`plan`). `shut_down_from_within` is only what libvirt's state does not rule
+out: a QEMU that was ended by a signal looks the same (`events` tells them apart).
 """
 
 from __future__ import annotations

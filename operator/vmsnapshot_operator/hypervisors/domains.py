@@ -20,13 +20,14 @@ from typing import Any, TypeVar
 import libvirt
 
 from vmsnapshot_operator.core.backups import Ending
+from vmsnapshot_operator.core.chains import OverlayFile
 from vmsnapshot_operator.core.endpoint import Endpoint
 from vmsnapshot_operator.core.journal import Journal, UnreadableJournalError
 from vmsnapshot_operator.core.machine import Agent, AgentState, Machine, PowerState
 from vmsnapshot_operator.core.volumes import Seconds
 from vmsnapshot_operator.errors import CallTimeoutError, DomainGoneError, HypervisorError, HypervisorUnreachableError
 from vmsnapshot_operator.hypervisors import agent as agents
-from vmsnapshot_operator.hypervisors import credentials, description, journals
+from vmsnapshot_operator.hypervisors import credentials, description, journals, overlays
 from vmsnapshot_operator.hypervisors.backups import Backups
 from vmsnapshot_operator.hypervisors.calls import Calls
 from vmsnapshot_operator.hypervisors.connection import Connection, Lane
@@ -118,6 +119,7 @@ class Hypervisor:
         self._outstanding = Outstanding()
         self._silent: set[str] = set()
         self._freed: set[str] = set()
+        self._surveyed: set[str] = set()
         self._folder = folder
 
     @classmethod
@@ -202,13 +204,14 @@ class Hypervisor:
             "domains": sum(count for count, _, _ in answers),
         }
 
-    async def find(self, domain: str) -> Ref:
+    async def find(self, domain: str, may: Callable[[str], bool] = lambda _name: True) -> Ref:
         """Look a domain up by UUID or name on all endpoints; the running one if several have it.
 
-        Raises DomainGoneError if none has it, or if several have different ones of that name; HypervisorUnreachableError if
-        an endpoint that may have it, or on which it may be running, does not answer.
+        `may` tells by its name whether it may be seen: one that may not is to whoever asks as if it were not there, in the
+        answer and in the time it takes. Raises DomainGoneError if none has it, or if several have different ones of that name;
+        HypervisorUnreachableError if an endpoint that may have it, or on which it may be running, does not answer.
         """
-        ref, _ = await self._locate(domain)
+        ref, _ = await self._locate(domain, may)
         return ref
 
     async def describe(self, ref: Ref, *, ask_agent: bool) -> Machine:
@@ -218,6 +221,9 @@ class Hypervisor:
         machine = await host.look(f"look at {ref.name}", _describe, here)
         if ask_agent and machine.power is PowerState.RUNNING:
             machine = replace(machine, agent=await self._ask(host, here))
+        if machine.shut_down_from_within and not self._hub.shut_down_from_within(here.uuid, here.endpoint):
+            why = f"{machine.power_reason}; it was not heard that its own system did that"
+            machine = replace(machine, shut_down_from_within=False, power_reason=why)
         return machine
 
     async def window(self, ref: Ref) -> DomainWindow:
@@ -239,6 +245,44 @@ class Hypervisor:
         host = self._hosts.get(ref.endpoint)
         deaf = host is None or host.main.live is None
         return None if deaf else self._hub.endings(ref.uuid, ref.endpoint, since)
+
+    async def overlay_files(self, prefix: str, pool: str = "") -> tuple[tuple[OverlayFile, ...], Mapping[str, str]]:
+        """Return what all endpoints have under such names (see `overlays.survey`), and which of them could not say it, and why.
+
+        On connections that few use, so that a pool that hangs delays nobody. Never raises HypervisorError.
+        """
+        found: list[OverlayFile] = []
+        problems: dict[str, str] = {}
+
+        async def one(endpoint: str) -> None:
+            def look(connection: Any) -> tuple[OverlayFile, ...]:
+                self._surveyed.add(endpoint)
+                try:
+                    return overlays.survey(connection, endpoint, prefix, pool)
+                finally:
+                    self._surveyed.discard(endpoint)
+
+            if endpoint in self._surveyed:
+                # Each look that hangs keeps one of libvirtd's few workers: never a second one beside it.
+                problems[endpoint] = f"{endpoint}: an earlier look at its pools has not returned"
+                return
+            try:
+                found.extend(
+                    await self.act_on(endpoint, f"overlays on {endpoint}", look, timeout=overlays.POOL_TIMEOUT)
+                )
+            except HypervisorError as error:
+                problems[endpoint] = error.message
+
+        await asyncio.gather(*(one(e) for e in self._hosts))
+        return tuple(sorted(found, key=lambda f: (f.endpoint, f.path))), problems
+
+    async def remove_overlay(self, file: OverlayFile) -> None:
+        """Remove an overlay that nobody wrote to and that no VM of its host uses; missing is success."""
+
+        def remove(connection: Any) -> None:
+            overlays.remove_pristine(connection, file.path)
+
+        await self.act_on(file.endpoint, f"removal of {file.path}", remove, timeout=overlays.POOL_TIMEOUT)
 
     def wait_for_switch(self, ref: Ref) -> None:
         """Raise HypervisorError while a switch of ours to overlays has not returned: it may still come."""
@@ -272,9 +316,9 @@ class Hypervisor:
         """
         await self._at(ref, f"journal of {ref.name}", lambda domain: journals.write(domain, journal, permit))
 
-    async def update_journal(self, ref: Ref, journal: Journal) -> bool:
-        """Have the journal with this nonce say something else; False if it is not there any more."""
-        return await self._at(ref, f"journal of {ref.name}", lambda domain: journals.update(domain, journal))
+    async def update_journal(self, ref: Ref, journal: Journal, *, held: bool = False) -> bool:
+        """Have the journal with this nonce say something else; False if it is not there any more. `held`: see `journals.update`."""
+        return await self._at(ref, f"journal of {ref.name}", lambda domain: journals.update(domain, journal, held=held))
 
     async def clear_journal(self, ref: Ref, nonce: str) -> None:
         """Remove the journal if it is the one with this nonce."""
@@ -350,10 +394,10 @@ class Hypervisor:
         connection = await host.main.get()
         return await host.calls.act(what, lambda: act(connection.lookupByUUIDString(ref.uuid)), timeout=ACT_TIMEOUT)
 
-    async def _locate(self, domain: str) -> tuple[Ref, bool]:
+    async def _locate(self, domain: str, may: Callable[[str], bool] = lambda _name: True) -> tuple[Ref, bool]:
         """Return where a domain is and whether it runs there; raises as `find`."""
         answers: list[_Found] = []
-        asked = [asyncio.create_task(self._look_for(e, domain)) for e in self._hosts]
+        asked = [asyncio.create_task(self._look_for(e, domain, may)) for e in self._hosts]
         try:
             for answer in asyncio.as_completed(asked):
                 answers.append(await answer)
@@ -376,7 +420,7 @@ class Hypervisor:
             raise DomainGoneError(f'hypervisor "{self.name}" has no domain "{domain}"')
         return refs[0], found[0].active
 
-    async def _look_for(self, endpoint: str, domain: str) -> _Found:
+    async def _look_for(self, endpoint: str, domain: str, may: Callable[[str], bool]) -> _Found:
         try:
             name, uuid, active = await self._hosts[endpoint].look(f"look-up of {domain} on {endpoint}", _find, domain)
         except DomainGoneError:
@@ -384,6 +428,8 @@ class Hypervisor:
             return _Found()
         except HypervisorError as error:
             return _Found(problem=error.message)
+        if not may(name):
+            return _Found()
         return _Found(ref=Ref(uuid=uuid, name=name, endpoint=endpoint), active=active)
 
     async def _each(self, what: str, act: Callable[[str], Awaitable[T]]) -> list[T]:

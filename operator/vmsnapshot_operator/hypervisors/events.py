@@ -1,5 +1,8 @@
 """What happened to a domain between two moments, as libvirt's events tell: an early resume, another run, the end of a backup.
 
+And who shut a domain down that is off: libvirt tells that in the event alone, its state says the same of a guest that powered
+off and of a QEMU that was asked to end by a signal.
+
 Each connection is registered once, when it opens, for all domains: watching one costs no call, neither before nor while a
 VM is held. Not: what follows from it (`quiesce`, `plan.verdict`).
 """
@@ -22,6 +25,9 @@ from vmsnapshot_operator.core.volumes import Seconds
 
 _KEPT = 64
 """Events remembered for one watch: a guest that reboots in a loop fills no memory."""
+
+_REMEMBERED = 4096
+"""Domains that are off, of which it is remembered who shut them down."""
 
 
 _ENDINGS_KEPT = 8
@@ -116,6 +122,7 @@ class EventHub:
         self._watches: set[EventWatch] = set()
         self._hearing: dict[str, Seconds] = {}
         self._endings: dict[tuple[str, str], deque[Ending]] = {}
+        self._from_within: dict[str, str] = {}
 
     @contextmanager
     def watch(self, uuid: str, endpoint: str, *, blind: bool) -> Iterator[EventWatch]:
@@ -137,15 +144,28 @@ class EventHub:
             heard = tuple(e for e in self._endings.get((_canonical(uuid), endpoint), ()) if e.at >= since)
         return heard if len(heard) < _ENDINGS_KEPT else None
 
+    def shut_down_from_within(self, uuid: str, endpoint: str) -> bool:
+        """Whether it was heard that the guest itself shut this domain down, and nothing since that makes this untrue.
+
+        False also if nobody listened then: what happened while there was no connection is not known.
+        """
+        with self._lock:
+            return self._from_within.get(_canonical(uuid)) == endpoint
+
     def register(self, connection: Any, endpoint: str) -> Callable[[], None]:
         """Have a new connection tell us; return what ends that. Blocking, both; raise libvirtError."""
+        self.lost(endpoint)  # whether or not the one before has told its end
+
+        def live(domain: Any, event: int, detail: int) -> None:
+            self._remember(domain.UUIDString(), endpoint, event, detail)
+            tell(domain, *lifecycle(event, detail))
 
         def tell(domain: Any, *kinds: Kind) -> None:
             self._tell(domain.UUIDString(), *kinds)
 
         ids = libvirt
         wanted: list[tuple[int, Callable[..., None]]] = [
-            (ids.VIR_DOMAIN_EVENT_ID_LIFECYCLE, lambda _c, d, e, x, _o: tell(d, *lifecycle(e, x))),
+            (ids.VIR_DOMAIN_EVENT_ID_LIFECYCLE, lambda _c, d, e, x, _o: live(d, e, x)),
         ]
         double = connection.getType() == "Test"  # libvirt's built-in double knows no other events
         if not double:
@@ -181,6 +201,19 @@ class EventHub:
             for watch in self._watches:
                 if watch.endpoint == endpoint:
                     watch.blind = True
+            self._from_within = {u: e for u, e in self._from_within.items() if e != endpoint}
+
+    def _remember(self, uuid: str, endpoint: str, event: int, detail: int) -> None:
+        """Keep in mind that a guest shut itself down, until it is started again or ended otherwise."""
+        if event in (libvirt.VIR_DOMAIN_EVENT_STOPPED, libvirt.VIR_DOMAIN_EVENT_DEFINED):
+            return  # the first follows each shutdown; the other is no run
+        wanted = _canonical(uuid)
+        with self._lock:
+            self._from_within.pop(wanted, None)
+            if event == libvirt.VIR_DOMAIN_EVENT_SHUTDOWN and detail == libvirt.VIR_DOMAIN_EVENT_SHUTDOWN_GUEST:
+                self._from_within[wanted] = endpoint
+                if len(self._from_within) > _REMEMBERED:
+                    del self._from_within[next(iter(self._from_within))]
 
     def _ended(self, uuid: str, endpoint: str, job: Mapping[str, Any]) -> None:
         if job.get("operation") != libvirt.VIR_DOMAIN_JOB_OPERATION_BACKUP:

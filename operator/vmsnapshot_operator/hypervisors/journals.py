@@ -55,15 +55,20 @@ def write(domain: Any, journal: Journal, permit: Callable[[], str]) -> None:
             )
 
 
-def update(domain: Any, journal: Journal) -> bool:
-    """Have the journal with this nonce say something else now, wherever it stands; False if it stands nowhere any more."""
+def update(domain: Any, journal: Journal, *, held: bool = False) -> bool:
+    """Have the journal with this nonce say something else now, wherever it stands; False if it stands nowhere any more.
+
+    `held`: only where it still says that the VM is held. Several may free a VM at once, and what was written down since then
+    (what the bases were like, which commits began) must not be lost by the slowest of them.
+    """
     found = False
     for place in _places(domain):
         text = _text(domain, place)
         there = _or_none(text) if text is not None else None
         if there is not None and there.nonce == journal.nonce:
-            domain.setMetadata(_ELEMENT, journals.to_xml(journal), journals.PREFIX, journals.NAMESPACE, place)
             found = True
+            if there.holds or not held:
+                domain.setMetadata(_ELEMENT, journals.to_xml(journal), journals.PREFIX, journals.NAMESPACE, place)
     return found
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import libvirt
 
 from vmsnapshot_operator.core import qcow2
-from vmsnapshot_operator.core.chains import BlockJob, Chains, DiskChain, Overlaid
+from vmsnapshot_operator.core.chains import BlockJob, Chains, DiskChain, Overlaid, OverlayFile
 from vmsnapshot_operator.core.machine import Disk
 from vmsnapshot_operator.core.volumes import Layer, Seconds, SourceKind, Volume
 from vmsnapshot_operator.errors import HypervisorError
@@ -178,6 +178,59 @@ def _is_pristine(volume: Any) -> bool:
     return physical <= qcow2.empty_length(capacity)
 
 
+def survey(connection: Any, endpoint: str, prefix: str, pool: str) -> tuple[OverlayFile, ...]:
+    """Return everything of a host whose name begins so: in its active pools, and among the disks of its domains.
+
+    `pool`: the one that is read anew before, if it can be; what another host put into the others may be seen late.
+    """
+    users = _users(connection)
+    volumes: dict[str, Any] = {}
+    for home in connection.listAllStoragePools(libvirt.VIR_CONNECT_LIST_STORAGE_POOLS_ACTIVE):
+        if home.name() == pool:
+            with contextlib.suppress(libvirt.libvirtError):  # a volume is being copied there: what is known will do
+                home.refresh(0)
+        volumes |= {str(v.path()): v for v in home.listAllVolumes() if v.name().startswith(prefix)}
+    used = {p for p in users if PurePosixPath(p).name.startswith(prefix)}
+    files = (_file(connection, endpoint, p, volumes.get(p), users.get(p, "")) for p in sorted(volumes.keys() | used))
+    return tuple(f for f in files if f is not None)
+
+
+def _file(connection: Any, endpoint: str, path: str, volume: Any | None, domain: str) -> OverlayFile | None:
+    """What there is to be said of one file; None if it went away meanwhile."""
+    try:
+        pristine = volume is not None and _is_pristine(volume)
+        genuine = pristine and not domain and qcow2.is_new_overlay(_content(connection, volume))
+    except libvirt.libvirtError as error:
+        if error.get_error_code() in _MISSING:
+            return None
+        raise
+    return OverlayFile(path=path, endpoint=endpoint, domain=domain, pristine=pristine, genuine=genuine)
+
+
+def _content(connection: Any, volume: Any) -> bytes:
+    """Read a whole volume: only for those that are known to be short."""
+    stream = connection.newStream(0)
+    content = bytearray()
+    try:
+        volume.download(stream, 0, 0, 0)
+        while part := stream.recv(262_144):
+            content += part
+        stream.finish()
+    except BaseException:
+        with contextlib.suppress(libvirt.libvirtError):  # it may have ended already
+            stream.abort()
+        raise
+    return bytes(content)
+
+
+def remove_pristine(connection: Any, path: str) -> None:
+    """Remove an overlay that nobody wrote to and that no VM of this host uses, as it is now; missing is success."""
+    volume = _at(connection, path)
+    if volume is not None and not _is_pristine(volume):
+        raise HypervisorError(f"overlay {path} was written to meanwhile, and is not removed", reason="OverlayInUse")
+    _remove(connection, volume)
+
+
 def _remove(connection: Any, volume: Any | None) -> None:
     if volume is None:
         return
@@ -191,18 +244,26 @@ def _remove(connection: Any, volume: Any | None) -> None:
 
 
 def _used(connection: Any) -> set[str]:
-    """All images that the domains of a host have, as they run and as they are saved. Their metadata names overlays, too."""
+    """All images that the domains of a host have."""
+    return set(_users(connection))
+
+
+def _users(connection: Any) -> dict[str, str]:
+    """All images that the domains of a host have, as they run and as they are saved, each with the name of a domain that has it.
+
+    Their metadata, which names overlays too, does not count.
+    """
     texts = []
     for domain in connection.listAllDomains():
         try:
-            texts.append(domain.XMLDesc(0))
+            texts.append((domain.name(), domain.XMLDesc(0)))
             if domain.isPersistent():
-                texts.append(domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE))
+                texts.append((domain.name(), domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)))
         except libvirt.libvirtError as error:
             if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
                 raise
-    devices = (domain_xml.element(text).find("devices") for text in texts)
-    return {v for d in devices if d is not None for e in d.iter() for v in e.attrib.values()}
+    devices = ((name, domain_xml.element(text).find("devices")) for name, text in texts)
+    return {v: name for name, d in devices if d is not None for e in d.iter() for v in e.attrib.values()}
 
 
 def _look(domain: Any, overlays: Mapping[str, str]) -> Overlaid:

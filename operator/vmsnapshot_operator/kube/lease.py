@@ -2,6 +2,21 @@
 
 An instance believes in its lease only as long as every other one must respect it, by a clock that goes on while the process
 is stopped or the machine sleeps. Not: what needs the lease (`strategies`, `handlers`).
+
+Why never two act. The holder counts `lease` seconds from before it sent the renewal that was answered; any other counts them from
+after it has read that renewal, which is later, and takes it over only if the object is still the one that it read. So the
+holder's time is over, by its own clock, before another's begins, whatever their wall clocks say. Who acts under it stops a margin
+sooner still (`strategies.window.LEASE_MARGIN`), also what it has told other processes to do.
+
+Why another takes over within 15 s of the holder's death. Let q be the longest that the API server takes to answer. The holder's last
+renewal was stored at 0, and it dies then or later. The other one looks every `retry` seconds, so it has read this renewal at
+retry + 2q at the latest (the look before was sent just before 0, and answered at q; the next is sent `retry` later, and answered after q). It
+wakes when `lease` seconds of silence are over, not at its next regular look, reads once more (q), and takes the lease (q):
+
+    retry + 2q + lease + 2q  =  1 + 10 + 4q  <  15 s   as long as q < 1 s
+
+A holder that dies in the middle of a window is no exception: no renewal is ever for longer than `lease`. A VM that it left frozen
+does not wait for this: the guardian beside it frees the VM, and whoever takes over finds what is left.
 """
 
 from __future__ import annotations
@@ -25,15 +40,25 @@ log = logging.getLogger(__name__)
 
 LEASES = Resource("coordination.k8s.io", "v1", "leases", "Lease", namespaced=True)
 NAME = "vmsnapshot-operator"
+_TICK = 0.02
+"""What is waited for after a moment, so that it is over by any rounding."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Durations:
-    """In seconds. `lease`: how long others wait for a silent holder; `request`: one renewal's deadline; `retry`: between tries."""
+    """In seconds. `lease`: how long others wait for a silent holder; `request`: one renewal's deadline; `retry`: between tries.
 
-    lease: float = 15.0
-    request: float = 10.0
-    retry: float = 2.0
+    With these, a renewal may come to nothing by a time-out, and the next one still has all of its own time.
+    """
+
+    lease: float = 10.0
+    request: float = 4.0
+    retry: float = 1.0
+
+    @classmethod
+    def of(cls, lease: float) -> Durations:
+        """The others in the same proportion."""
+        return cls(lease=lease, request=0.4 * lease, retry=0.1 * lease)
 
 
 class Step(Enum):
@@ -52,6 +77,14 @@ class Seen:
     version: str
     since: float
 
+    def is_over(self, lease: Mapping[str, Any], now: float) -> bool:
+        """Whether its holder has been silent for longer than it said others must wait."""
+        return lease["metadata"]["resourceVersion"] == self.version and now > self.until(lease)
+
+    def until(self, lease: Mapping[str, Any]) -> float:
+        """When that will be so, if nothing happens."""
+        return self.since + float((lease.get("spec") or {}).get("leaseDurationSeconds") or 0)
+
 
 def choose(lease: Mapping[str, Any] | None, identity: str, seen: Seen | None, now: float) -> Step:
     """Decide from the Lease object, and from how long it has not changed by our own clock. Pure.
@@ -66,8 +99,7 @@ def choose(lease: Mapping[str, Any] | None, identity: str, seen: Seen | None, no
         return Step.RENEW
     if not holder:
         return Step.TAKE
-    silent = now - seen.since if seen is not None and seen.version == lease["metadata"]["resourceVersion"] else 0.0
-    return Step.TAKE if silent > float(spec.get("leaseDurationSeconds") or 0) else Step.WAIT
+    return Step.TAKE if seen is not None and seen.is_over(lease, now) else Step.WAIT
 
 
 def boottime() -> float:
@@ -78,7 +110,8 @@ def boottime() -> float:
 class Leadership:
     """One instance's share in the lease. `run` is its only writer; `is_leader` may be asked at any moment.
 
-    `term`: how often this instance has come to hold it. Between two terms somebody else may have acted.
+    `term`: how often this instance has come to hold it. Between two terms somebody else may have acted. `told` is called with
+    `until` after each try to renew it.
     """
 
     def __init__(
@@ -88,7 +121,9 @@ class Leadership:
         identity: str,
         durations: Durations = Durations(),
         clock: Callable[[], float] = boottime,
+        told: Callable[[float], None] = lambda _until: None,
     ) -> None:
+        self._told = told
         self._cluster = cluster
         self._identity = identity
         self._durations = durations
@@ -105,6 +140,11 @@ class Leadership:
     def is_leader(self, margin_seconds: float = 0.0) -> bool:
         """Tell whether nobody else can hold the lease for at least `margin_seconds` from now."""
         return self._valid_until is not None and self._clock() + margin_seconds < self._valid_until
+
+    @property
+    def until(self) -> float:
+        """Until when nobody else can hold it, as the clock reads then; without a renewal meanwhile. In the past if it is not held."""
+        return self._valid_until if self._valid_until is not None else -math.inf
 
     @asynccontextmanager
     async def outlasting(self, seconds: float) -> AsyncIterator[bool]:
@@ -128,9 +168,15 @@ class Leadership:
         try:
             while True:
                 await self._try()
-                await asyncio.sleep(self._durations.retry)
+                await asyncio.sleep(self._pause())
         finally:
             await self._release()
+
+    def _pause(self) -> float:
+        """Seconds until the next try: another's lease is taken as soon as it is over."""
+        if self._seen is None or self._lease is None or self._held():
+            return self._durations.retry
+        return min(self._durations.retry, max(0.0, self._seen.until(self._lease) - self._clock()) + _TICK)
 
     async def _try(self) -> None:
         """One try to acquire or renew. Failures leave what we hold to run out by itself."""
@@ -147,6 +193,7 @@ class Leadership:
                 self._lease = (
                     None  # whether the request had an effect is unknown, or somebody else wrote: read it again
                 )
+            self._told(self.until)
             if was and not self.is_leader():
                 log.warning("this instance (%s) lost the lease", self._identity)
             elif self.is_leader() and not was:

@@ -55,27 +55,39 @@ def _of_window(seen: Observation, record: Record | None) -> tuple[Condition, Con
 
 def _quiesced(seen: Observation, outcome: WindowOutcome) -> Condition:
     evidence = outcome.evidence
-    if evidence.method == Method.GUEST_AGENT:
-        held = evidence.still_from is not None
-        message = f"{evidence.frozen} file systems frozen" if held else "; ".join(evidence.notes)
-        return Condition(type=QUIESCED, status=held, reason="Frozen" if held else "FreezeFailed", message=message)
-    if evidence.method == Method.HYPERVISOR_SNAPSHOT:
-        held = evidence.still_from is not None
-        frozen = f"{evidence.frozen} file systems frozen around the switch" if evidence.frozen else "nothing was frozen"
-        message = (
-            f"{len(seen.record.plan.volumes) if seen.record is not None else 0} disks on overlays; {frozen}"
-            if held
-            else "; ".join(evidence.notes)
-        )
-        return Condition(type=QUIESCED, status=held, reason="Switched" if held else "SwitchFailed", message=message)
+    still = evidence.still_from is not None
     if evidence.method == Method.NONE:
-        if seen.request.policy is Policy.NEVER and evidence.still_from is None:
+        if seen.request.policy is Policy.NEVER and not still:
             return Condition(type=QUIESCED, status=False, reason="NotRequested", message="policy Never")
-        still = evidence.still_from is not None
         return Condition(
             type=QUIESCED, status=still, reason="StoodStill" if still else "NotStill", message="nothing had to be held"
         )
+    if not still:
+        return _never_still(outcome)
+    if evidence.method == Method.GUEST_AGENT:
+        message = f"{evidence.frozen} file systems frozen"
+        return Condition(type=QUIESCED, status=True, reason="Frozen", message=message)
+    if evidence.method == Method.HYPERVISOR_SNAPSHOT:
+        frozen = f"{evidence.frozen} file systems frozen around the switch" if evidence.frozen else "nothing was frozen"
+        message = f"{len(seen.record.plan.volumes) if seen.record is not None else 0} disks on overlays; {frozen}"
+        return Condition(type=QUIESCED, status=True, reason="Switched", message=message)
     return Condition(type=QUIESCED, status=True, reason="Paused" if evidence.method == Method.PAUSE else "Held")
+
+
+_WAY_FAILED = {
+    str(Method.GUEST_AGENT): "FreezeFailed",
+    str(Method.HYPERVISOR_SNAPSHOT): "SwitchFailed",
+    str(Method.PAUSE): "PauseFailed",
+}
+
+
+def _never_still(outcome: WindowOutcome) -> Condition:
+    """It was to be held: either it never came to that, or it was asked to stand still and did not."""
+    evidence = outcome.evidence
+    if evidence.frozen_time is None:
+        return Condition(type=QUIESCED, status=False, reason="NotStarted", message=outcome.message)
+    failed = outcome.reason if outcome.reason == "FreezeFailed" else _WAY_FAILED.get(evidence.method, "NotStill")
+    return Condition(type=QUIESCED, status=False, reason=failed, message="; ".join(evidence.notes) or outcome.message)
 
 
 def _snapshotted(record: Record, outcome: WindowOutcome) -> Condition:
@@ -101,6 +113,20 @@ def _unquiesced(outcome: WindowOutcome) -> Condition:
         return Condition(type=UNQUIESCED, status=True, reason="Thawed", message=message)
     reason = {str(Method.PAUSE): "Resumed", str(Method.NONE): "NothingHeld"}.get(method, "LetGo")
     return Condition(type=UNQUIESCED, status=True, reason=reason)
+
+
+def _freed(record: Record) -> Condition:
+    """Whether the VM of a snapshot that failed goes on. Without a journal in it nobody goes on with freeing it."""
+    outcome = record.outcome
+    if outcome is None:
+        return Condition(type=UNQUIESCED, status=True, reason="Free", message="no journal of it is in its VM")
+    if outcome.free:
+        return Condition(type=UNQUIESCED, status=True, reason="Free", message="the VM is confirmed free")
+    return _unknown(
+        UNQUIESCED,
+        "FreeUnknown",
+        "nobody has confirmed that the VM is free, and its journal is gone, so nobody tries any more: look at the VM",
+    )
 
 
 def in_progress(seen: Observation, reason: str, message: str = "") -> tuple[Condition, ...]:
@@ -149,7 +175,7 @@ def dry_run(seen: Observation) -> tuple[Condition, ...]:
 def failed(
     seen: Observation, record: Record, failure: Failure, under_way: str = "", message: str = ""
 ) -> tuple[Condition, ...]:
-    """It failed for good; the VM is free. What is left on storage is removed meanwhile."""
+    """It failed for good. What is left on storage is removed meanwhile."""
     quiesced, _, _ = _of_window(seen, record)
     leftover = "; ".join(f'class "{c}" cannot be asked: {m}' for c, m in sorted(seen.unlisted.items()))
     if under_way:
@@ -166,7 +192,7 @@ def failed(
         _planned(seen),
         quiesced if record.outcome is not None else Condition(type=QUIESCED, status=False, reason=failure.reason),
         Condition(type=VOLUMES_SNAPSHOTTED, status=False, reason=failure.reason, message=failure.message),
-        Condition(type=UNQUIESCED, status=True, reason="Free", message="the VM is confirmed free"),
+        _freed(record),
         Condition(type=READY, status=False, reason=failure.reason, message=failure.message),
         *progress,
     )

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from datetime import datetime, timedelta
 
 from vmsnapshot_operator.core import names
-from vmsnapshot_operator.core.driver import SnapshotRequest
+from vmsnapshot_operator.core.driver import CutKind, SnapshotRequest
 from vmsnapshot_operator.core.effects import (
     Adopt,
     Amend,
@@ -322,7 +322,8 @@ def _taken(seen: Observation, record: Record, now: datetime) -> Decision:
             "ReadyDeadlineExceeded",
             f"it could not be restored within spec.readyDeadlineSeconds ({seen.request.ready_deadline_seconds} s)",
         )
-    return _say(seen, Settle(record.groups), "Settling")
+    at_once = all(g.capabilities.cut is CutKind.INSTANT for g in record.plan.groups)
+    return _say(seen, Settle(record.groups, at_once), "Settling")
 
 
 def _delete(seen: Observation) -> Decision:

@@ -44,7 +44,7 @@ def decide(seen: RestoreSeen, now: datetime) -> RestoreDecision:
     if seen.gated:
         return _through_the_gate(seen, now)
     if seen.ended:
-        return RestoreDecision(effect=LetGo() if seen.finalizer else Rest(), conditions=seen.ended)
+        return RestoreDecision(effect=_to_the_end(seen), conditions=seen.ended)
     if seen.deleting:
         return _delete(seen)
     if seen.is_done:
@@ -65,6 +65,15 @@ def _not_now(seen: RestoreSeen) -> RestoreDecision | None:
     if seen.problem:
         return _say(seen, Rest(_SOON), "HypervisorUnreachable", seen.problem)
     return None
+
+
+def _to_the_end(seen: RestoreSeen) -> RestoreEffect:
+    """An end that we told leaves nothing to do; one that somebody else wrote into the status may, and leaves nothing behind."""
+    if not seen.finalizer:
+        return Rest()
+    if seen.request.in_place or not seen.held:
+        return LetGo()
+    return HandOver(seen.held) if seen.is_done else RemoveClones(seen.held)
 
 
 def _begin(seen: RestoreSeen) -> RestoreDecision:

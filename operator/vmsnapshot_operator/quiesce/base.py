@@ -10,7 +10,7 @@ import functools
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import entry_points
 from typing import TypeVar
@@ -49,16 +49,20 @@ QuiescerFactory = Callable[[Context], Quiescer]
 
 @functools.cache
 def find(method: str) -> QuiescerFactory:
-    """Return the quiesce method of this name; raises QuiesceError if it is not installed.
+    """Return the quiesce method of this name; raises QuiesceError if it is not installed, or does not load.
 
     The first look reads the metadata of all that is installed, some 10 ms: `load` does it before anything is held.
     """
     for point in entry_points(group=ENTRY_POINTS, name=method):
-        factory: QuiescerFactory = point.load()
+        try:
+            factory: QuiescerFactory = point.load()
+        except Exception as error:  # importing foreign code may raise anything
+            why = f'quiesce method "{method}" ({point.value}) does not load: {error}'
+            raise QuiesceError(why, reason="QuiesceMethodUnknown") from error
         return factory
     known = ", ".join(sorted(p.name for p in entry_points(group=ENTRY_POINTS)))
     raise QuiesceError(
-        f'quiesce method "{method}" is not installed; installed are {known}', reason="QuiesceMethodUnknown"
+        f'quiesce method "{method}" is not installed; use Auto, or one of {known}', reason="QuiesceMethodUnknown"
     )
 
 
@@ -67,8 +71,8 @@ def load() -> None:
     for point in entry_points(group=ENTRY_POINTS):
         try:
             find(point.name)
-        except Exception:  # importing foreign code may raise anything
-            log.exception("quiesce method %s (%s) does not load", point.name, point.value)
+        except QuiesceError as error:
+            log.exception("%s", error.message)
 
 
 def clock() -> Seconds:
@@ -88,12 +92,10 @@ class OpenWindow:
     evidence: Evidence
     free: bool = False
     rest: bool = False
-    asked: Seconds | None = field(default=None)
 
     def ask(self) -> None:
         """Note that the VM is now being asked to stand still."""
-        self.asked = clock()
-        self.evidence = replace(self.evidence, frozen_time=wall())
+        self.evidence = replace(self.evidence, asked=clock(), frozen_time=wall())
 
     def stands(self) -> None:
         """Note that the VM has answered that it stands still."""
@@ -107,8 +109,7 @@ class OpenWindow:
     def ended(self) -> None:
         """Note that the VM has answered that it goes on."""
         self.free = True
-        asked = self.asked if self.asked is not None else clock()
-        self.evidence = replace(self.evidence, thawed_time=wall(), frozen_milliseconds=round((clock() - asked) * 1000))
+        self.evidence = self.evidence.freed(clock(), wall())
 
     def superseded(self, why: str) -> None:
         """Note that somebody else found the VM free and holds it by now: it is theirs to free, and ours no more."""
@@ -138,7 +139,7 @@ async def release(hypervisor: Hypervisor, ref: Ref, journal: Journal) -> None:
     if rest is None:
         await hypervisor.clear_journal(ref, journal.nonce)
     else:
-        await hypervisor.update_journal(ref, rest)
+        await hypervisor.update_journal(ref, rest, held=True)
 
 
 async def insist(what: str, attempt: Callable[[], Awaitable[bool]], patience: Seconds | None) -> bool:

@@ -70,6 +70,7 @@ class GuestAgentQuiescer:
                 f"the guest's file systems could not be frozen: {error.message}",
                 reason="FreezeFailed",
                 free=window.free,
+                evidence=window.evidence,
             ) from error
         finally:
             if not window.free:

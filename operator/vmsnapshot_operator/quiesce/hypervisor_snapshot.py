@@ -75,7 +75,8 @@ class HypervisorSnapshotQuiescer:
             window.rest = False  # nothing was switched
             await undisturbed(self._free(domain, window, journal, frozen=window.evidence.frozen > 0))
             if not window.free:
-                raise QuiesceError(f"{error.message}; it could not be thawed", reason="ThawFailed") from error
+                why = f"{error.message}; it could not be thawed"
+                raise QuiesceError(why, reason="ThawFailed", evidence=window.evidence) from error
             raise
         except HypervisorError as error:
             window.note(f"switch: {error.message}")
@@ -86,6 +87,7 @@ class HypervisorSnapshotQuiescer:
                 free=window.free,
                 rest=window.rest,
                 fallback=False,
+                evidence=window.evidence,
             ) from error
         finally:
             if not window.free:
@@ -109,6 +111,7 @@ class HypervisorSnapshotQuiescer:
                 f"the guest's file systems could not be frozen: {error.message}",
                 reason="FreezeFailed",
                 free=window.free,
+                evidence=window.evidence,
             ) from error
 
     async def _free(self, domain: DomainWindow, window: OpenWindow, journal: Journal, *, frozen: bool) -> None:
@@ -127,6 +130,7 @@ class HypervisorSnapshotQuiescer:
                 free=False,
                 rest=True,
                 fallback=False,
+                evidence=window.evidence,
             )
         hypervisor, ref = self._context.hypervisor, self._context.ref
         try:
@@ -144,4 +148,5 @@ class HypervisorSnapshotQuiescer:
                 free=True,
                 rest=True,
                 fallback=False,
+                evidence=window.evidence,
             )

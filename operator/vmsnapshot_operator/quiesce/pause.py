@@ -43,7 +43,10 @@ class PauseQuiescer:
                 window.ending()
                 await undisturbed(self._free(domain, window, journal))
                 raise QuiesceError(
-                    f"the VM could not be paused: {error.message}", reason="PauseFailed", free=window.free
+                    f"the VM could not be paused: {error.message}",
+                    reason="PauseFailed",
+                    free=window.free,
+                    evidence=window.evidence,
                 ) from error
             finally:
                 if not window.free:

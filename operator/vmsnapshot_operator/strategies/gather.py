@@ -24,12 +24,14 @@ from vmsnapshot_operator.errors import (
     DriverError,
     DriverUnavailableError,
     HypervisorError,
+    QuiesceError,
     RefusedError,
     SnapshotError,
 )
 from vmsnapshot_operator.hypervisors.domains import Hypervisor, Ref
 from vmsnapshot_operator.kube import contents, distill
 from vmsnapshot_operator.plan import access, collapse, disks, grouping, planner
+from vmsnapshot_operator.quiesce import base as quiesce
 from vmsnapshot_operator.strategies import overlays
 from vmsnapshot_operator.strategies.world import LiveHypervisor, Memory, World, clock
 
@@ -48,6 +50,17 @@ class _Planned:
     guardian: Fit | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Journalled:
+    """Our own journal in the domain, with what is to be done about each overlay; or why that cannot be told; or no domain at all."""
+
+    journal: Journal | None = None
+    problem: str = ""
+    rulings: tuple[Ruling, ...] = ()
+    vm_gone: bool = False
+    vm_unseen: bool = False
+
+
 async def gather(world: World, body: Mapping[str, Any]) -> Observation:
     """Return one frozen observation of everything that concerns this VMSnapshot.
 
@@ -60,12 +73,12 @@ async def gather(world: World, body: Mapping[str, Any]) -> Observation:
     finalizer = FINALIZER in (body["metadata"].get("finalizers") or ())
     record = await _record(world, request)
     refused = _refused(body) if record is None and not deleting else None
-    journal, journal_problem, rulings = await _journal(world, request, record)
+    journalled = await _journal(world, request, record)
     if record is None or record.taken or record.failure is not None:
         world.release(request.uid)
     planned = _Planned()
-    lost = _lost(body) if record is None else {}
-    if not deleting and refused is None and not lost and _undecided(record) and journal is None:
+    lost = _lost(body) if record is None and refused is None and not request.dry_run else {}
+    if not deleting and refused is None and not lost and _undecided(record) and journalled.journal is None:
         planned = await _planning(world, request, memory, record)
     held, unlisted = await _held(
         world, request, record, memory, deleting=deleting and finalizer, told=_told_classes(body)
@@ -79,9 +92,11 @@ async def gather(world: World, body: Mapping[str, Any]) -> Observation:
         plan=planned.plan,
         refusal=planned.refusal,
         record=record,
-        journal=journal,
-        journal_problem=journal_problem,
-        overlays=rulings,
+        journal=journalled.journal,
+        journal_problem=journalled.problem,
+        overlays=journalled.rulings,
+        vm_gone=journalled.vm_gone,
+        vm_unseen=journalled.vm_unseen,
         held=held,
         unlisted=unlisted,
         prepared=memory.prepared.attempt if memory.prepared is not None else None,
@@ -153,30 +168,26 @@ def _told_classes(body: Mapping[str, Any]) -> frozenset[str]:
     return frozenset(str(g.get("className", "")) for g in groups)
 
 
-async def _journal(
-    world: World, request: Request, record: Record | None
-) -> tuple[Journal | None, str, tuple[Ruling, ...]]:
-    """Our own journal in the domain, if an attempt is on record whose end is not: only then may the VM be held by us.
-
-    With it come what is to be done about each of its overlays, and before it why neither can be told.
-    """
+async def _journal(world: World, request: Request, record: Record | None) -> _Journalled:
+    """Look for it if an attempt is on record whose end is not: only then may the VM be held by us."""
     if record is None or record.foreign:
-        return None, "", ()
+        return _Journalled()
     if (record.outcome is not None or record.failure is not None) and not record.overlaid:
-        return None, "", ()
+        return _Journalled()
     try:
         client, ref = await locate(world, request, record)
         journal = await client.read_journal(ref)
         if journal is None or journal.installation != world.installation or journal.owner_uid != request.uid:
-            return None, "", ()
-        seen = collapse.judge(journal, await overlays.look(client, ref, journal)) if not journal.holds else ()
+            return _Journalled()
+        rulings = collapse.judge(journal, await overlays.look(client, ref, journal)) if not journal.holds else ()
     except DomainGoneError as error:
         if error.reason == "HypervisorNotFound" and clock() - world.memory(request.uid).since < EARLY_SECONDS:
-            return None, f"{error.message}, or it was not read yet", ()
-        return None, "", ()
+            return _Journalled(problem=f"{error.message}, or it was not read yet")
+        gone = error.reason == DomainGoneError.reason and not error.ambiguous
+        return _Journalled(vm_gone=gone, vm_unseen=not gone)
     except HypervisorError as error:
-        return None, error.message, ()
-    return journal, "", seen
+        return _Journalled(problem=error.message)
+    return _Journalled(journal=journal, rulings=rulings)
 
 
 async def _planning(world: World, request: Request, memory: Memory, record: Record | None) -> _Planned:
@@ -213,15 +224,18 @@ def _unreachable(live: LiveHypervisor, why: str) -> Refusal:
 async def _plan_on(
     world: World, request: Request, memory: Memory, record: Record | None, live: LiveHypervisor, client: Hypervisor
 ) -> _Planned:
-    # The domain is looked up before the rules, so that one who may not use it cannot tell by the time it takes.
-    ref = await client.find(request.domain)
     labels = await world.cluster.namespace_labels(request.namespace)
-    if not access.may_use(live.access, labels, ref.name):
-        return _Planned(refusal=access.not_found(request.domain, request.hypervisor, request.namespace))
+    # The rules are asked where the domain is looked up: who may not use it gets what he would get if it were not there.
+    ref = await client.find(request.domain, lambda name: access.may_use(live.access, labels, name))
     if request.strategy not in ("Auto", *world.strategies):
         installed = ", ".join(sorted(world.strategies))
         message = f'strategy "{request.strategy}" is not installed; use Auto, or one of {installed}'
         return _Planned(refusal=Refusal(reason="StrategyUnknown", message=message))
+    if request.method != Method.AUTO:
+        try:
+            quiesce.find(request.method)
+        except QuiesceError as error:
+            return _Planned(refusal=Refusal(reason=error.reason, message=error.message))
     if (busy := _busy(world, ref.uuid, request.uid)) != "":
         return _Planned(in_use_by=busy)
     machine = await client.describe(ref, ask_agent=request.policy is not Policy.NEVER)

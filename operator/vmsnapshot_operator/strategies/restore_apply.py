@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from vmsnapshot_operator.api.meta import API_VERSION
+from vmsnapshot_operator.api.meta import API_VERSION, LABEL_SAFETY_OF, label_of
 from vmsnapshot_operator.core.driver import Progress
 from vmsnapshot_operator.core.effects import Failure, Record
 from vmsnapshot_operator.core.markers import Gate
@@ -122,7 +122,7 @@ async def _take_safety(world: World, seen: RestoreSeen) -> None:
             "metadata": {
                 "namespace": request.namespace,
                 "name": safety_name(request),
-                "labels": {"vmsnapshot.io/safety-of": request.name[:63]},
+                "labels": {LABEL_SAFETY_OF: label_of(request.name)},
             },
             "spec": spec,
         }

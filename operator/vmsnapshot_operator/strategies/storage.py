@@ -93,7 +93,7 @@ class StorageStrategy:
             case Adopt():
                 await self._world.cluster.add_finalizer(body)
             case Prepare():
-                await self._prepare(effect, seen)
+                await self._prepare(effect, seen, body)
             case TakeWindow():
                 await self._window(effect, seen)
             case Keep():
@@ -135,12 +135,17 @@ class StorageStrategy:
             await self._world.guardian.disarm(journal.nonce)
         if memory.outcome is not None and not memory.outcome.free:
             memory.outcome = _freed(memory.outcome)
+            self._measure_hold(memory.outcome.evidence, seen)
 
-    async def _prepare(self, effect: Prepare, seen: Observation) -> None:
+    async def _prepare(self, effect: Prepare, seen: Observation, body: Mapping[str, Any]) -> None:
         """Write the intent first: from then on every name that may appear on storage is known."""
         world, request, memory = self._world, seen.request, self._memory(seen)
         await memory.drop_prepared()
-        memory.outcome = None
+        before, memory.outcome = memory.outcome, None
+        if before is not None and before.fallback:
+            # Not earlier: until here the VM might still have had to be freed, and nothing comes before that.
+            text = f"{before.message}; policy Prefer goes on with {effect.plan.quiesce.method}"
+            await world.events.emit(body, "Warning", before.reason, text)
         if not world.claim(effect.plan.vm_uuid, request.uid):
             return  # somebody was faster; the next look says who
         record = Record(
@@ -201,6 +206,7 @@ class StorageStrategy:
             if ruling.move is Move.KEEP:
                 message = f"overlay {ruling.overlay} is kept, and so is its base: {ruling.why}"
                 log.error("VMSnapshot %s: %s", seen.request.uid, message)
+                self._world.kept[ruling.overlay] = ruling.why
                 await self._world.events.emit(body, "Warning", "OverlayKept", message)
 
     async def _reserve(self, effect: Prepare, record: Record, uid: str) -> Prepared:
@@ -269,13 +275,9 @@ class StorageStrategy:
 
     def _measure(self, outcome: WindowOutcome, seen: Observation) -> None:
         metrics = self._world.metrics
-        if outcome.evidence.still_from is not None and seen.plan is not None and seen.plan.quiesce.holds_vm:
-            metrics.frozen(
-                seconds=outcome.evidence.frozen_milliseconds / 1000,
-                method=outcome.evidence.method,
-                hypervisor=seen.request.hypervisor,
-            )
-        if not outcome.free:
+        if outcome.free:
+            self._measure_hold(outcome.evidence, seen)
+        else:
             metrics.thaw_failed(hypervisor=seen.request.hypervisor)
         drivers = {g.class_name: g.driver for g in seen.plan.groups} if seen.plan is not None else {}
         for group in outcome.groups.values():
@@ -283,6 +285,15 @@ class StorageStrategy:
                 took = group.bracket.end - group.bracket.start
                 metrics.cut(seconds=took, driver=drivers.get(group.class_name, "unknown"))
                 self._world.classes.note_cut(group.class_name, took)
+
+    def _measure_hold(self, evidence: Evidence, seen: Observation) -> None:
+        """Of a VM that is known to go on; one of which nobody can say that yet is measured when it can be said."""
+        if evidence.frozen_time is not None:
+            self._world.metrics.frozen(
+                seconds=evidence.frozen_milliseconds / 1000,
+                method=evidence.method,
+                hypervisor=seen.request.hypervisor,
+            )
 
     async def _keep(self, effect: Keep, seen: Observation, body: Mapping[str, Any]) -> None:
         assert seen.record is not None, "an attempt is kept only where its intent is on record"  # noqa: S101 - invariant of decide
@@ -357,6 +368,16 @@ class StorageStrategy:
         memory = self._memory(seen)
         await memory.drop_prepared()
         outcome = memory.outcome or seen.record.outcome
+        if outcome is not None and not outcome.free and seen.vm_gone:
+            outcome = _freed(outcome)
+        if outcome is None and seen.vm_unseen and seen.prepared != seen.record.attempt:
+            # Another process may have held the VM in this attempt, and nobody can look whether it still is.
+            outcome = WindowOutcome(
+                attempt=seen.record.attempt,
+                evidence=Evidence(method=seen.record.plan.quiesce.method),
+                reason=effect.failure.reason,
+                message=effect.failure.message,
+            )
         record = replace(seen.record, outcome=outcome, failure=effect.failure, ready=False, ready_time=None)
         await self._write(record, seen, create=False)
         memory.outcome = memory.broken = None
@@ -381,9 +402,7 @@ class StorageStrategy:
 
 def _freed(outcome: WindowOutcome) -> WindowOutcome:
     """The outcome of a window whose VM was freed later, by whoever it was: held until now, at most."""
-    evidence = outcome.evidence
-    held = round((clock() - evidence.still_from) * 1000) if evidence.still_from is not None else 0
-    return replace(outcome, free=True, evidence=replace(evidence, thawed_time=now(), frozen_milliseconds=held))
+    return replace(outcome, free=True, evidence=outcome.evidence.freed(clock(), now()))
 
 
 def _with_result(group: RecordedGroup, outcome: GroupOutcome) -> RecordedGroup:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -24,8 +24,10 @@ from vmsnapshot_operator.core.steps import Step, step
 from vmsnapshot_operator.core.volumes import Handle, Layer, Seconds, VolumeId, volume_id
 from vmsnapshot_operator.drivers.host import Slot
 from vmsnapshot_operator.errors import (
+    CallTimeoutError,
     DomainGoneError,
     DriverError,
+    DriverTimeoutError,
     GuardianError,
     HypervisorError,
     NotPermittedError,
@@ -41,9 +43,16 @@ from vmsnapshot_operator.strategies.world import Prepared, World
 
 log = logging.getLogger(__name__)
 
-LEASE_MARGIN = Seconds(5.0)
-"""The lease must outlast the budget by so much: within it nobody else may believe to be the one who acts."""
+LEASE_MARGIN = Seconds(3.0)
+"""So long before another one could hold the lease nothing is begun any more, and what was begun is ended: the freeze, the switch, the
+cuts. It is for what is on its way: an order that its driver has, a process that is being killed."""
 
+LEASE_AT_BEGIN = Seconds(8.0)
+"""So long the lease must last when a window begins: most end within a second. Longer ones are renewed for while they last, and are
+given up if that fails: a lease for the whole budget would make everybody wait for it when its holder dies."""
+
+LEASE_LOOK = 0.25
+"""How often it is looked, while cuts are under way, whether the lease still lasts."""
 
 UNHURRIED = Seconds(120.0)
 """So long all cuts may take while the VM runs on overlays."""
@@ -81,9 +90,17 @@ class Limit:
             return "the window was over before it was sent"
         if clock() >= self.until:
             return "the budget was over before it was sent"
-        if not self._leadership.is_leader():
-            return "another instance may have taken over"
-        return ""
+        return self.lost()
+
+    @property
+    def order_until(self) -> Seconds:
+        """The moment after which a driver that has an order already must not begin it: it does not know of renewals."""
+        return Seconds(min(self.until, self._leadership.until - LEASE_MARGIN))
+
+    def lost(self) -> str:
+        """Why what is under way must be ended, whatever is left of the budget; or nothing."""
+        lasts = self._leadership.is_leader(LEASE_MARGIN)
+        return "" if lasts else "the lease was not renewed: another instance may take over"
 
     def check(self) -> None:
         """Raise NotPermittedError if nothing may be done any more."""
@@ -100,6 +117,7 @@ class _Progress:
     """What is known of the window so far, kept outside of the nesting so that every way out can tell it."""
 
     groups: dict[str, GroupOutcome]
+    evidence: Evidence
     window: Window | None = None
     free: bool = True
     rest: bool = False
@@ -136,7 +154,10 @@ async def run(
     plan, overlays, slots = effect.plan, prepared.overlays, prepared.slots
     # Where no freeze is sent, nothing is ever held: guardians have nothing to free then.
     holds = not overlays or plan.quiesce.expected_filesystems > 0
-    progress = _Progress(groups={c: GroupOutcome(class_name=c) for c in effect.requests})
+    progress = _Progress(
+        groups={c: GroupOutcome(class_name=c) for c in effect.requests},
+        evidence=Evidence(method=plan.quiesce.method),
+    )
     journal = Journal(
         installation=world.installation,
         owner_uid=uid,
@@ -157,9 +178,11 @@ async def run(
         return await _tell(effect, progress, ref, client, plan)
     try:
         job = await _prepare_job(client, ref, effect.requests, prepared.targets)
+        told = world.metrics.window(lambda: journal.holds and not progress.is_free(), hypervisor=client.name)
         async with _held(world, plan, journal, ref, client, progress) as limit:
             quiescer = factory(Context(hypervisor=client, ref=ref, plan=plan, permit=limit.refusal))
-            await _still(quiescer, journal, _Cuts(effect.requests, slots, job), progress, limit)
+            with told:
+                await _still(quiescer, journal, _Cuts(effect.requests, slots, job), progress, limit)
     except QuiesceError as error:
         progress.fail(error.reason, error.message, fallback=error.fallback, interrupted=not error.fallback)
     except (GuardianError, HypervisorError, NotPermittedError) as error:
@@ -172,10 +195,10 @@ async def _held(
     world: World, plan: Plan, journal: Journal, ref: Ref, client: Hypervisor, progress: _Progress
 ) -> AsyncIterator[Limit]:
     """Lease, journal and guardian around the window; the journal goes only when the VM is confirmed free."""
-    async with world.leadership.outlasting(plan.quiesce.budget + LEASE_MARGIN) as leading:
+    async with world.leadership.outlasting(LEASE_AT_BEGIN) as leading:
         if not leading:
             raise GuardianError(
-                "the lease does not outlast the window: another instance may take over", reason="NotLeader"
+                "the lease does not last for a window: another instance may take over", reason="NotLeader"
             )
         # Counted from before the journal: the guardian's own timer starts when it sees it, and ours must not end later.
         limit = Limit(world.leadership, plan.quiesce.budget)
@@ -267,6 +290,8 @@ async def _still(
             await _cut_all(journal, cuts, progress, here)
     except QuiesceError as error:
         progress.free, progress.rest = error.free, error.rest
+        if isinstance(error.evidence, Evidence):
+            progress.evidence = error.evidence
         raise
     except SnapshotError:
         progress.free = True  # nothing was sent; where a window was opened, that one tells
@@ -286,11 +311,15 @@ async def _cut_all(
         async with asyncio.timeout(remaining):
             try:
                 async with asyncio.TaskGroup() as cuts:
+                    tasks = [
+                        cuts.create_task(_cut(request, name, todo.slots[name], progress, journal.owner_uid, limit))
+                        for name, request in requests.items()
+                        if todo.job is None or name not in todo.job.targets
+                    ]
                     if todo.job is not None:
-                        cuts.create_task(_begin(todo.job, requests, progress, journal.owner_uid, limit))
-                    for name, request in requests.items():
-                        if todo.job is None or name not in todo.job.targets:
-                            cuts.create_task(_cut(request, name, todo.slots[name], progress, journal.owner_uid, limit))
+                        begun = _begin(todo.job, requests, progress, journal.owner_uid, limit)
+                        tasks.append(cuts.create_task(begun))
+                    await _fence(tasks, progress, limit)
             except* _CutFailedError:
                 pass  # each group has told its own failure
     except TimeoutError:
@@ -299,6 +328,14 @@ async def _cut_all(
             "FrozenTooLong",
             f"not cut within the budget of {limit.budget:g} s, so the VM was freed first: {'; '.join(late)}",
         )
+
+
+async def _fence(tasks: Collection[asyncio.Task[None]], progress: _Progress, limit: Limit) -> None:
+    """Wait for the cuts; end them by raising _CutFailedError once another instance may be about to begin."""
+    while (await asyncio.wait(tasks, timeout=LEASE_LOOK))[1]:
+        if why := limit.lost():
+            progress.fail("NotLeader", f"the cuts were ended: {why}", interrupted=True)
+            raise _CutFailedError
 
 
 def _disks(request: SnapshotRequest) -> str:
@@ -310,15 +347,18 @@ async def _cut(request: SnapshotRequest, name: str, slot: Slot, progress: _Progr
     try:
         async with step(Step.WINDOW_CUT, uid, name):
             limit.check()
-            result = await slot.cut(replace(request, timeout=limit.remaining), until=limit.until)
+            result = await slot.cut(replace(request, timeout=limit.remaining), until=limit.order_until)
     except NotPermittedError as error:
         progress.groups[name] = GroupOutcome(class_name=name, reason=error.reason, message=error.message)
         progress.fail(error.reason, error.message, interrupted=True)
         raise _CutFailedError from error
     except DriverError as error:
         message = f"disk {_disks(request)}: {error.message}"
-        progress.groups[name] = GroupOutcome(class_name=name, reason=error.reason, message=message)
-        progress.fail(error.reason, message)
+        # Its deadline is the window's: which of the two is noticed first must not decide what is told.
+        late = isinstance(error, DriverTimeoutError) and limit.remaining <= 0
+        reason = "FrozenTooLong" if late else error.reason
+        progress.groups[name] = GroupOutcome(class_name=name, reason=reason, message=message)
+        progress.fail(reason, message)
         raise _CutFailedError from error
     bracket = Bracket(start=start, end=clock())
     progress.groups[name] = GroupOutcome(class_name=name, bracket=bracket, result=result)
@@ -334,10 +374,12 @@ async def _begin(
             await job.domain.begin_backup(job.described, timeout=limit.remaining, permit=limit.refusal)
     except HypervisorError as error:
         # Another program may have been faster; or nobody knows whether it has begun. Either way another attempt may do.
-        told = ", ".join(_disks(requests[c]) for c in job.targets)
+        late = isinstance(error, CallTimeoutError) and limit.remaining <= 0  # as where a driver is late
+        reason = "FrozenTooLong" if late else "BackupFailed"
+        message = f"disk {', '.join(_disks(requests[c]) for c in job.targets)}: {error.message}"
         for name in job.targets:
-            progress.groups[name] = GroupOutcome(class_name=name, reason="BackupFailed", message=error.message)
-        progress.fail("BackupFailed", f"disk {told}: {error.message}", interrupted=True)
+            progress.groups[name] = GroupOutcome(class_name=name, reason=reason, message=message)
+        progress.fail(reason, message, interrupted=not late)
         raise _CutFailedError from error
     except NotPermittedError as error:
         progress.fail(error.reason, error.message, interrupted=True)
@@ -350,7 +392,7 @@ async def _begin(
 
 
 async def _tell(effect: TakeWindow, progress: _Progress, ref: Ref, client: Hypervisor, plan: Plan) -> WindowOutcome:
-    evidence = progress.window.evidence if progress.window is not None else Evidence(method=plan.quiesce.method)
+    evidence = progress.window.evidence if progress.window is not None else progress.evidence
     if progress.window is not None:
         after = await _afterwards(ref, client)
         same = after is not None and _same(plan, after, overlaid=progress.has_rest())

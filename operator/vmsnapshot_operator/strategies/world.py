@@ -127,8 +127,8 @@ def now() -> datetime:
 class World:
     """The surroundings of all workflows of one process.
 
-    `known` tells whether a VMSnapshot of this UID exists; `lost`, by class and UID, what was not found on storage although it is on
-    record.
+    `known` tells whether a VMSnapshot of this UID exists, `uids` those of all; `lost`, by class and UID, what was not found on
+    storage although it is on record; `kept`, by path, why an overlay is never committed.
     """
 
     cluster: Cluster
@@ -144,6 +144,8 @@ class World:
     memories: dict[str, Memory] = field(default_factory=dict)
     lost: dict[str, Mapping[str, str]] = field(default_factory=dict)
     known: Callable[[str], bool] = lambda _uid: True
+    uids: Callable[[], frozenset[str]] = frozenset
+    kept: dict[str, str] = field(default_factory=dict)
 
     def now(self) -> datetime:
         """The time at the API server, in which deadlines are given."""

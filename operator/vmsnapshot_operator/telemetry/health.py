@@ -30,7 +30,8 @@ EXPECTATIONS = (
     Expectation(prefix="api server", importance=Importance.SERVING, allowed=60.0),
     # One host that is down must not restart what serves all the others.
     Expectation(prefix="hypervisor ", importance=Importance.INFORMATION, allowed=120.0),
-    # Events come when something changes; a dead watch is found by kopf itself, by its missing bookmarks.
+    # Events come when something changes, so their age says nothing. That a watch is dead is found out by kopf alone: it begins anew one
+    # that was silent for `watching.inactivity_timeout`, since the API server sends a bookmark each minute.
     Expectation(prefix="watch ", importance=Importance.INFORMATION, allowed=None),
 )
 _UNKNOWN = Expectation(prefix="", importance=Importance.INFORMATION, allowed=None)

@@ -5,7 +5,8 @@ Not when something is counted (the workflow), nor how they are served (`telemetr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
@@ -37,6 +38,13 @@ class Metrics:
         )
         self._frozen_vms = Gauge(
             "vmsnapshot_frozen_vms",
+            "VMs that a snapshot holds frozen or paused now, within its window",
+            ("hypervisor",),
+            registry=self.registry,
+        )
+        self._windows: dict[str, list[Callable[[], bool]]] = {}
+        self._still_held = Gauge(
+            "vmsnapshot_still_held_vms",
             "VMs that are still held still by us although no window is open",
             ("hypervisor",),
             registry=self.registry,
@@ -62,6 +70,12 @@ class Metrics:
         self._overlays = Gauge(
             "vmsnapshot_overlay_vms",
             "VMs that run on overlays of ours until these are merged back",
+            ("hypervisor",),
+            registry=self.registry,
+        )
+        self._kept_overlays = Gauge(
+            "vmsnapshot_kept_overlays",
+            "Overlays of ours that nobody commits or removes any more: a VM may run on one, or what it wrote be in it alone",
             ("hypervisor",),
             registry=self.registry,
         )
@@ -147,9 +161,20 @@ class Metrics:
         """One group was cut in so long."""
         self._cut.labels(driver).observe(seconds)
 
-    def frozen_vms(self, count: int, *, hypervisor: str) -> None:
-        """So many VMs of a hypervisor are held now."""
-        self._frozen_vms.labels(hypervisor).set(count)
+    @contextmanager
+    def window(self, held: Callable[[], bool], *, hypervisor: str) -> Iterator[None]:
+        """A window is open until left; `held` is asked at each scrape whether its VM is held right then."""
+        windows = self._windows.setdefault(hypervisor, [])
+        self._frozen_vms.labels(hypervisor).set_function(lambda: float(sum(each() for each in windows)))
+        windows.append(held)
+        try:
+            yield
+        finally:
+            windows.remove(held)
+
+    def still_held(self, count: int, *, hypervisor: str) -> None:
+        """So many VMs of a hypervisor are held although no window is open."""
+        self._still_held.labels(hypervisor).set(count)
 
     def swept(self, *, hypervisor: str) -> None:
         """A VM that nobody alive held any more is free; a guardian may have freed it before."""
@@ -163,6 +188,10 @@ class Metrics:
         """So many VMs bear a journal of ours, and so many of them run on overlays."""
         self._journals.labels(hypervisor).set(count)
         self._overlays.labels(hypervisor).set(overlays)
+
+    def kept_overlays(self, count: int, *, hypervisor: str) -> None:
+        """So many overlays were found that are kept for good."""
+        self._kept_overlays.labels(hypervisor).set(count)
 
     def guardian(self, *, answers: bool, hypervisor: str) -> None:
         """Whether a guardian answered that reaches a hypervisor."""
@@ -214,10 +243,12 @@ class Metrics:
         for metric in (
             self._frozen,
             self._frozen_vms,
+            self._still_held,
             self._swept,
             self._strange_journals,
             self._journals,
             self._overlays,
+            self._kept_overlays,
             self._guardian,
             self._hypervisor_answers,
             self._thaw_failures,

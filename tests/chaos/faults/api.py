@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
+import json
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 from tests.chaos.apiproxy import Trouble
-from tests.chaos.faults.base import Fault, Scene, kill, start
+from tests.chaos.faults.base import RESTORING, At, Fault, NoEffectError, Scene, at, kill, start
 from tests.lab import LabError
 from tests.stack import until
+from vmsnapshot_operator.core.steps import Step
+from vmsnapshot_operator.kube.client import REQUEST_TIMEOUT
+from vmsnapshot_operator.kube.lease import Durations
+
+AWAY_SECONDS = Durations().lease + 3.0
+"""So long nothing of the API server arrives that whoever held the lease holds it no more."""
 
 
 def _start_etcd(scene: Scene) -> None:
@@ -27,21 +35,44 @@ def _calm(scene: Scene) -> None:
     scene.proxy.calm()
 
 
+def _met(scene: Scene) -> bool:
+    """Whether as many requests as were meant have met the trouble."""
+    return scene.proxy.trouble.count <= 0
+
+
+def _calm_if_met(scene: Scene) -> None:
+    """One that nobody asked anything meanwhile did not refuse anything."""
+    untouched = scene.proxy.trouble.count >= scene.proxy.wanted
+    scene.proxy.calm()
+    if untouched:
+        raise NoEffectError("nothing was asked of the API server meanwhile")
+
+
 def _delete(*options: str) -> Callable[[Scene], None]:
+    """By the scene's own VMSnapshot, also where a restore uses it."""
+
     def strike(scene: Scene) -> None:
+        there = scene.stack.get(scene.name, scene.namespace)
+        if there is None or there["metadata"].get("deletionTimestamp"):
+            raise NoEffectError("it is deleted already")
         scene.deleted = True
-        scene.lab.kubectl(
-            "-n",
-            scene.namespace,
-            "delete",
-            "vmsnapshots.vmsnapshot.io",
-            scene.name,
-            "--wait=false",
-            "--ignore-not-found",
-            *options,
-        )
+        _kubectl_delete(scene, "vmsnapshots.vmsnapshot.io", scene.name, *options)
 
     return strike
+
+
+def _delete_restore(*options: str) -> Callable[[Scene], None]:
+    def strike(scene: Scene) -> None:
+        there = scene.stack.get_restore(scene.restores[0], scene.namespace)
+        if there is None or there["metadata"].get("deletionTimestamp"):
+            raise NoEffectError("it is deleted already")
+        _kubectl_delete(scene, "vmrestores.vmsnapshot.io", scene.restores[0], *options)
+
+    return strike
+
+
+def _kubectl_delete(scene: Scene, resource: str, name: str, *options: str) -> None:
+    scene.lab.kubectl("-n", scene.namespace, "delete", resource, name, "--wait=false", "--ignore-not-found", *options)
 
 
 def _delete_namespace(scene: Scene) -> None:
@@ -51,8 +82,8 @@ def _delete_namespace(scene: Scene) -> None:
 
 def _make_namespace(scene: Scene) -> None:
     """A tenant's namespace comes back when it is wholly gone."""
-    found = lambda: scene.lab.kubectl("get", "namespace", scene.namespace, "-o", "name", "--ignore-not-found").strip()  # noqa: E731
-    until("the namespace is gone", lambda: not found(), 120)
+    found = lambda: scene.lab.api.get(f"/api/v1/namespaces/{scene.namespace}")  # noqa: E731
+    until("the namespace is gone", lambda: found() is None, 240)
     scene.stack.make_namespace(scene.namespace)
 
 
@@ -63,35 +94,120 @@ def _another_snapshot(scene: Scene) -> None:
     scene.stack.delete(scene.others[-1], namespace=scene.namespace, wait=False)
 
 
-def _forge_status(scene: Scene) -> None:
-    scene.forged = True
-    forged = '{"status":{"consistency":"Filesystem","phase":"Ready"}}'
-    with contextlib.suppress(LabError):  # it may be gone
+def _take_one_before(scene: Scene) -> None:
+    """One that is Ready, and is deleted in mid-work."""
+    scene.others.append(scene.stack.snapshot(f"{scene.name}-0", scene.guest.name, namespace=scene.namespace))
+    scene.stack.wait(scene.others[0], namespace=scene.namespace)
+
+
+def _two_snapshots_and_a_deletion(scene: Scene) -> None:
+    """All three at the same moment, each by a user of its own."""
+    together = threading.Barrier(3)
+    old, new = scene.others[0], [f"{scene.name}-{number}" for number in (1, 2)]
+
+    def delete() -> None:
+        together.wait(30)
+        scene.stack.delete(old, namespace=scene.namespace, wait=False)
+
+    def make(name: str) -> None:
+        together.wait(30)
+        scene.stack.snapshot(name, scene.guest.name, namespace=scene.namespace)
+
+    scene.others += new
+    with ThreadPoolExecutor(3) as users:
+        done = [users.submit(delete), *(users.submit(make, name) for name in new)]
+        for each in done:
+            each.result()
+
+
+def _another_restore(scene: Scene) -> None:
+    """One more of the same VM from the same snapshot, in place or as another VM as the first one is."""
+    first, name = scene.restores[0], f"{scene.name}-more"
+    spec = {}
+    if first in scene.new_vms:
+        scene.new_vms[name] = f"{scene.new_vms[first]}-more"
+        spec = {"mode": "NewVM", "newVM": {"name": scene.new_vms[name]}}
+    scene.restores.append(scene.stack.restore(name, scene.name, namespace=scene.namespace, **spec))
+
+
+def _forge(scene: Scene, resource: str, name: str, status: dict[str, str]) -> None:
+    try:
         scene.lab.kubectl(
             "-n",
             scene.namespace,
             "patch",
-            "vmsnapshots.vmsnapshot.io",
-            scene.name,
+            resource,
+            name,
             "--subresource=status",
             "--type=merge",
             "-p",
-            forged,
+            json.dumps({"status": status}),
         )
+    except LabError as error:
+        raise NoEffectError(f"it is gone: {error}") from error
+    scene.forged = True
 
+
+def _forge_status(scene: Scene) -> None:
+    _forge(scene, "vmsnapshots.vmsnapshot.io", scene.name, {"consistency": "Filesystem", "phase": "Ready"})
+
+
+def _forge_restore(scene: Scene) -> None:
+    """It says that it is done, and that another snapshot is the one to go back to."""
+    status = {"phase": "Ready", "safetySnapshotName": scene.name}
+    _forge(scene, "vmrestores.vmsnapshot.io", scene.restores[0], status)
+
+
+def _refusing(name: str, *, hold: float = 3.0, slow: bool = False, **trouble: int) -> Fault:
+    return Fault(name=name, strike=_answers(**trouble), heal=_calm_if_met, over=_met, hold=hold, slow=slow)
+
+
+TIMED_OUT = REQUEST_TIMEOUT + 1.0
+THERE = RESTORING - at([Step.REMOVE_CLONES])
+"""Where the VMRestore is not deleted already."""
 
 FAULTS = (
     Fault(name="apiserver-killed", strike=kill("kube-apiserver"), heal=start("kube-apiserver"), hold=1.0),
     Fault(name="etcd-killed", strike=kill("etcd"), heal=_start_etcd, hold=1.0),
-    Fault(name="api-conflict", strike=_answers(status=409, count=2), heal=_calm, hold=3.0),
-    Fault(name="api-too-many-requests", strike=_answers(status=429, count=3), heal=_calm, hold=3.0),
-    Fault(name="api-internal-error", strike=_answers(status=500, count=3), heal=_calm, hold=3.0),
-    Fault(name="api-hangs", strike=_answers(hang=1, count=1), heal=_calm, hold=5.0),
-    Fault(name="api-answer-lost", strike=_answers(lose=1, count=2), heal=_calm, hold=3.0),
+    _refusing("api-conflict", status=409, count=2),
+    _refusing("api-too-many-requests", status=429, count=3),
+    _refusing("api-internal-error", status=500, count=3),
+    Fault(name="api-hangs", strike=_answers(hang=1, count=1), heal=_calm_if_met, hold=5.0),
+    Fault(name="api-times-out", strike=_answers(hang=1, count=2), heal=_calm_if_met, hold=TIMED_OUT, slow=True),
+    _refusing("api-answer-lost", lose=1, count=2),
+    _refusing("api-read-conflict", status=409, reads=1, count=2),
+    _refusing("api-read-too-many-requests", status=429, reads=1, count=3),
+    _refusing("api-read-internal-error", status=500, reads=1, count=3),
+    Fault(name="api-read-hangs", strike=_answers(hang=1, reads=1, count=1), heal=_calm_if_met, hold=5.0),
+    Fault(
+        name="api-read-times-out",
+        strike=_answers(hang=1, reads=1, count=2),
+        heal=_calm_if_met,
+        hold=TIMED_OUT,
+        slow=True,
+    ),
+    _refusing("api-read-answer-lost", lose=1, reads=1, count=2),
+    Fault(
+        name="api-away-for-longer-than-the-lease",
+        strike=_answers(hang=1, all_of_them=1, count=10**6),
+        heal=_calm,
+        hold=AWAY_SECONDS,
+        slow=True,
+    ),
     Fault(name="watches-silent", strike=_answers(silent=1), heal=_calm, hold=4.0),
     Fault(name="deleted", strike=_delete()),
     Fault(name="deleted-by-force", strike=_delete("--force", "--grace-period=0")),
     Fault(name="namespace-deleted", strike=_delete_namespace, heal=_make_namespace),
     Fault(name="more-snapshots-of-the-vm", strike=_another_snapshot),
+    Fault(name="two-snapshots-and-a-deletion-at-once", prepare=_take_one_before, strike=_two_snapshots_and_a_deletion),
     Fault(name="status-forged", strike=_forge_status),
+    Fault(name="restore-deleted", strike=_delete_restore(), only=THERE, sure=(Step.REVERT_DRIVER, At.BEFORE)),
+    Fault(
+        name="restore-deleted-by-force",
+        strike=_delete_restore("--force", "--grace-period=0"),
+        only=THERE,
+        sure=(Step.CLONE_DRIVER, At.BEFORE),
+    ),
+    Fault(name="restore-status-forged", strike=_forge_restore, only=THERE, sure=(Step.REVERT_DRIVER, At.BEFORE)),
+    Fault(name="another-restore-of-the-vm", strike=_another_restore, only=RESTORING, sure=(Step.CLAIM, At.AFTER)),
 )

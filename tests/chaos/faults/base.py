@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -14,6 +15,7 @@ from tests.chaos.injector import Injector
 from tests.chaos.seen import Finding
 from tests.lab import Lab
 from tests.lab.guests import Guest
+from tests.proof import Truth
 from tests.stack import TENANT, Stack
 from vmsnapshot_operator.core.steps import Moment, Step
 
@@ -37,13 +39,23 @@ class At(StrEnum):
 
 Place = tuple[Step, At]
 
+HASTY_SECONDS = 5.0
+"""A budget (`maxFrozenSeconds`) that many faults outlast."""
+
 
 @dataclass(slots=True)
 class Scene:
     """Where an injection takes place. `go` lets the operator go on that was met on the way.
 
-    `restores` are VMRestores that were made of it, `new_vm` the VM that one of them makes. `others` are further VMSnapshots of the same VM, `beside` those of other VMs; all of them are judged, too. `findings` is what a
-    fault itself saw that must not be; `planted` what it has to take away again.
+    `restores` are VMRestores that were made of it, `new_vms` the VMs that some of them make, by the restore; `held` is what the
+    snapshot that they use holds, if that was read. `others` are further VMSnapshots of the same VM, `beside` those of other VMs; all of
+    them are judged, too. `redefined`: somebody else defined the VM, as it was by `definition`: our marks may be gone from it.
+
+    `late`: the step comes only when the snapshot has long been at rest. `started`: somebody has had the new VM run.
+
+    `step` and `detail` are where the operator was met, `before` how often it had been at each step when the trap was set.
+    `hasty`: the budget is one that the fault outlasts; None: by chance. `findings` is what a fault itself saw that must not be;
+    `planted` what it has to take away again.
     """
 
     lab: Lab
@@ -58,8 +70,17 @@ class Scene:
     uid: str = ""
     deleted: bool = False
     forged: bool = False
+    late: bool = False
+    started: bool = False
+    redefined: bool = False
+    definition: str = ""
+    hasty: bool | None = None
     restores: list[str] = field(default_factory=list)
-    new_vm: str = ""
+    new_vms: dict[str, str] = field(default_factory=dict)
+    held: Truth | None = None
+    step: Step | None = None
+    detail: str = ""
+    before: Counter[tuple[str, str]] = field(default_factory=Counter)
     others: list[str] = field(default_factory=list)
     beside: dict[str, Guest] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
@@ -67,9 +88,18 @@ class Scene:
     seen: int = 0
     go: Callable[[], None] | None = None
 
+    def times(self, step: Step, moment: Moment) -> int:
+        """How often the operator was there since the trap was set."""
+        return self.injector.reached[step, moment] - self.before[step, moment]
+
 
 def nothing(_: Scene) -> None:
     """Do nothing."""
+
+
+def never(_: Scene) -> bool:
+    """Say no."""
+    return False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,8 +107,10 @@ class Fault:
     """`strike` raises NoEffectError if it hurt nothing. `heal` is called after `hold` seconds, whatever `strike` did.
 
     `prepare` is called before the snapshot is asked for, and `leave` when all is judged: for what a fault needs in addition.
-    `hold`: seconds between letting the operator go on and healing. `ends_operator`: it is gone, nobody goes on. `only`: where it
-    can be done at all; None is everywhere. `sure`: where it can always be met. `guest`: the VM that it is about, if not the demo.
+    `hold`: seconds between letting the operator go on and healing; less if `over` says that it has done all that it can, or if
+    everything has come to its end meanwhile. `ends_operator`: it is gone, nobody goes on. `only`: where it can be done at all; None
+    is everywhere that `cases` does not leave out. `sure`: where it can always be met. `guest`: the VM that it is about, if not the
+    demo. `about`: the class that the step has to be about. `hasty`: the budget is one that it outlasts.
     """
 
     name: str
@@ -87,10 +119,13 @@ class Fault:
     prepare: Callable[[Scene], None] = nothing
     leave: Callable[[Scene], None] = nothing
     hold: float = 0.0
+    over: Callable[[Scene], bool] = never
     ends_operator: bool = False
     only: frozenset[Place] | None = None
     sure: Place = (Step.WINDOW_CUT, At.BEFORE)
     guest: Callable[[Annex], Guest] | None = None
+    about: str = ""
+    hasty: bool = False
     slow: bool = False
 
 
@@ -102,6 +137,41 @@ def at(steps: Iterable[Step], moments: Iterable[At] = At) -> frozenset[Place]:
 _PREPARING = (Step.PREPARE, Step.PREPARE_INTENT, Step.PREPARE_RESERVE, Step.PREPARE_DRIVER, Step.ADOPT)
 WINDOW = at(s for s in Step if s.value.startswith("TakeWindow"))
 TAKING = WINDOW | at(_PREPARING)
+_IN_PLACE = (
+    Step.CLAIM,
+    Step.TAKE_SAFETY,
+    Step.STOP,
+    Step.CLOSE_GATE,
+    Step.GATE_CLOSE,
+    Step.REVERT,
+    Step.REVERT_DRIVER,
+    Step.GATE_OPEN,
+    Step.LET_GO,
+    Step.GO_BACK,
+)
+_NEW_VM = (
+    Step.CLONE,
+    Step.CLONE_DRIVER,
+    Step.CLONE_DEFINE,
+    Step.HAND_OVER,
+    Step.CLONE_KEEP,
+    Step.START,
+    Step.REMOVE_CLONES,
+)
+IN_PLACE, NEW_VM = at(_IN_PLACE), at(_NEW_VM)
+RESTORING = IN_PLACE | NEW_VM
+OFF = IN_PLACE - at([Step.CLAIM]) - {(Step.STOP, At.BEFORE), (Step.STOP, At.DURING)}
+"""Where the VM that is set back is off, or just going off."""
+DRIVERS = (
+    Step.PREPARE_DRIVER,
+    Step.WINDOW_CUT,
+    Step.SETTLE_DRIVER,
+    Step.ROLL_BACK_DRIVER,
+    Step.REVERT_DRIVER,
+    Step.CLONE_DRIVER,
+    Step.CLONE_KEEP,
+)
+"""Steps in each of which one class's driver does something."""
 FROZEN = at([Step.WINDOW_CUT], [At.BEFORE, At.AFTER]) | {(Step.WINDOW_QUIESCE, At.AFTER), (Step.WINDOW_FREE, At.BEFORE)}
 """Where the guest's file systems are frozen while the operator stands there; once it goes on they are not for long."""
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from tests.chaos import judge
 from tests.chaos.faults.base import Fault, NoEffectError, Scene
@@ -12,18 +14,32 @@ from tests.lab.guests import Guest
 from tests.stack import Stack, conditions, until
 
 END_SECONDS = 240.0
-ALONE_SECONDS = 60.0
-"""So long a snapshot may take while six agents hang: several times of what it takes alone, and less than the six."""
+ALONE_SECONDS, RESTORE_SECONDS = 60.0, 150.0
+"""So long a snapshot, or a restore, may take while six agents hang: several times of what it takes alone."""
 
 
 def is_over(stack: Stack, name: str) -> bool:
     """Whether a VMSnapshot is gone, or has come to its end and is at rest."""
-    body = stack.get(name)
+    return _at_rest(stack.get(name))
+
+
+def is_restored(stack: Stack, name: str) -> bool:
+    """Whether a VMRestore is gone, or has come to its end."""
+    return _at_rest(stack.get_restore(name))
+
+
+def _at_rest(body: Mapping[str, Any] | None) -> bool:
     if body is None:
         return True
     found = conditions(body)
     settled = found.get("Reconciling", {}).get("status") == "False" and not body["metadata"].get("deletionTimestamp")
     return settled and "True" in (found.get("Ready", {}).get("status"), found.get("Stalled", {}).get("status"))
+
+
+def all_over(scene: Scene) -> bool:
+    """Whether nothing of this scene is under way any more."""
+    names = (scene.name, *scene.others, *scene.beside)
+    return all(is_over(scene.stack, n) for n in names) and all(is_restored(scene.stack, n) for n in scene.restores)
 
 
 # --- another installation ------------------------------------------------------------------------------------------------------
@@ -94,7 +110,11 @@ def _unhang_six(scene: Scene) -> None:
     """The VM under test is done while the six still hang; then they may go on."""
     try:
         _must_hang(scene.annex.six())
-        until(f"{scene.name} has ended while six agents hang", lambda: is_over(scene.stack, scene.name), ALONE_SECONDS)
+        until(
+            f"{scene.name} has ended while six agents hang",
+            lambda: is_over(scene.stack, scene.name) and all(is_restored(scene.stack, n) for n in scene.restores),
+            RESTORE_SECONDS if scene.restores else ALONE_SECONDS,
+        )
     except LabError as error:
         scene.findings.append(Finding("stuck", scene.name, str(error)))
     finally:

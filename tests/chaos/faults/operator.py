@@ -8,9 +8,10 @@ import signal
 import time
 from collections.abc import Callable
 
-from tests.chaos.faults.base import Fault, Scene
+from tests.chaos.faults.base import At, Fault, Scene, at
 from tests.lab import LabError
 from tests.stack import until
+from vmsnapshot_operator.core.steps import Step
 
 
 def _kill_operator(scene: Scene) -> None:
@@ -120,6 +121,14 @@ FAULTS = (
     Fault(name="clock-an-hour-ahead", strike=_step_clock(3600), heal=_step_clock(0), hold=2.0),
     Fault(name="clock-an-hour-behind", strike=_step_clock(-3600), heal=_step_clock(0), hold=2.0),
     Fault(name="guardian-killed", strike=_kill_guardian, heal=_start_guardian, hold=1.0),
+    Fault(
+        name="guardian-killed-as-it-is-armed",
+        strike=_kill_guardian,
+        heal=_start_guardian,
+        hold=1.0,
+        only=at([Step.WINDOW_JOURNAL, Step.WINDOW_ARM]),
+        sure=(Step.WINDOW_ARM, At.DURING),
+    ),
     Fault(name="guardian-stopped", strike=_stop_guardian, heal=_continue_guardian, hold=3.0),
     Fault(name="guardian-and-operator-killed", strike=_kill_both, heal=_start_both, ends_operator=True),
 )

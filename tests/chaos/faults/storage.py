@@ -10,7 +10,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from tests.chaos.annex import Annex
-from tests.chaos.faults.base import At, Fault, NoEffectError, Scene, at, send
+from tests.chaos.faults.base import DRIVERS, HASTY_SECONDS, At, Fault, NoEffectError, Scene, at, send
 from tests.chaos.rules import OURS
 from tests.chaos.seen import Finding
 from tests.chaos.storage import ask, look
@@ -38,7 +38,10 @@ def workers(scene: Scene, class_name: str = "") -> list[int]:
 
 def _signal_workers(number: int, class_name: str = "") -> Callable[[Scene], None]:
     def act(scene: Scene) -> None:
-        for pid in workers(scene, class_name):
+        found = workers(scene, class_name)
+        if not found and number != signal.SIGCONT:
+            raise NoEffectError("no process of a driver runs")
+        for pid in found:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
@@ -83,6 +86,55 @@ def _readmit_driver(scene: Scene) -> None:
     with scene.lab.ceph.connect() as (cluster, _):
         for address in scene.planted:
             ask(cluster, "osd blocklist", blocklistop="rm", addr=address)
+
+
+# --- answers that are lost or come late, and a part that succeeds ------------------------------------------------------------------
+
+
+def _order(what: str, scene: Scene) -> None:
+    """Of the driver that is about to act (`Injector.orders`)."""
+    scene.seen = scene.injector.obeyed
+    scene.injector.orders[scene.detail] = what
+
+
+def _lose_answer(scene: Scene) -> None:
+    """The driver that is about to act does so, and dies before it says so."""
+    _order("lose", scene)
+
+
+def _one_fails_after_another(scene: Scene) -> None:
+    """Another group has done it all, and then the driver of this one dies before it does anything."""
+    assert scene.step is not None, "struck at a step"
+    step = scene.step
+    try:
+        until("another group is done", lambda: scene.times(step, Moment.AFTER) > 0, 10)
+    except LabError as error:
+        raise NoEffectError(str(error)) from error
+    _order("fail", scene)
+
+
+def _must_have_obeyed(scene: Scene) -> None:
+    scene.injector.orders.clear()
+    if not _has_obeyed(scene):
+        raise NoEffectError("no driver did anything meanwhile")
+
+
+def _has_obeyed(scene: Scene) -> bool:
+    return scene.injector.obeyed > scene.seen
+
+
+def _stop_osd(scene: Scene) -> None:
+    send("ceph-osd", signal.SIGSTOP)(scene)
+
+
+def _cut_late(scene: Scene) -> None:
+    """The storage does what it was asked for when nobody waits for it any more."""
+    try:
+        late = scene.times(Step.WINDOW_FREE, Moment.BEFORE) > 0
+    finally:
+        send("ceph-osd", signal.SIGCONT)(scene)
+    if not late:
+        raise NoEffectError("the window was not over yet")
 
 
 # --- a group's snapshot cut short, and deletions that fail -------------------------------------------------------------------------
@@ -146,6 +198,28 @@ def _let_deletion_succeed(scene: Scene) -> None:
                 image.unprotect_snap(name)
 
 
+def _let_removal_fail(scene: Scene) -> None:
+    """Clones of a VM that will not be cannot be removed."""
+    if not any(PurePath(f).name.startswith(OURS) for f in look(scene.lab).files):
+        raise NoEffectError("there are no clones")
+    _lock_pool(scene)
+    scene.seen = scene.injector.reached[Step.REMOVE_CLONES, Moment.BEFORE]
+
+
+def _let_removal_succeed(scene: Scene) -> None:
+    tries = lambda: scene.injector.reached[Step.REMOVE_CLONES, Moment.BEFORE] - scene.seen  # noqa: E731
+    gone = lambda: scene.stack.get_restore(scene.restores[0], scene.namespace) is None  # noqa: E731
+    try:
+        until("the removal was tried twice more", lambda: tries() >= 2 or gone(), 90)
+        if gone():
+            text = "it is gone, and storage let nobody remove its clones"
+            scene.findings.append(Finding("leaked", f"VMRestore {scene.restores[0]}", text))
+    except LabError as error:
+        raise NoEffectError(str(error)) from error
+    finally:
+        _unlock_pool(scene)
+
+
 @contextlib.contextmanager
 def _image(scene: Scene, handle: str) -> Iterator[tuple[Any, str]]:
     place, _, name = handle.rpartition("@")
@@ -154,7 +228,8 @@ def _image(scene: Scene, handle: str) -> Iterator[tuple[Any, str]]:
         yield image, name
 
 
-_DELETING = at([Step.ROLL_BACK, Step.ROLL_BACK_DRIVER, Step.EXPIRE], [At.BEFORE])  # a moment later it is done
+# A moment later it is done.
+_DELETING = at([Step.ROLL_BACK, Step.ROLL_BACK_DRIVER, Step.EXPIRE], [At.BEFORE])
 _TAKEN = at([Step.WINDOW_DISARM, Step.WINDOW_CLEAR, Step.KEEP, Step.SETTLE, Step.SETTLE_DRIVER])
 _BEFORE_CUT = (Step.WINDOW_QUIESCE, At.AFTER)
 
@@ -190,8 +265,41 @@ FAULTS = (
         only=_DELETING | _TAKEN,
         sure=(Step.ROLL_BACK, At.BEFORE),
     ),
+    Fault(
+        name="removal-of-clones-fails-twice",
+        strike=_let_removal_fail,
+        heal=_let_removal_succeed,
+        only=at([Step.REMOVE_CLONES], [At.BEFORE]),
+        sure=(Step.REMOVE_CLONES, At.BEFORE),
+    ),
+    Fault(
+        name="driver-answer-lost",
+        strike=_lose_answer,
+        heal=_must_have_obeyed,
+        over=_has_obeyed,
+        hold=10.0,
+        only=at(DRIVERS, [At.BEFORE]),
+    ),
+    Fault(
+        name="one-group-fails-after-another",
+        strike=_one_fails_after_another,
+        heal=_must_have_obeyed,
+        over=_has_obeyed,
+        hold=10.0,
+        only=at([Step.PREPARE_DRIVER, Step.WINDOW_CUT, Step.REVERT_DRIVER, Step.CLONE_DRIVER], [At.BEFORE]),
+    ),
+    Fault(
+        name="cut-comes-after-the-window",
+        strike=_stop_osd,
+        heal=_cut_late,
+        hold=HASTY_SECONDS + 3.0,
+        hasty=True,
+        about="ceph-vms",
+        only=at([Step.WINDOW_CUT], [At.BEFORE]),
+    ),
     Fault(name="drivers-killed", strike=_signal_workers(signal.SIGKILL)),
     Fault(name="ceph-driver-crashed", strike=_signal_workers(signal.SIGSEGV, "ceph-vms")),
+    Fault(name="file-driver-crashed", strike=_signal_workers(signal.SIGSEGV, "reflink-files")),
     Fault(
         name="file-driver-stopped",
         strike=_signal_workers(signal.SIGSTOP, "reflink-files"),

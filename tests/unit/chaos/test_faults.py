@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -28,6 +29,21 @@ NAMED = {
     "ceph-fences-its-driver",
     "pool-refuses",
     "deletion-fails-twice",
+    "guardian-killed-as-it-is-armed",
+    "agent-fails-at-freeze",
+    "all-thawed-inside-the-guest",
+    "api-read-conflict",
+    "api-read-times-out",
+    "api-away-for-longer-than-the-lease",
+    "driver-answer-lost",
+    "one-group-fails-after-another",
+    "cut-comes-after-the-window",
+    "file-driver-crashed",
+    "two-snapshots-and-a-deletion-at-once",
+    "guest-started",
+    "restore-deleted",
+    "another-restore-of-the-vm",
+    "removal-of-clones-fails-twice",
 }
 SCENE = cast("Scene", object())
 
@@ -49,6 +65,9 @@ def test_a_fault_is_met_only_where_it_can_be_done() -> None:
     for case in cases.every():
         assert case.fault.only is None or (case.step, case.at) in case.fault.only
     inside = {c for c in cases.every() if c.fault.name == "thawed-inside-the-guest"}
+    agents = {c for c in cases.every() if c.fault.name.startswith("agent-")}
+    assert Step.STOP in {c.step for c in agents}
+    assert not {c.step for c in agents} & {Step.REVERT_DRIVER, Step.GO_BACK}, "the VM is off"
     assert {(c.step, c.at) for c in inside} == FROZEN
 
 
@@ -80,6 +99,13 @@ def test_a_fault_is_healed_after_the_operator_went_on() -> None:
     runner.hurt(struck.fault, SCENE, struck.trap)
     assert struck.called == ["strike", "heal"]
     assert struck.trap.going
+
+
+def test_a_fault_is_held_no_longer_than_it_can_do_anything() -> None:
+    struck = Struck()
+    held = replace(struck.fault, hold=3600.0, over=lambda _: True)
+    runner.hurt(held, SCENE, struck.trap)
+    assert struck.called == ["strike", "heal"]
 
 
 @pytest.mark.parametrize("error", [NoEffectError("nothing"), OSError("failed")])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tests.chaos import cases, runner
+from tests.chaos import cases, results, table
 from tests.chaos.cases import Way
 from tests.chaos.faults import FAULTS
 from tests.chaos.judge import Finding
@@ -15,7 +15,10 @@ from vmsnapshot_operator.core.steps import Step
 def test_some_ways_alone() -> None:
     walk = cases.walk(200, 1, ways=[Way.CLONE, Way.OVERLAY])
     assert {c.way for c in walk} == {Way.CLONE, Way.OVERLAY}
-    assert len(set(walk)) == 200, "no case twice before all were"
+    for fault in {c.fault for c in walk}:
+        chosen = [c for c in walk if c.fault is fault]
+        there = [c for c in cases.every() if c.fault is fault and c.way in (Way.CLONE, Way.OVERLAY)]
+        assert len(set(chosen)) == min(len(chosen), len(there)), "none of its cases twice before all were"
 
 
 def test_every_fault_is_in_the_walk_and_every_step_has_a_way() -> None:
@@ -28,24 +31,44 @@ def test_every_fault_is_in_the_walk_and_every_step_has_a_way() -> None:
     assert {cases.instead(c) for c in cases.every()} <= set(cases.every()), "every fault can be met there"
 
 
-def test_summary(tmp_path: Path) -> None:
-    results = [
-        runner.Result(
+def test_what_is_written_of_a_run_and_added_up(tmp_path: Path) -> None:
+    made = [
+        results.Result(
             case="deleted@Keep:after",
             number=n,
-            reached=True,
+            reached=n < 3,
             seconds=1.0,
             recovery_seconds=float(n),
             longest_freeze_milliseconds=100 * n,
             outcome="gone",
             findings=(Finding("leaked", "x", "y"),) if n == 2 else (),
         )
-        for n in range(3)
+        for n in range(4)
     ]
-    found = runner.write(results, 5, tmp_path / "chaos.json")
+    found = results.write(made, 5, tmp_path / "chaos.json")
     assert json.loads((tmp_path / "chaos.json").read_text()) == found
     assert (found["injections"], found["leaked"], found["lied"], found["unbootable"]) == (3, 1, 0, 0)
     assert found["byWay"] == {"take": 3}
-    assert found["recoverySeconds"]["max"] == 2.0
+    assert found["recoverySeconds"] == {"p50": 1.0, "p99": 1.98, "max": 2.0}
     assert found["longestFreezeMilliseconds"] == 200
-    assert len((tmp_path / "chaos.jsonl").read_text().splitlines()) == 3
+
+    for seed, file in ((5, "one"), (6, "two")):
+        for result in made:
+            results.append(result, seed, tmp_path / file)
+    text = table.markdown(list(table.lines([tmp_path / "one", tmp_path / "two"])))
+    assert "| deleted | 6 | 0 | 2 | 0 | 0 | 0 | 1.0 s | 2.0 s | 2.0 s |" in text
+    assert "Seeds: 5, 6." in text
+
+
+def test_one_injection_is_its_own_median() -> None:
+    assert results.percentiles([7.0]) == {"p50": 7.0, "p99": 7.0, "max": 7.0}
+    assert results.percentiles([]) == {"p50": 0.0, "p99": 0.0, "max": 0.0}
+
+
+def test_what_is_left_out_has_a_reason_and_no_fault_is_left_out_of_everything() -> None:
+    possible = cases.every()
+    assert {c.fault.name for c in possible} == {f.name for f in FAULTS}
+    on_restores = {c.fault.name for c in possible if c.way in cases.RESTORING}
+    of_the_window = {f.name for f in FAULTS if f.only is not None and f.name not in on_restores}
+    assert {f.name for f in FAULTS} - on_restores == of_the_window
+    assert all(len(reason) > 20 for _, _, reason in cases.LEFT_OUT)

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from vmsnapshot_operator.core.driver import CutKind, SnapshotRequest
+from vmsnapshot_operator.core.driver import CutKind, CutResult, SnapshotRequest
 from vmsnapshot_operator.core.volumes import Handle, Layer, Seconds, SourceKind, Volume, VolumeId
 from vmsnapshot_operator.drivers import registry, wire
+from vmsnapshot_operator.drivers.fence import Fence
 from vmsnapshot_operator.drivers.host import DriverHost
 from vmsnapshot_operator.errors import (
     AlreadyCutError,
@@ -273,6 +274,33 @@ async def test_a_cut_that_its_attempts_end_forbids_is_not_begun(host, tmp_path):
     assert held(tmp_path) == []
 
 
+async def test_one_that_was_begun_in_time_goes_on(host, tmp_path, monkeypatch):
+    # The lease as it is known when the order is sent is renewed meanwhile, and the driver does not know of it.
+    begin = wire.boottime() + 0.5
+    async with host.reserve() as slot:
+        await slot.prepare(order("sleep"))
+        assert await slot.cut(order("sleep"), until=begin)
+    assert wire.boottime() > begin
+    assert held(tmp_path) == ["sleep"]
+
+
+async def test_a_copy_ends_by_itself_when_another_instance_may_go_on_with_it(tmp_path):
+    fence = Fence()
+    host = make(tmp_path, fence=fence.fd)
+    held = CutResult(handles={VolumeId("v0"): Handle("h")}, atomic=True)
+    try:
+        await host.start()
+        fence.tell(wire.boottime() + 0.5)
+        with pytest.raises(DriverCrashedError):
+            await host.wait_ready(order("stall"), held, timeout=LONG)
+        assert await cut(host, "short"), "what is short has deadlines of its own"
+        fence.tell(wire.boottime() + LONG)
+        await host.wait_ready(order("fine"), held, timeout=LONG)
+    finally:
+        await host.close()
+        fence.close()
+
+
 async def test_an_answer_that_waited_in_the_socket_past_the_deadline_is_not_used(host, tmp_path):
     async with host.reserve() as slot:
         task = asyncio.create_task(slot.cut(order("ok", 0.2)))
@@ -498,6 +526,7 @@ async def test_a_class_shows_no_secret_when_printed(host):
 OPERATOR = """
 import asyncio, sys
 from vmsnapshot_operator.core.driver import SnapshotRequest
+from vmsnapshot_operator.drivers.fence import Fence
 from vmsnapshot_operator.drivers.host import DriverHost
 
 async def main():

@@ -46,7 +46,7 @@ cuts = st.builds(
 
 @given(requests, cuts)
 def test_what_is_sent_is_what_arrives(request, cut):
-    message = wire.parse(wire.call("wait_ready", (request, cut), 1.5, 7.0)[4:])
+    message = wire.parse(wire.call("wait_ready", (request, cut), 1.5, 7.0, 6.0)[4:])
 
     assert message["seconds"] == 1.5
     assert wire.OPERATIONS["wait_ready"].arguments.validate_python(message["arguments"]) == (request, cut)
@@ -138,9 +138,11 @@ def test_a_worker_serves_until_its_socket_is_closed(tmp_path):
     thread.start()
     with ours, theirs:
         assert ask(ours, hello(tmp_path)) == {"ready": True}
-        fit = ask(ours, wire.call("can_handle", ((),), 60, later))
-        bug = ask(ours, wire.call("cut", (SnapshotRequest(name="bug", volumes=(), timeout=Seconds(9)),), 60, later))
-        names = ask(ours, wire.call("list", ("",), 60, later))
+        fit = ask(ours, wire.call("can_handle", ((),), 60, later, later))
+        bug = ask(
+            ours, wire.call("cut", (SnapshotRequest(name="bug", volumes=(), timeout=Seconds(9)),), 60, later, later)
+        )
+        names = ask(ours, wire.call("list", ("",), 60, later, later))
         ours.shutdown(socket.SHUT_WR)
         thread.join(60)
 
@@ -152,14 +154,17 @@ def test_a_worker_serves_until_its_socket_is_closed(tmp_path):
     assert status == [0]
 
 
-def test_a_request_that_was_read_after_its_time_is_not_begun(tmp_path):
+@pytest.mark.parametrize("which", ["until", "begin"])
+def test_a_request_that_was_read_after_its_time_is_not_begun(tmp_path, which):
     ours, theirs = socket.socketpair()
     thread = threading.Thread(target=worker.serve, args=(theirs,))
     thread.start()
     with ours, theirs:
         ask(ours, hello(tmp_path))
         request = SnapshotRequest(name="vms-late", volumes=(), timeout=Seconds(60))
-        late = ask(ours, wire.call("cut", (request,), 60, wire.boottime() - 0.001))
+        over, later = wire.boottime() - 0.001, wire.boottime() + 60
+        times = (over, later) if which == "until" else (later, over)
+        late = ask(ours, wire.call("cut", (request,), 60, *times))
         held = list(tmp_path.iterdir())
         ours.shutdown(socket.SHUT_WR)
         thread.join(60)

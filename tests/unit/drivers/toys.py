@@ -57,6 +57,8 @@ class Toy:
             (self.held / ".hangs").touch()
             # Inside of C and deaf to Python: signals that Python would handle do not interrupt it.
             ctypes.PyDLL(None).sleep(3600)
+        if how == "sleep":
+            time.sleep(0.6)
         if how == "abort":
             os.abort()
         if how == "stop":

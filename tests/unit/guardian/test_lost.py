@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -18,28 +18,34 @@ GUARD_SECONDS = 30.0
 
 
 class World:
-    """Which host the VM runs on, and who was asked to free it where."""
+    """Which host the VM runs on, who was asked to free it where, and what comes of looking at it `again`: last, that it is over."""
 
     def __init__(self) -> None:
         self.where = ""
         self.now = 1000.0
         self.freed: list[str] = []
+        self.again: list[Outcome | Exception] = []
 
     def attempt(self, uri: str, _domain: str, _method: str, _nonce: str, *, again: bool, armed: bool) -> Outcome:
         if uri != self.where:
             return Outcome.ELSEWHERE
         if again:
-            return Outcome.OVER
+            found = self.again.pop(0) if self.again else Outcome.OVER
+            if isinstance(found, Exception):
+                raise found
+            return found
         self.freed.append(uri)
         return Outcome.FREE
 
 
 @pytest.fixture
-def world(monkeypatch: pytest.MonkeyPatch) -> World:
+def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     made = World()
     monkeypatch.setattr(release, "attempt", made.attempt)
     monkeypatch.setattr(watch, "LONGEST_PAUSE", 0.01)
-    return made
+    yield made
+    # Whoever still looked at a VM of this test would do so in the world of the next one.
+    eventually(lambda: not [t for t in threading.enumerate() if t.name.startswith("free ")])
 
 
 def eventually(holds: Callable[[], bool]) -> None:
@@ -61,6 +67,43 @@ def test_one_that_migrated_to_a_host_not_yet_followed_is_freed_when_it_is_seen_t
     assert made.due() == ["n"]
     made.release("n", "its budget is over")
     eventually(lambda: world.freed == ["b"])
+
+
+@pytest.mark.parametrize("silence", [Outcome.HELD, RuntimeError("the agent does not answer")], ids=["held", "raised"])
+def test_one_that_was_freed_is_looked_at_again_also_after_a_look_that_came_to_nothing(
+    world: World, silence: Outcome | Exception
+) -> None:
+    """A late freeze keeps the agent busy: the look at it fails, the next one finds the guest frozen."""
+    world.where, world.again = "a", [Outcome.FREE, silence, Outcome.HELD, Outcome.FREE, Outcome.FREE]
+    made = Watch(clock=lambda: world.now)
+    made.seen("a", {"vm": JOURNAL})
+    made.release("n", "the process that armed it is gone")
+    eventually(lambda: world.again == [])
+
+
+def test_one_that_was_freed_and_then_migrates_is_freed_again_where_it_is_seen(world: World) -> None:
+    world.where, world.again = "a", [Outcome.FREE, Outcome.ELSEWHERE]
+    made = Watch(clock=lambda: world.now)
+    made.seen("a", {"vm": JOURNAL})
+    made.release("n", "the process that armed it is gone")
+    eventually(lambda: world.again == [])
+    world.where = "b"
+
+    def due_there() -> bool:
+        made.seen("b", {"vm": JOURNAL})
+        return made.due() == ["n"]
+
+    eventually(due_there)
+
+
+def test_nobody_is_waited_for_who_is_being_freed_already(world: World) -> None:
+    """An agent that is dead for hours keeps one thread busy, not the one that looks whether something is due."""
+    made = Watch(clock=lambda: world.now)
+    made.seen("a", {"vm": JOURNAL})
+    world.now += JOURNAL.budget + 1
+    assert made.rest() < watch.TURN_SECONDS, "it is due"
+    made._held["n"].releasing = True
+    assert made.rest() == watch.TURN_SECONDS
 
 
 def test_one_that_is_off_for_long_is_forgotten(world: World) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vmsnapshot_operator.core.chains import OverlayFile
 from vmsnapshot_operator.core.driver import CutResult
 from vmsnapshot_operator.core.effects import RecordedGroup
 from vmsnapshot_operator.core.journal import Journal
@@ -86,7 +87,7 @@ class FakeCluster:
             self.contents_by_name[name] = {**self.contents_by_name[name], "status": dict(status)}
         return {**body, "status": dict(status)}
 
-    write_content_status = write_class_status = write_hypervisor_status = _write
+    write_content_status = write_class_status = write_hypervisor_status = write_snapshot_status = _write
 
     async def replace_content(self, _body: Mapping[str, Any]) -> dict[str, Any]:
         raise ConflictError("not in these tests")
@@ -174,6 +175,20 @@ class FakeClient:
     error: SnapshotError | None = None
     closed: bool = False
     uris: tuple[str, ...] = ("test:///host",)
+    files: tuple[OverlayFile, ...] = ()
+    silent: dict[str, str] = field(default_factory=dict)
+    removed: list[str] = field(default_factory=list)
+    hangs: float = 0.0
+
+    async def overlay_files(self, prefix: str, pool: str = "") -> tuple[tuple[OverlayFile, ...], dict[str, str]]:
+        await asyncio.sleep(self.hangs)
+        return tuple(f for f in self.files if f.name.startswith(prefix)), self.silent
+
+    async def remove_overlay(self, file: OverlayFile) -> None:
+        if self.error is not None:
+            raise self.error
+        self.removed.append(file.path)
+        self.files = tuple(f for f in self.files if f.path != file.path)
 
     async def sweep(self) -> list[Sighting]:
         if self.error is not None:

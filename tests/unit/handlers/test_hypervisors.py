@@ -95,7 +95,7 @@ async def test_what_is_left_is_freed_at_the_first_look(lab: Lab) -> None:
     assert await lab.look() == LOOK_EVERY
     assert sorted(lab.tries) == ["vm1", "vm2"]
     assert lab.metric("vmsnapshot_swept_vms_total") == 2
-    assert lab.metric("vmsnapshot_frozen_vms") == 0
+    assert lab.metric("vmsnapshot_still_held_vms") == 0
     assert any("VMFreed" in e and "vm1" in e for e in lab.events)
     assert lab.hypervisors.proven() == {"u": 2}
 
@@ -118,7 +118,7 @@ async def test_one_that_hangs_delays_none_of_the_others(lab: Lab) -> None:
     assert await lab.look() == RETRY_EVERY
     assert asyncio.get_running_loop().time() - start == pytest.approx(hypervisors.PATIENCE)
     assert lab.status["heldDomains"] == [f"vm{n}" for n in range(2, 8)]
-    assert lab.metric("vmsnapshot_frozen_vms") == 6
+    assert lab.metric("vmsnapshot_still_held_vms") == 6
     # A VM that comes to be held meanwhile is freed by the next look; those that hang are not tried twice at once.
     lab.client.sightings.append(sighting(9))
     await lab.look()

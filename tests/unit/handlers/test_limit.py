@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import cast
 
 import pytest
 
+from vmsnapshot_operator.core.evidence import Evidence
 from vmsnapshot_operator.errors import NotPermittedError
 from vmsnapshot_operator.kube.lease import Leadership
 from vmsnapshot_operator.strategies import window
@@ -13,11 +15,11 @@ from vmsnapshot_operator.strategies.window import Limit
 
 
 class Fake:
-    leading = True
     now = 100.0
+    until = 200.0
 
-    def is_leader(self) -> bool:
-        return self.leading
+    def is_leader(self, margin: float = 0.0) -> bool:
+        return self.now + margin < self.until
 
 
 @pytest.fixture
@@ -52,5 +54,46 @@ def test_a_window_that_was_left(fake: Fake) -> None:
 
 def test_another_one_took_over(fake: Fake) -> None:
     limit = Limit(cast("Leadership", fake), 30.0)
-    fake.leading = False
+    fake.until = fake.now
     assert "another instance" in limit.refusal()
+
+
+def test_nothing_is_begun_shortly_before_another_one_may_take_over(fake: Fake) -> None:
+    limit = Limit(cast("Leadership", fake), 30.0)
+    fake.until = fake.now + window.LEASE_MARGIN
+    assert "another instance" in limit.refusal()
+    fake.until += 0.1
+    assert limit.refusal() == ""
+
+
+def test_an_order_is_good_until_the_budget_or_the_lease_as_it_is_known_now(fake: Fake) -> None:
+    limit = Limit(cast("Leadership", fake), 30.0)
+    assert limit.order_until == 130.0
+    fake.until = 110.0
+    assert limit.order_until == 110.0 - window.LEASE_MARGIN
+
+
+async def test_cuts_are_ended_before_another_one_may_begin(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(window, "LEASE_LOOK", 0.0)
+    limit, progress = (
+        Limit(cast("Leadership", fake), 30.0),
+        window._Progress(groups={}, evidence=Evidence(method="GuestAgent")),
+    )
+    cut = asyncio.create_task(asyncio.Event().wait())
+    fence = asyncio.create_task(window._fence([cut], progress, limit))  # type: ignore[list-item]  # what it answers is nobody's business
+    await asyncio.wait([fence], timeout=0.0)
+    assert not fence.done()
+    fake.until = fake.now + window.LEASE_MARGIN
+    with pytest.raises(window._CutFailedError):
+        await fence
+    assert (progress.reason, progress.interrupted) == ("NotLeader", True)
+    cut.cancel()
+
+
+async def test_cuts_that_end_are_not_held_up(fake: Fake) -> None:
+    limit, progress = (
+        Limit(cast("Leadership", fake), 30.0),
+        window._Progress(groups={}, evidence=Evidence(method="GuestAgent")),
+    )
+    await window._fence([asyncio.create_task(asyncio.sleep(0))], progress, limit)
+    assert progress.reason == ""

@@ -11,8 +11,11 @@ import pytest
 from click.testing import CliRunner
 
 from vmsnapshot_operator.cli import main
-from vmsnapshot_operator.core.journal import Journal
+from vmsnapshot_operator.core import names
+from vmsnapshot_operator.core.chains import OverlayFile
+from vmsnapshot_operator.core.journal import Journal, Phase
 from vmsnapshot_operator.core.machine import Agent, AgentState, Machine, PowerState
+from vmsnapshot_operator.core.volumes import VolumeId
 from vmsnapshot_operator.errors import HypervisorUnreachableError, KubeUnavailableError, QuiesceError
 from vmsnapshot_operator.handlers import sweep, thaw
 from vmsnapshot_operator.hypervisors.domains import Hypervisor, Ref, Sighting
@@ -31,6 +34,11 @@ class FakeHypervisor:
     seen: list[list[Sighting]]
     problems: dict[str, str] = field(default_factory=dict)
     closed: bool = False
+    files: tuple[OverlayFile, ...] = ()
+    silent: dict[str, str] = field(default_factory=dict)
+
+    async def overlay_files(self, prefix: str) -> tuple[tuple[OverlayFile, ...], dict[str, str]]:
+        return tuple(f for f in self.files if f.name.startswith(prefix)), self.silent
 
     async def sweep(self) -> list[Sighting]:
         return self.seen.pop(0) if len(self.seen) > 1 else self.seen[0]
@@ -176,6 +184,32 @@ async def test_one_that_cannot_be_freed_is_said(lab: Lab) -> None:
     said, ok = await lab.sweep()
     assert not ok
     assert "not free yet, run this again: its agent does not answer" in said
+
+
+async def test_overlays_that_no_journal_tells_of_are_said_and_left(lab: Lab) -> None:
+    paths = [f"/pool/{names.overlay_name(OURS, 'u', n, VolumeId('v'))}" for n in (1, 2, 3, 4)]
+    told = replace(JOURNAL, overlays={"v": paths[3]}, phase=Phase.OVERLAID)
+    lab.hypervisors["lab"] = FakeHypervisor(
+        [[held(told)]],
+        files=(
+            OverlayFile(path=paths[0], endpoint="host", domain="demo"),
+            OverlayFile(path=paths[1], endpoint="host"),
+            OverlayFile(path=paths[2], endpoint="host", pristine=True, genuine=True),
+            OverlayFile(path=paths[3], endpoint="host", domain="demo"),
+        ),
+    )
+    for dry_run in (True, False):
+        said, ok = await lab.sweep(dry_run=dry_run)
+        assert ok, "no VM is held"
+        assert f"overlay {paths[0]} on host: kept: VM demo has it among its disks" in said
+        assert f"overlay {paths[1]} on host: kept: no VM uses it, and it was written to" in said
+        assert f"overlay {paths[2]} on host: empty and not in use; the operator removes it" in said
+        assert paths[3] not in said
+    lab.api = False
+    lab.hypervisors["lab"].silent = {"host": "the pool hangs"}
+    said, _ = await lab.sweep("lab", dry_run=True)
+    assert f"overlay {paths[0]} on host: kept" in said, "also without an id"
+    assert "host does not say which overlays it has: the pool hangs" in said
 
 
 def test_help_teaches() -> None:

@@ -13,6 +13,7 @@ from tests.unit.kube.fake_api import FakeClient
 from vmsnapshot_operator.errors import KubeUnavailableError
 from vmsnapshot_operator.kube.cluster import Cluster
 from vmsnapshot_operator.kube.lease import NAME, Durations, Leadership, Seen, Step, choose
+from vmsnapshot_operator.strategies.window import LEASE_AT_BEGIN, LEASE_MARGIN
 
 PATH = f"/apis/coordination.k8s.io/v1/namespaces/system/leases/{NAME}"
 
@@ -72,9 +73,10 @@ async def test_it_holds_as_long_as_the_lease_and_no_longer(api: FakeClient, cloc
     assert not one.is_leader()
     await one._try()
     assert one.is_leader()
-    assert one.is_leader(14.9)
-    assert not one.is_leader(15.0)
-    clock.now += 15.0  # the process was stopped, or the machine slept: nothing ran meanwhile
+    assert one.is_leader(9.9)
+    assert not one.is_leader(10.0)
+    assert one.until == clock.now + 10.0
+    clock.now += 10.0  # the process was stopped, or the machine slept: nothing ran meanwhile
     assert not one.is_leader()
     await one._try()
     assert one.is_leader(), "nobody else came"
@@ -101,18 +103,18 @@ async def test_time_counts_from_before_the_request(api: FakeClient, clock: Clock
     one = _instance(api, clock)
 
     def slow(method: str, path: str) -> None:
-        clock.now += 4.0
+        clock.now += 1.4
 
     api.before = slow
-    await one._try()  # a GET and a POST, four seconds each
-    assert one.is_leader(10.9)
-    assert not one.is_leader(11.1)
+    await one._try()  # a GET and a POST, 1.4 seconds each
+    assert one.is_leader(8.5)
+    assert not one.is_leader(8.7)
 
 
 async def test_another_waits_until_it_is_over_and_then_takes_it(api: FakeClient, clock: Clock) -> None:
     one, two = _instance(api, clock), _instance(api, clock, "two")
     await one._try()
-    for _ in range(8):
+    for _ in range(6):
         await two._try()
         assert not two.is_leader()
         clock.now += 2.0
@@ -144,11 +146,11 @@ async def test_a_silent_api_server_takes_it_away(
         raise KubeUnavailableError("no answer")
 
     api.before = silent
-    for _ in range(7):
-        clock.now += 2.0
+    for _ in range(9):
+        clock.now += 1.0
         await one._try()
         assert one.is_leader()
-    clock.now += 2.0
+    clock.now += 1.0
     assert not one.is_leader()
     assert caplog.text.count("was not renewed") == 1, "said once, not each time"
     api.before = lambda _method, _path: None
@@ -170,8 +172,8 @@ async def test_a_lost_answer_counts_as_the_worse_of_both(api: FakeClient, clock:
 
     api.put = lose  # type: ignore[method-assign]  # the failure is the point
     await one._try()
-    assert not one.is_leader(15.0)
-    assert one.is_leader(14.0)
+    assert not one.is_leader(10.0)
+    assert one.is_leader(9.0)
 
 
 async def test_a_lease_deleted_by_hand_is_made_again(api: FakeClient, clock: Clock) -> None:
@@ -215,7 +217,7 @@ async def test_renewals_inside_do_not_shorten_it(api: FakeClient, clock: Clock) 
         clock.now += 30.0
         await one._try()
     await one._try()
-    assert not one.is_leader(15.0), "afterwards the usual time is enough"
+    assert not one.is_leader(10.0), "afterwards the usual time is enough"
 
 
 async def test_outlasting_writes_nothing_that_is_not_needed(api: FakeClient, clock: Clock) -> None:
@@ -247,6 +249,56 @@ async def test_a_clean_end_lets_another_begin_at_once(api: FakeClient, clock: Cl
     assert not one.is_leader()
     await two._try()
     assert two.is_leader()
+
+
+def test_a_window_makes_nobody_wait_longer() -> None:
+    usual = Durations()
+    assert LEASE_MARGIN < LEASE_AT_BEGIN
+    assert LEASE_AT_BEGIN + usual.retry <= usual.lease
+    assert 2 * (usual.retry + usual.request) <= usual.lease, "one renewal may come to nothing"
+    assert Durations.of(usual.lease) == usual
+
+
+@pytest.mark.looptime
+@pytest.mark.parametrize("answer", [0.0, 0.3, 0.95])
+@pytest.mark.parametrize("dies", [30.0, 30.3, 30.7, 31.1, 31.6])
+async def test_another_takes_over_within_15_seconds_of_a_death(api: FakeClient, answer: float, dies: float) -> None:
+    """Every request takes as long as the proof allows; the holder dies in the middle of a window."""
+    loop = asyncio.get_running_loop()
+    real = api.get, api.request
+
+    async def get(*given: Any) -> Any:
+        await asyncio.sleep(answer / 2)  # what is read is how it was on the way
+        found = await real[0](*given)
+        await asyncio.sleep(answer / 2)
+        return found
+
+    async def request(*given: Any) -> Any:
+        await asyncio.sleep(answer / 2)
+        found = await real[1](*given)
+        await asyncio.sleep(answer / 2)
+        return found
+
+    api.get, api.request = get, request  # type: ignore[method-assign]  # slower, and the same
+    one, two = _instance(api, Clock()), _instance(api, Clock(), "two")
+    one._clock = two._clock = loop.time
+    first = asyncio.create_task(one.run())
+    await asyncio.sleep(0.1)
+    second = asyncio.create_task(two.run())
+    await asyncio.sleep(dies)
+    async with one.outlasting(LEASE_AT_BEGIN) as ours:
+        assert ours
+        died = loop.time()
+        one._release = asyncio.Event().wait  # type: ignore[method-assign, assignment]  # killed: it gives nothing back
+        first.cancel()
+        while not two.is_leader():
+            assert loop.time() - died < 15.0
+            await asyncio.sleep(0.01)
+    assert not one.is_leader(), "it stopped acting before"
+    for task in (first, second):
+        task.cancel()
+    two._release = asyncio.Event().set  # type: ignore[method-assign, assignment]  # as above
+    await asyncio.sleep(0)
 
 
 @pytest.mark.looptime

@@ -62,6 +62,9 @@ def check(done: World) -> None:
     assert all(x == "as at the switch" for x in done.copied_from), "copied while it stood still"
     assert all(n == 1 for n in done.freezes.values()), "one freeze per attempt"
     assert done.job != "running", "nothing is copied for nobody"
+    assert all(n <= 1 + done.deaths.get(x, 0) for x, n in done.thaws.items()), (
+        "one thaw, and one more by who comes after a death"
+    )
     if done.gone:
         assert not done.names_held
         assert done.record is None
@@ -86,9 +89,11 @@ def check(done: World) -> None:
         assert conditions["Unquiesced"].status is True
 
 
-@given(POLICIES, STEPS, st.sampled_from(list(Hold)), st.sampled_from(["", "files", "ceph"]))
-def test_crashes_anywhere_converge_with_overlays(policy: Policy, crashes: list[int], hold: Hold, bad: str) -> None:
-    done = overlaid(policy, hold=hold, bad_cut=bad)
+@given(POLICIES, STEPS, st.sampled_from(list(Hold)), st.sampled_from(["", "files", "ceph"]), st.booleans())
+def test_crashes_anywhere_converge_with_overlays(
+    policy: Policy, crashes: list[int], hold: Hold, bad: str, guarded: bool
+) -> None:
+    done = overlaid(policy, hold=hold, bad_cut=bad, guarded=guarded)
     for after in crashes:
         done.budget_of_steps = after
         done.settle_down()
@@ -173,9 +178,9 @@ def test_a_vm_that_stopped_on_its_overlay_is_waited_for() -> None:
     check(done)
 
 
-@given(POLICIES, STEPS, st.booleans())
-def test_crashes_anywhere_converge_to_ready(policy: Policy, crashes: list[int], early: bool) -> None:
-    done = world(policy, early_thaw=early)
+@given(POLICIES, STEPS, st.booleans(), st.booleans())
+def test_crashes_anywhere_converge_to_ready(policy: Policy, crashes: list[int], early: bool, guarded: bool) -> None:
+    done = world(policy, early_thaw=early, guarded=guarded)
     for after in crashes:
         done.budget_of_steps = after
         done.settle_down()

@@ -350,3 +350,18 @@ def test_a_safety_snapshot_that_fails_ends_it_before_anything_is_changed() -> No
     world.settle()
     assert set(world.disks.values()) == {"now"}
     assert {c.type: c.reason for c in world.said[-1]}["Stalled"] == "SafetySnapshotFailed"
+
+
+@pytest.mark.parametrize("defined", [True, False])
+def test_an_end_that_somebody_else_wrote_leaves_no_clones(defined: bool) -> None:
+    """A tenant may write into a status: what is on storage is the new VM's, or nobody's, all the same."""
+    world = World(request=request(new_name="copy"), finalizer=True, clones={"clone"})
+    if defined:
+        world.new_vm, world.done, world.power = True, MARKER, PowerState.SHUT_OFF
+    told = World(request=request(new_name="copy"))
+    told.settle()
+    world.ended = told.ended
+    world.settle()
+    assert world.new_vm is defined
+    assert not world.clones
+    assert not world.finalizer

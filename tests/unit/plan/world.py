@@ -27,7 +27,9 @@ class Crash(Exception):  # noqa: N818 - what it is
 
 @dataclass(slots=True)
 class World:
-    """`budget_of_steps`: steps until the process dies; None: it lives on. `bad_cut`: a class whose cut fails."""
+    """`budget_of_steps`: steps until the process dies; None: it lives on. `bad_cut`: a class whose cut fails. `guarded`: a
+    guardian frees the VM when the process dies; else it stands still until somebody recovers it.
+    """
 
     request: Request = field(default_factory=b.request)
     plan: Plan | Refusal = field(default_factory=b.plan)
@@ -38,6 +40,7 @@ class World:
     held: dict[str, set[str]] = field(default_factory=dict)
     record: e.Record | None = None
     finalizer: bool = False
+    guarded: bool = False
     refused: e.Failure | None = None
     gone: bool = False
     deleting: bool = False
@@ -58,6 +61,8 @@ class World:
     marked: set[str] = field(default_factory=set)
     # what was seen, for judging
     freezes: dict[int, int] = field(default_factory=dict)
+    thaws: dict[str, int] = field(default_factory=dict)
+    deaths: dict[str, int] = field(default_factory=dict)
     still_at_cut: dict[str, bool] = field(default_factory=dict)
     said: list[tuple[e.Condition, ...]] = field(default_factory=list)
     # the process
@@ -79,14 +84,22 @@ class World:
         self.clock += 0.01
 
     def crash(self) -> None:
-        """Lose what lay in the process; the guardian frees the VM."""
+        """Lose what lay in the process; a guardian, if there is one, frees the VM."""
         self.prepared = self.outcome = None
         self.agent_failed = ""
         self.listening, self.broken = False, None
         if self.job == "running" and self.job_ends_with_the_process:
             self.job = "over"
-        self.frozen = False
+        if self.journal is not None:
+            self.deaths[self.journal.nonce] = self.deaths.get(self.journal.nonce, 0) + 1
+        self.frozen = self.frozen and not self.guarded
         self.budget_of_steps = self.dies_again
+
+    def thaw(self) -> None:
+        """Free the VM, for the sake of the journal that is in it."""
+        assert self.journal is not None, "no journal says that it is ours to free"
+        self.thaws[self.journal.nonce] = self.thaws.get(self.journal.nonce, 0) + 1
+        self.frozen = False
 
     def gather(self) -> e.Observation:
         """Look, as the operator does."""
@@ -182,7 +195,7 @@ class World:
 
     def _recover(self, _effect: e.Recover, _seen: e.Observation) -> None:
         self.step()
-        self.frozen = False
+        self.thaw()
         self.step()
         if self.overlay == "on":
             assert self.journal is not None
@@ -240,11 +253,12 @@ class World:
     def _window(self, effect: e.TakeWindow, _seen: e.Observation) -> None:
         self.prepared = None
         assert self.journal is None
+        assert not self.frozen, "a VM that still stands still is not made to stand still again"
         self.step()
         self.journal = Journal(
             installation=b.INSTALLATION,
             owner_uid=b.UID,
-            nonce="0" * 32,
+            nonce=f"{effect.attempt:032x}",
             attempt=effect.attempt,
             method="GuestAgent",
             budget=30,
@@ -256,6 +270,7 @@ class World:
             return
         self.freezes[effect.attempt] = self.freezes.get(effect.attempt, 0) + 1
         if self.bad_freeze and method == "GuestAgent":
+            self.thaw()
             self.journal = None
             self.agent_failed = "the hook failed"
             self.outcome = self._outcome(effect, {}, reason="FreezeFailed", fallback=True)
@@ -284,7 +299,7 @@ class World:
             )
         self.step()
         freed_early = not self.frozen
-        self.frozen = False
+        self.thaw()
         self.step()
         self.journal = None
         self.outcome = self._outcome(effect, groups, reason="DriverError" if failed else "", freed_early=freed_early)
@@ -299,7 +314,7 @@ class World:
         self.step()
         self.overlay = "on"
         self.step()
-        self.frozen = False
+        self.thaw()
         self.step()
         self.journal = replace(self.journal, phase=Phase.OVERLAID, bases={"volume": self.base})
         groups: dict[str, GroupOutcome] = {}

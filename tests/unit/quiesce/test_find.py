@@ -39,6 +39,12 @@ def test_what_was_loaded_is_not_looked_for_again(installed: list[str]) -> None:
 
 
 def test_one_that_is_not_there_is_said_with_those_that_are(installed: list[str]) -> None:
-    with pytest.raises(QuiesceError, match="installed are Broken, None"):
+    with pytest.raises(QuiesceError, match="one of Broken, None"):
         base.find("Overlay")
     assert installed
+
+
+def test_one_that_does_not_load_is_said_to_be_so(installed: list[str]) -> None:
+    with pytest.raises(QuiesceError, match="does not load") as caught:
+        base.find("Broken")
+    assert (caught.value.reason, installed) == ("QuiesceMethodUnknown", ["Broken"])

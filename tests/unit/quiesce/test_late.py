@@ -9,9 +9,10 @@ from contextlib import ExitStack
 import libvirt
 import pytest
 
-from tests.unit.quiesce.fake_libvirt import REF, FakeDomain, FakeHypervisor, a_journal, as_any
+from tests.unit.quiesce.fake_libvirt import REF, FakeDomain, FakeHypervisor, a_journal, as_any, error
+from vmsnapshot_operator.core.evidence import Evidence
 from vmsnapshot_operator.core.machine import AgentState
-from vmsnapshot_operator.errors import NotPermittedError
+from vmsnapshot_operator.errors import NotPermittedError, QuiesceError
 from vmsnapshot_operator.hypervisors import agent
 from vmsnapshot_operator.quiesce.base import Context
 from vmsnapshot_operator.quiesce.guest_agent import GuestAgentQuiescer
@@ -75,6 +76,30 @@ async def test_recovery_leaves_a_vm_that_changed_hands(method: type[GuestAgentQu
     domain.paused()
     await method(Context(hypervisor=as_any(FakeHypervisor(domain)), ref=REF)).let_go(OURS)
     assert (domain.frozen, domain.power) == (2, libvirt.VIR_DOMAIN_PAUSED)
+
+
+@pytest.mark.parametrize(
+    ("method", "call", "reason"),
+    [(GuestAgentQuiescer, "freeze", "FreezeFailed"), (PauseQuiescer, "suspend", "PauseFailed")],
+)
+async def test_a_vm_that_would_not_stand_still_was_asked_all_the_same(
+    method: type[GuestAgentQuiescer | PauseQuiescer], call: str, reason: str
+) -> None:
+    """What was seen until then goes with the error: when it was asked, and how long it took to have it free again."""
+    domain = FakeDomain(journal=OURS)
+
+    def refuse() -> None:
+        raise error(libvirt.VIR_ERR_INTERNAL_ERROR)
+
+    domain.before[call] = refuse
+    quiescer = method(Context(hypervisor=as_any(FakeHypervisor(domain)), ref=REF))
+    with pytest.raises(QuiesceError) as caught:
+        async with quiescer.still(OURS):
+            raise AssertionError("it stood still")
+    assert (caught.value.reason, caught.value.free) == (reason, True)
+    seen = caught.value.evidence
+    assert isinstance(seen, Evidence)
+    assert (seen.frozen_time is not None, seen.thawed_time is not None, seen.still_from) == (True, True, None)
 
 
 class Pauses(list[float]):

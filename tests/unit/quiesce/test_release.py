@@ -34,7 +34,8 @@ class Hosts:
     async def clear_journal(self, _ref: Ref, _nonce: str) -> None:
         self.journal = None
 
-    async def update_journal(self, _ref: Ref, journal: Journal) -> bool:
+    async def update_journal(self, _ref: Ref, journal: Journal, *, held: bool) -> bool:
+        assert held, "what was written down since by another one stays"
         self.journal = journal
         return True
 

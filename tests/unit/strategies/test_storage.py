@@ -12,15 +12,16 @@ import pytest
 from tests.unit.handlers import fakes
 from tests.unit.kube import records
 from vmsnapshot_operator.core.driver import Progress, SnapshotRequest
-from vmsnapshot_operator.core.effects import Observation, Prepare, Record, Settle
+from vmsnapshot_operator.core.effects import Fail, Failure, Observation, Prepare, Record, Recover, Settle
 from vmsnapshot_operator.core.evidence import Evidence, WindowOutcome
+from vmsnapshot_operator.core.journal import Journal
 from vmsnapshot_operator.core.planning import Method, OverlaySettings
 from vmsnapshot_operator.core.volumes import Seconds
 from vmsnapshot_operator.errors import DriverError, NotPermittedError
-from vmsnapshot_operator.plan import report
-from vmsnapshot_operator.strategies import settling
+from vmsnapshot_operator.plan import conditions, report
+from vmsnapshot_operator.strategies import settling, storage
 from vmsnapshot_operator.strategies.storage import StorageStrategy
-from vmsnapshot_operator.strategies.world import LiveHypervisor, Memory, Prepared, World
+from vmsnapshot_operator.strategies.world import LiveHypervisor, Memory, Prepared, World, clock
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -183,6 +184,28 @@ async def test_who_lost_the_lease_while_it_waited_for_a_process_prepares_nothing
     assert asked == ([[], []] if lost else [["prepare"], ["prepare"]])
 
 
+@pytest.mark.parametrize("fallback", [True, False])
+async def test_falling_back_is_an_event_with_the_agents_words(fallback: bool) -> None:
+    record = records.intent(records.example().plan, 1)
+    lab = Lab(record)
+    memory = lab.world.memory(records.REQUEST.uid)
+    memory.outcome = WindowOutcome(
+        attempt=1,
+        evidence=Evidence(method=Method.GUEST_AGENT),
+        free=True,
+        fallback=fallback,
+        reason="FreezeFailed",
+        message="the hook said no",
+    )
+    paused = replace(record.plan, quiesce=replace(record.plan.quiesce, method=Method.PAUSE))
+    requests = {c: g.request for c, g in record.groups.items()}
+    await lab.strategy.apply(Prepare(2, paused, requests), lab.seen, {})
+    posted = cast("fakes.FakeEvents", lab.world.events).posted
+    text = "FreezeFailed: the hook said no; policy Prefer goes on with Pause"
+    assert posted == ([text] if fallback else [])
+    await lab.world.forget(records.REQUEST.uid)
+
+
 @pytest.mark.parametrize("turns", range(12))
 async def test_a_prepare_that_is_cancelled_anywhere_gives_its_processes_back(turns: int) -> None:
     record = records.intent(records.example().plan, 1)
@@ -217,6 +240,73 @@ async def test_what_was_taken_in_an_earlier_term_is_not_kept(term: int, kept: bo
     memory.prepared = Prepared(attempt=1, slots={}, stack=cast("AsyncExitStack", stack))
     await memory.enter(term)
     assert (memory.outcome is not None, memory.prepared is not None, stack.closed) == (kept, kept, not kept)
+
+
+def measured(lab: Lab) -> tuple[float, float]:
+    """How many holds were measured, and how long they were together."""
+    found = {s.name: s.value for m in lab.world.metrics.registry.collect() for s in m.samples if not s.labels.get("le")}
+    return found.get("vmsnapshot_frozen_seconds_count", 0.0), found.get("vmsnapshot_frozen_seconds_sum", 0.0)
+
+
+def held(*, free: bool, stood: bool = True) -> WindowOutcome:
+    """A VM that was asked to stand still 40 s ago."""
+    asked = Seconds(clock() - 40.0)
+    evidence = Evidence(
+        method=Method.GUEST_AGENT,
+        asked=asked,
+        frozen_time=records.REQUEST.created,
+        still_from=asked if stood else None,
+        frozen_milliseconds=40_000 if free else 0,
+    )
+    return WindowOutcome(attempt=1, evidence=evidence, free=free)
+
+
+@pytest.mark.parametrize("stood", [True, False], ids=["frozen", "freeze failed"])
+async def test_a_hold_is_measured_once_it_is_over(monkeypatch: pytest.MonkeyPatch, stood: bool) -> None:
+    async def nothing(*_: object) -> tuple[None, None]:
+        return None, None
+
+    monkeypatch.setattr(storage, "locate", nothing)
+    monkeypatch.setattr(storage, "release", nothing)
+    lab = Lab(records.intent(records.example().plan, 1))
+    lab.strategy._measure(held(free=True, stood=stood), lab.seen)
+    assert measured(lab) == (1, 40.0)
+    late = held(free=False, stood=stood)
+    lab.strategy._measure(late, lab.seen)
+    assert measured(lab) == (1, 40.0), "it is held still: nobody knows for how long"
+    memory = lab.world.memory(lab.seen.request.uid)
+    memory.outcome = late
+    journal = Journal(installation="i", owner_uid="u", nonce="n", attempt=1, method="GuestAgent", budget=30.0)
+    await lab.strategy.apply(Recover(journal), lab.seen, {})
+    assert memory.outcome.free
+    assert memory.outcome.evidence.frozen_milliseconds >= 40_000
+    count, total = measured(lab)
+    assert (count, total >= 80.0) == (2, True)
+
+
+@pytest.mark.parametrize("gone", [True, False])
+async def test_only_a_vm_that_is_gone_needs_nobodys_word_that_it_is_free(gone: bool) -> None:
+    lab = Lab(records.intent(records.example().plan, 1))
+    lab.world.memory(lab.seen.request.uid).outcome = held(free=False)
+    effect = Fail(Failure(reason="Interrupted", message="its journal is gone"))
+    await lab.strategy.apply(effect, replace(lab.seen, vm_gone=gone), {})
+    (written,) = lab.written
+    assert written.outcome is not None
+    assert written.outcome.free is gone
+
+
+@pytest.mark.parametrize(
+    ("facts", "known"),
+    [({}, True), ({"vm_unseen": True}, False), ({"vm_unseen": True, "prepared": 1}, True)],
+    ids=["seen", "its Hypervisor is gone", "never begun"],
+)
+async def test_a_vm_that_cannot_be_looked_at_any_more_is_not_called_free(facts: dict[str, Any], known: bool) -> None:
+    lab = Lab(records.intent(records.example().plan, 1))
+    failure = Failure(reason="HypervisorNotFound", message="there is none")
+    await lab.strategy.apply(Fail(failure), replace(lab.seen, **facts), {})
+    (written,) = lab.written
+    told = {c.type: c for c in conditions.failed(lab.seen, written, failure)}["Unquiesced"]
+    assert (told.status, told.reason) == ((True, "Free") if known else (None, "FreeUnknown"))
 
 
 def test_a_vm_that_got_another_uuid_is_claimed_instead_of_the_old_one() -> None:

@@ -57,13 +57,31 @@ def test_what_has_not_come_to_an_end(metrics: Metrics) -> None:
     assert _value(metrics, "vmsnapshot_leftovers") == 3
 
 
+def test_who_is_held_now(metrics: Metrics) -> None:
+    def now() -> float | None:
+        return _value(metrics, "vmsnapshot_frozen_vms", hypervisor="lab")
+
+    state = {"one": False, "two": True}
+    with metrics.window(lambda: state["one"], hypervisor="lab"):
+        assert now() == 0, "it is not frozen yet"
+        state["one"] = True
+        assert now() == 1
+        with metrics.window(lambda: state["two"], hypervisor="lab"):
+            assert now() == 2
+            state["one"] = False
+            assert now() == 1
+    assert now() == 0
+
+
 def test_series_go_with_their_objects(metrics: Metrics) -> None:
     metrics.driver_workers({"fast": 2, "slow": 1})
     metrics.driver_workers({"fast": 1})
     assert _value(metrics, "vmsnapshot_driver_workers", class_name="fast") == 1
     assert _value(metrics, "vmsnapshot_driver_workers", class_name="slow") is None
     for hypervisor in ("lab", "other"):
-        metrics.frozen_vms(1, hypervisor=hypervisor)
+        metrics.still_held(1, hypervisor=hypervisor)
+        with metrics.window(lambda: True, hypervisor=hypervisor):
+            pass
         metrics.journals(3, overlays=2, hypervisor=hypervisor)
         metrics.guardian(answers=True, hypervisor=hypervisor)
         metrics.hypervisor_answers(answers=True, hypervisor=hypervisor)
@@ -74,7 +92,8 @@ def test_series_go_with_their_objects(metrics: Metrics) -> None:
     metrics.forget_hypervisor("lab")
     metrics.forget_hypervisor("never-seen")
     assert _value(metrics, "vmsnapshot_frozen_vms", hypervisor="lab") is None
-    assert _value(metrics, "vmsnapshot_frozen_vms", hypervisor="other") == 1
+    assert _value(metrics, "vmsnapshot_frozen_vms", hypervisor="other") == 0
+    assert _value(metrics, "vmsnapshot_still_held_vms", hypervisor="other") == 1
     assert b'hypervisor="lab"' not in metrics.text()
 
 

@@ -1,0 +1,128 @@
+"""What is told of a VMSnapshot, and when: a write for each decision that somebody may have to wait for, none for the others."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, cast
+
+import pytest
+
+from tests.unit.handlers import fakes
+from tests.unit.plan import builders as b
+from vmsnapshot_operator.core.effects import Condition, Decision, Effect, Observation, Record, Settle, Wait
+from vmsnapshot_operator.core.planning import Request
+from vmsnapshot_operator.handlers import reconcile
+from vmsnapshot_operator.handlers.reconcile import TELL_EVERY, Reconciler
+from vmsnapshot_operator.strategies.world import World
+
+pytestmark = pytest.mark.looptime
+
+REQUEST: Request = b.request()
+BODY = {
+    "apiVersion": "vmsnapshot.io/v1alpha1",
+    "kind": "VMSnapshot",
+    "metadata": {"namespace": REQUEST.namespace, "name": REQUEST.name, "uid": REQUEST.uid},
+}
+
+
+REFUSALS = ("DomainNotFound", "ClassTie")
+
+
+@dataclass
+class Script:
+    """A strategy that decides what it is told to, one effect after the other; each takes so many seconds."""
+
+    effects: list[tuple[Effect, str]]
+    seconds: float = 0.0
+    done: list[Effect] = field(default_factory=list)
+
+    def decide(self, _seen: Observation, _now: datetime) -> Decision:
+        effect, reason = self.effects[len(self.done)]
+        told = Condition(type="Reconciling", status=True, reason=reason)
+        stalled = Condition(type="Stalled", status=reason in REFUSALS, reason=reason, message="said so")
+        return Decision(effect=effect, conditions=(told, stalled))
+
+    async def apply(self, effect: Effect, _seen: Observation, _body: Mapping[str, Any]) -> None:
+        await asyncio.sleep(self.seconds)
+        self.done.append(effect)
+
+
+class Stage:
+    """A reconciler, and what it wrote."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, script: Script) -> None:
+        self.world: World = fakes.world(installation=b.INSTALLATION)
+        self.cluster = cast("fakes.FakeCluster", self.world.cluster)
+        self.cluster.snapshots[REQUEST.namespace, REQUEST.name] = dict(BODY)
+        clock = type("Clock", (), {"now": staticmethod(lambda: b.CREATED)})
+        cast("Any", self.cluster).client = type("Client", (), {"clock": clock})
+
+        self.record: Record | None = None
+
+        async def gather(_world: World, _body: Mapping[str, Any]) -> Observation:
+            return Observation(request=REQUEST, record=self.record)
+
+        monkeypatch.setattr(reconcile, "gather", gather)
+        monkeypatch.setattr(reconcile, "choose", lambda *_: script)
+        self.woken = asyncio.Event()
+        self.reconciler = Reconciler(self.world, lambda *_: self.woken.set())
+
+    async def look(self) -> None:
+        self.woken.clear()
+        await self.reconciler.reconcile(REQUEST.namespace, REQUEST.name, REQUEST.uid)
+
+    def written(self) -> None:
+        """Have the next look find the status that was written last."""
+        _, status = self.cluster.statuses[-1]
+        self.cluster.snapshots[REQUEST.namespace, REQUEST.name] = {**BODY, "status": status}
+
+    @property
+    def events(self) -> list[str]:
+        return cast("fakes.FakeEvents", self.world.events).posted
+
+    @property
+    def told(self) -> list[str]:
+        """The reasons that were written."""
+        return [status["conditions"][0]["reason"] for _, status in self.cluster.statuses]
+
+
+@pytest.mark.parametrize(("at_once", "told"), [(True, ["Ready"]), (False, ["Settling", "Ready"])])
+async def test_what_ends_at_once_is_not_told_before(
+    monkeypatch: pytest.MonkeyPatch, at_once: bool, told: list[str]
+) -> None:
+    stage = Stage(monkeypatch, Script([(Settle({}, at_once), "Settling"), (Wait(), "Ready")]))
+    await stage.look()
+    await stage.woken.wait()
+    await stage.look()
+    assert stage.told == told
+
+
+async def test_what_was_to_end_at_once_and_does_not_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = Stage(monkeypatch, Script([(Settle({}, True), "Settling"), (Wait(), "Ready")], seconds=4 * TELL_EVERY))
+    await stage.look()
+    await stage.woken.wait()
+    assert stage.told == ["Settling"]
+    await stage.look()
+    assert stage.told == ["Settling", "Ready"]
+
+
+async def test_a_refusal_is_an_event_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = Script([(Wait(), "DomainNotFound")])
+    stage = Stage(monkeypatch, script)
+    await stage.look()
+    assert stage.events == ["DomainNotFound: said so"]
+    stage.written()
+    script.effects = [(Wait(), "ClassTie")]  # as an instance that has just started would see it
+    await stage.look()
+    assert stage.told == ["DomainNotFound", "ClassTie"]
+    assert stage.events == ["DomainNotFound: said so"], "it was refused, and everybody knows"
+
+
+async def test_what_failed_after_it_began_has_had_its_event(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = Stage(monkeypatch, Script([(Wait(), "ClassTie")]))
+    stage.record = Record(name="c", attempt=1, plan=b.plan(), groups={})
+    await stage.look()
+    assert (stage.told, stage.events) == (["ClassTie"], [])
