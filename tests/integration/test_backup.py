@@ -233,7 +233,8 @@ def test_another_programs_copy_is_waited_for_and_not_touched(
     domain: Any = backed.domain()
     domain.backupBegin(
         "<domainbackup mode='push'><disks><disk name='vda' backup='yes' type='file'><driver type='raw'/>"
-        f"<target file='{target}'/></disk><disk name='vdb' backup='no'/><disk name='vdc' backup='no'/></disks></domainbackup>"
+        f"<target file='{target}'/></disk><disk name='vdb' backup='no'/><disk name='vdc' backup='no'/></disks></domainbackup>",
+        None,
     )
     try:
         brake.wait()
