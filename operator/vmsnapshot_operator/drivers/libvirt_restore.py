@@ -1,4 +1,4 @@
-"""The way back of `libvirt-volume`: disks set back to what was cut, and new disks made from it. Not how cuts are made.
+"""The way back of what is held in pools: disks set back to what was cut, and new disks made from it. Not how cuts are made.
 
 All functions take open pools: `home` is that of the VM's disks, `held` that of the cuts and clones. They let libvirt's errors
 through.

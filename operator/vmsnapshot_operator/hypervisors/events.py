@@ -219,7 +219,9 @@ class EventHub:
         if job.get("operation") != libvirt.VIR_DOMAIN_JOB_OPERATION_BACKUP:
             return
         whole = job.get("success") is True
-        ending = Ending(whole, "" if whole else str(job.get("errmsg") or "libvirt does not say why"), _now())
+        ending = Ending(
+            whole, "" if whole else str(job.get("errmsg") or "libvirt does not say why; it ends with the VM"), _now()
+        )
         with self._lock:
             self._endings.setdefault((_canonical(uuid), endpoint), deque(maxlen=_ENDINGS_KEPT)).append(ending)
 

@@ -60,7 +60,7 @@ def test_the_ends_of_backups_are_heard_of() -> None:
     assert [(e.whole, e.said) for e in heard] == [
         (True, ""),
         (False, "Operation canceled"),
-        (False, "libvirt does not say why"),
+        (False, "libvirt does not say why; it ends with the VM"),
     ]
     assert hub.endings(UUID, "host", heard[1].at) == heard[1:]
     assert hub.endings(UUID, "another", since) is None

@@ -43,14 +43,13 @@ class Scene:
     uris: Sequence[str] = ()
     name: str = "lab"
     until: float = 3600.0
-    by_job: str = ""
+    by_job: tuple[str, ...] = ()
     job_error: HypervisorError | None = None
     busy: bool = False
 
     def targets(self, effect: TakeWindow) -> dict[str, dict[VolumeId, Layer]]:
-        """The files of the class whose disks the hypervisor copies."""
-        volumes = effect.requests[self.by_job].volumes if self.by_job else ()
-        return {self.by_job: {v.id: b.file_layer(f"copy-{v.label}") for v in volumes}} if volumes else {}
+        """The files of the classes whose disks the hypervisor copies."""
+        return {c: {v.id: b.file_layer(f"copy-{v.label}") for v in effect.requests[c].volumes} for c in self.by_job}
 
     async def window(self, _ref: object) -> Scene:
         return self
@@ -236,7 +235,7 @@ async def test_who_is_cancelled_frees_the_vm_first(scene: Scene) -> None:
 
 
 async def test_the_hypervisor_begins_its_copy_where_the_others_cut(scene: Scene) -> None:
-    scene.by_job = "files"
+    scene.by_job = ("files",)
     outcome = await take(scene)
     begun = "begin vda to /pool/copy-vda.raw, vdb to /pool/copy-vdb.raw"
     assert scene.log == ["describe", *HOLD, "cut ceph", begun, *LET_GO, "told"]
@@ -248,8 +247,17 @@ async def test_the_hypervisor_begins_its_copy_where_the_others_cut(scene: Scene)
     assert set(result.handles.values()) == {"/pool/copy-vda.raw", "/pool/copy-vdb.raw"}
 
 
+async def test_one_copy_is_begun_for_all_classes(scene: Scene) -> None:
+    scene.by_job = ("ceph", "files")
+    outcome = await take(scene)
+    begun = "begin vdc to /pool/copy-vdc.raw, vda to /pool/copy-vda.raw, vdb to /pool/copy-vdb.raw"
+    assert scene.log == ["describe", *HOLD, begun, *LET_GO, "told"]
+    assert outcome.ok
+    assert outcome.groups["ceph"].bracket == outcome.groups["files"].bracket
+
+
 async def test_a_copy_that_does_not_begin_frees_the_vm_and_is_tried_again(scene: Scene) -> None:
-    scene.by_job, scene.job_error = "files", HypervisorError("no room")
+    scene.by_job, scene.job_error = ("files",), HypervisorError("no room")
     outcome = await take(scene, ceph={"takes": 1.0})
     assert scene.log == ["describe", *HOLD, "killed ceph", *LET_GO, "told"]
     assert (outcome.reason, outcome.interrupted, outcome.free) == ("BackupFailed", True, True)
@@ -257,7 +265,7 @@ async def test_a_copy_that_does_not_begin_frees_the_vm_and_is_tried_again(scene:
 
 
 async def test_a_vm_whose_disks_are_copied_already_is_not_touched(scene: Scene) -> None:
-    scene.by_job, scene.busy = "files", True
+    scene.by_job, scene.busy = ("files",), True
     outcome = await take(scene)
     assert scene.log == ["told"]
     assert (outcome.reason, outcome.interrupted, outcome.free) == ("BackupRunning", True, True)
