@@ -27,6 +27,8 @@ class Way(StrEnum):
     EXPIRE = "expire"
     AMEND = "amend"
     OVERLAY = "overlay"
+    BACKUP = "backup"
+    DELETE_BACKUP = "delete a backup"
     RESTORE = "restore"
     GO_BACK = "go back"
     CLONE = "clone"
@@ -52,12 +54,14 @@ WAYS: dict[Step, Way] = {
     Step.WINDOW_SWITCH: Way.OVERLAY,
     Step.WINDOW_OVERLAID: Way.OVERLAY,
     Step.WINDOW_CUT: Way.TAKE,
+    Step.WINDOW_BEGIN: Way.BACKUP,
     Step.WINDOW_FREE: Way.TAKE,
     Step.WINDOW_DISARM: Way.TAKE,
     Step.WINDOW_CLEAR: Way.TAKE,
     Step.KEEP: Way.TAKE,
     Step.AMEND: Way.AMEND,
     Step.SETTLE: Way.TAKE,
+    Step.SETTLE_JOB: Way.BACKUP,
     Step.SETTLE_DRIVER: Way.TAKE,
     Step.COLLAPSE: Way.OVERLAY,
     Step.COLLAPSE_BEGIN: Way.OVERLAY,
@@ -67,6 +71,7 @@ WAYS: dict[Step, Way] = {
     Step.COLLAPSE_REMOVE: Way.OVERLAY,
     Step.COLLAPSE_CLEAR: Way.OVERLAY,
     Step.ROLL_BACK: Way.DELETE,
+    Step.ROLL_BACK_JOB: Way.DELETE_BACKUP,
     Step.ROLL_BACK_DRIVER: Way.DELETE,
     Step.CLAIM: Way.RESTORE,
     Step.TAKE_SAFETY: Way.RESTORE,

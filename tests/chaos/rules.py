@@ -291,7 +291,7 @@ def _accounted(content: Mapping[str, Any], storage: Storage) -> set[str]:
         handle, group = volume.get("handle") or "", groups[volume["className"]]
         name = group["requestName"]
         if group["driver"] != "ceph-rbd":
-            labels |= {f"file {handle}", f"file {PurePath(handle).parent}/{name}.copied"}
+            labels |= {f"file {handle}", f"file {handle}.whole"}  # the mark of a copy
             continue
         image, _, snap = handle.rpartition("@")
         place = f"{PurePath(image).parent}/{name}"

@@ -45,6 +45,26 @@ def _taken(scene: Scene) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _copied_by_hypervisor(scene: Scene) -> Iterator[None]:
+    """A class for the guest's files whose disks the hypervisor copies; it is gone again before what is hurt has ended."""
+    (document,) = scene.stack.example("storage-class-backup.yaml")
+    name = f"storagedriverclasses.vmsnapshot.io/{document['metadata']['name']}"
+    document["spec"] |= {"match": [{"type": "file", "sourcePattern": f"*/{scene.guest.name}-vd?.raw"}], "priority": 10}
+    scene.stack.apply(scene.stack.fitted(document))
+    try:
+        scene.lab.kubectl("wait", "--for=condition=Ready", "--timeout=60s", name)
+        yield
+    finally:
+        scene.lab.kubectl("delete", name, "--ignore-not-found")
+
+
+@contextlib.contextmanager
+def _copied_and_taken(scene: Scene) -> Iterator[None]:
+    with _copied_by_hypervisor(scene), _taken(scene):
+        yield
+
+
+@contextlib.contextmanager
 def _read(scene: Scene) -> Iterator[None]:
     """Taken, and read: what a restore of it has to bring back, also where the snapshot itself is deleted meanwhile."""
     with _taken(scene), tempfile.TemporaryDirectory(dir=scene.lab.state, prefix="judge-") as folder:
@@ -181,6 +201,8 @@ PREPARE: dict[Way, Callable[[Scene], contextlib.AbstractContextManager[None]]] =
     Way.EXPIRE: _plain,
     Way.AMEND: _taken_and_given_back,
     Way.OVERLAY: _plain,
+    Way.BACKUP: _copied_by_hypervisor,
+    Way.DELETE_BACKUP: _copied_and_taken,
     Way.RESTORE: _read,
     Way.GO_BACK: _refused,
     Way.CLONE: _read,
@@ -195,6 +217,8 @@ DRIVE: dict[Way, Callable[[Scene], None]] = {
     Way.EXPIRE: _expire,
     Way.AMEND: _amend,
     Way.OVERLAY: _overlay,
+    Way.BACKUP: _take,
+    Way.DELETE_BACKUP: _delete,
     Way.RESTORE: _restore,
     Way.GO_BACK: _go_on,
     Way.CLONE: _clone,

@@ -108,7 +108,7 @@ async def test_a_secret_that_may_not_be_read_is_named(
 @pytest.mark.parametrize(
     ("spec", "said"),
     [
-        ({"driver": "no-such-driver"}, "is installed; installed are: ceph-rbd, libvirt-volume"),
+        ({"driver": "no-such-driver"}, "is installed; installed are: ceph-rbd, libvirt-backup, libvirt-volume"),
         ({"parameters": {"poolName": "reflink", "minFreeBites": "1"}}, 'parameter "minFreeBites"'),
         ({"parameters": {}}, 'parameter "poolName"'),
         ({"parameters": {"poolName": "reflink", "socketPath": "/nowhere/sock"}}, "/nowhere/sock"),

@@ -121,6 +121,16 @@ class Reason(StrEnum):
         "The VM is between two hosts.",
         "Wait: it begins when the migration has ended.",
     )
+    BACKUP_RUNNING = (
+        "BackupRunning",
+        "The hypervisor is copying disks of this VM, for another snapshot or another program, and does one such job at a time.",
+        "Wait: it begins by itself when that job has ended. `virsh domjobinfo` shows how far it is.",
+    )
+    BACKUP_NEEDS_RUNNING_VM = (
+        "BackupNeedsRunningVM",
+        "The VM is off, and a class whose disks the hypervisor copies has one that nothing else could copy.",
+        "Start the VM, or give another class that matches the disk a higher priority.",
+    )
     VM_PAUSED = (
         "VMPaused",
         "The VM is paused and policy Require needs it running.",
@@ -469,6 +479,11 @@ class Reason(StrEnum):
         "Switched",
         "The VM writes to overlays, so that what lies beneath stands still while it is copied.",
         _FINE,
+    )
+    BACKUP_FAILED = (
+        "BackupFailed",
+        "The hypervisor did not begin to copy the disks.",
+        "Nothing at first: it is tried again. If it stays so, do what libvirt's words in the message say.",
     )
     SWITCH_FAILED = (
         "SwitchFailed",
@@ -857,13 +872,28 @@ class Reason(StrEnum):
     )
     SNAPSHOT_LOST = (
         "SnapshotLost",
-        "The storage system does not hold the cut any more: somebody removed it by other means.",
-        "Delete the VMSnapshot, which nothing can be restored from; find out who deletes on that storage.",
+        "The cut is not whole, or the storage system does not hold it any more; the message says which.",
+        "Delete the VMSnapshot, which nothing can be restored from, and take another one. If it was removed, find out who deletes on that storage.",
     )
     UNKNOWN_CLUSTER = (
         "UnknownCluster",
         "The disk names no monitor in its domain, so nobody can tell which Ceph cluster it lies on.",
         "Name the monitors in the domain's disk; or set the class's parameter allowDisksWithoutHosts, if there is one cluster only.",
+    )
+    SIZE_UNKNOWN = (
+        "SizeUnknown",
+        "Nobody can say how big a disk is that the hypervisor would copy.",
+        "Start the VM: libvirt knows the sizes of a running one's disks.",
+    )
+    POOL_NOT_SERVED = (
+        "PoolNotServed",
+        "The class's pool is none of files in a directory.",
+        "Name another pool in the class's parameter poolName.",
+    )
+    POOL_INACTIVE = (
+        "PoolInactive",
+        "The class's pool is defined on the host, and not active.",
+        "Start it: `virsh pool-start`.",
     )
     VOLUME_MISSING = (
         "VolumeMissing",

@@ -11,18 +11,32 @@ from vmsnapshot_operator.core.volumes import Handle, Layer, Seconds, Volume, Vol
 
 
 class CutKind(StrEnum):
-    """INSTANT may run under a freeze; COPY (copies in `wait_ready`) and REMOTE (as CSI) need an overlay."""
+    """INSTANT may run under a freeze; COPY (copies in `wait_ready`) and REMOTE (as CSI) need an overlay.
+
+    HYPERVISOR: the hypervisor itself copies what the disks held at the cut, into volumes that the driver has prepared. Its cut may
+    run under a freeze. Of a VM that is off, the driver copies as for COPY.
+    """
 
     INSTANT = "Instant"
     COPY = "Copy"
     REMOTE = "Remote"
+    HYPERVISOR = "Hypervisor"
+
+    @property
+    def needs_overlay(self) -> bool:
+        """Whether the cut takes longer than a guest should stand still."""
+        return self in (CutKind.COPY, CutKind.REMOTE)
 
 
 class Hold(StrEnum):
-    """What a cut needs until `wait_ready` returned: nothing, or a base that stays still (the guest runs in both cases)."""
+    """What a cut needs until it can be restored: nothing, a base that stays still, or the hypervisor's copy to come to its end.
+
+    The guest runs in all cases. `wait_ready` is called after a JOB whose good end is proved, and never else.
+    """
 
     NOTHING = "Nothing"
     BASE = "Base"
+    JOB = "Job"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +113,11 @@ class StorageDriver(Protocol):
     is, and asked instead of told, so that a driver holds no channel and sets no pace. An answer is evidence that the
     storage still works on it, so it must be asked of the storage there and then, or be None: a call that says nothing for
     long is taken to hang, and its process is killed. A driver without it has to be done within that time.
+
+    A driver whose cut is HYPERVISOR has a method `targets(request) -> Mapping[VolumeId, Layer]`, asked after `prepare`: the volumes
+    made there, one for each disk and of its size, that the hypervisor is told to copy into; the handle of each is the source of
+    its layer. Its `cut` is called for a VM that is off only. It never learns of a domain. A volume of which `wait_ready` was not
+    called is half a copy, which `missing` names.
 
     The volumes of a clone have an owner at any time: until `keep` they are held under the clone's name, `list` names it and
     `delete` deletes them, half made or whole. From then on they are the VM's, and neither can find them any more. So a

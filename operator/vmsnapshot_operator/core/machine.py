@@ -106,6 +106,7 @@ class Agent:
 class Machine:
     """One domain at one moment. `run_id` is libvirt's id of this run (-1 when shut off): another one is another boot.
 
+    `copied_into`: the files into which the hypervisor is copying its disks, if it is (whoever asked for that).
     `shut_down_from_within`: it is off, and it was heard that its own system shut it down.
     """
 
@@ -118,6 +119,7 @@ class Machine:
     shut_down_from_within: bool = False
     persistent: bool = True
     migrating: bool = False
+    copied_into: tuple[str, ...] | None = None
     disks: tuple[Disk, ...] = ()
     devices: tuple[Device, ...] = ()
     agent: Agent | None = None

@@ -310,6 +310,16 @@ class Slot:
         """Let this very process prepare a request, within the request's timeout."""
         await _prepare(self._process, request, request.timeout)
 
+    async def targets(self, request: SnapshotRequest) -> Mapping[VolumeId, Layer]:
+        """Ask which volumes of those that it prepared the hypervisor is to copy into, within the request's timeout.
+
+        Raises DriverError if the answer is not about exactly the volumes that were asked for.
+        """
+        process = self._process
+        found: Mapping[VolumeId, Layer] = await process.call("targets", (request,), request.timeout)
+        _must_be_about(process, "targets", request, found)
+        return found
+
     async def cut(self, request: SnapshotRequest, until: float | None = None) -> CutResult:
         """Cut, within the request's timeout. Nothing is started, imported or looked up here.
 
@@ -321,12 +331,18 @@ class Slot:
         """
         process = self._process
         result: CutResult = await process.call("cut", (request,), request.timeout, until)
-        missing = {v.id for v in request.volumes} - result.handles.keys()
-        strange = result.handles.keys() - {v.id for v in request.volumes}
-        if missing or strange:
-            text = f"the driver answered without {len(missing)} of the volumes and with {len(strange)} others"
-            raise DriverError(process.setup.where("cut") + text)
+        _must_be_about(process, "cut", request, result.handles)
         return result
+
+
+def _must_be_about(
+    process: DriverProcess, operation: str, request: SnapshotRequest, found: Mapping[VolumeId, Any]
+) -> None:
+    missing = {v.id for v in request.volumes} - found.keys()
+    strange = found.keys() - {v.id for v in request.volumes}
+    if missing or strange:
+        text = f"the driver answered without {len(missing)} of the volumes and with {len(strange)} others"
+        raise DriverError(process.setup.where(operation) + text)
 
 
 async def _prepare(process: DriverProcess, request: SnapshotRequest, seconds: float) -> None:

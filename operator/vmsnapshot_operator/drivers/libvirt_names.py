@@ -1,4 +1,4 @@
-"""Names of what `libvirt-volume` holds in pools. Nothing else remembers what a volume is, and libvirt cannot rename one.
+"""Names of what the drivers of libvirt's storage API hold in pools. Nothing else remembers what a volume is, and libvirt cannot rename one.
 
 Under a request or clone name N, with m the member name of a disk:
 

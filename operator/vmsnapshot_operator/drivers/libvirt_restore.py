@@ -1,4 +1,4 @@
-"""The way back of `libvirt-volume`: disks set back to what was cut, and new disks made from it. Not how cuts are made.
+"""The way back of what is held in pools: disks set back to what was cut, and new disks made from it. Not how cuts are made.
 
 All functions take open pools: `home` is that of the VM's disks, `held` that of the cuts and clones. They let libvirt's errors
 through.
@@ -62,7 +62,7 @@ def source_of(held: Any, cut: CutResult, volume: VolumeId) -> Any:
     found = storage.find(held, PurePosixPath(handle).name)
     if found is None:
         raise DriverError(f"the clone {handle} does not exist (any more)", reason="SnapshotLost")
-    if cut.hold is Hold.BASE and storage.find(held, naming.whole_mark(found.name())) is None:
+    if cut.hold is not Hold.NOTHING and storage.find(held, naming.whole_mark(found.name())) is None:
         raise DriverError(f"{handle} was not copied to the end", reason="SnapshotIncomplete")
     return found
 

@@ -10,9 +10,7 @@ libvirt 9 reflinks raw volumes only (a qcow2 volume would be converted, that is 
 What is held under which name is said in `libvirt_names`; a handle is the path of the cut. libvirt goes on with a clone when the
 process that asked for it is killed; `delete` therefore reads the directory again, and a clone still being made is an error
 to be retried (`libvirt_copies`).
-
-Which domains use a volume the storage API does not know. `revert` replaces the volume by a new file of the same path: a QEMU
-that had the old one open would go on with that, and lose it. The caller sees to it that no domain uses the volume.
+What comes after the cut is `libvirt_held`.
 """
 
 from __future__ import annotations
@@ -20,23 +18,21 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
 from typing import Any
 
 import libvirt
 from pydantic import Field
 
-from vmsnapshot_operator.core.driver import Capabilities, CutKind, CutResult, Fit, Hold, Progress, SnapshotRequest
-from vmsnapshot_operator.core.volumes import Handle, Layer, SourceKind, Volume, VolumeId
+from vmsnapshot_operator.core.driver import Capabilities, CutKind, CutResult, Fit, Hold, SnapshotRequest
+from vmsnapshot_operator.core.volumes import Handle, SourceKind, Volume
 from vmsnapshot_operator.drivers import libvirt_copies as copies
 from vmsnapshot_operator.drivers import libvirt_names as naming
-from vmsnapshot_operator.drivers import libvirt_restore as restore
 from vmsnapshot_operator.drivers import libvirt_storage as storage
 from vmsnapshot_operator.drivers import probes
+from vmsnapshot_operator.drivers.libvirt_held import HeldInPools
 from vmsnapshot_operator.drivers.libvirt_storage import Endpoint, LibvirtCredentials, told
 from vmsnapshot_operator.errors import AlreadyCutError, DriverError
 
@@ -72,18 +68,18 @@ class _Ready:
                 connection.close()
 
 
-class LibvirtVolumeDriver:
-    """See the module. Connections live for one operation, those of `prepare` until the cut."""
+class LibvirtVolumeDriver(HeldInPools):
+    """See the module. The connections of `prepare` live until the cut."""
 
     Parameters = LibvirtVolumeParameters
     Credentials = LibvirtCredentials
 
     def __init__(self, parameters: LibvirtVolumeParameters, credentials: LibvirtCredentials) -> None:
+        destination = parameters.destination_pool_name or parameters.pool_name
+        super().__init__(parameters, credentials, destination, parameters.min_free_bytes)
         self._parameters = parameters
-        self._credentials = credentials
         self._reflink: bool | None = None
         self._ready: dict[str, _Ready] = {}
-        self._work: copies.Work | None = None
 
     # ---------------------------------------------------------------- the contract
 
@@ -114,7 +110,7 @@ class LibvirtVolumeDriver:
         self._ready[request.name] = ready
         try:
             connections += [storage.connect(self._parameters, self._credentials) for _ in range(count)]
-            with told(f"preparing {request.name} in the pool {self._destination}"):
+            with told(f"preparing {request.name} in the pool {self._held}"):
                 self._look_up(ready, request)
         except BaseException:
             self.rest()
@@ -145,101 +141,13 @@ class LibvirtVolumeDriver:
 
     def wait_ready(self, request: SnapshotRequest, cut: CutResult) -> None:
         """See that the cuts are there; copy them first where blocks cannot be shared. Copies that are whole stay."""
-        with self._open() as connection, told(f"completing {request.name} in the pool {self._destination}"):
-            pool = connection.storagePoolLookupByName(self._destination)
+        with self._open() as connection, told(f"completing {request.name} in the pool {self._held}"):
+            pool = connection.storagePoolLookupByName(self._held)
             if cut.hold is Hold.BASE:
                 self._copy(connection, pool, request)
             for volume, handle in cut.handles.items():
                 if storage.find(pool, naming.cut_name(request.name, volume)) is None:
                     raise DriverError(f"the clone {handle} does not exist (any more)", reason="SnapshotLost")
-
-    def check_revert(self, cut: CutResult, onto: Sequence[Volume]) -> Sequence[Fit]:
-        """Say for each volume whether its cut is there and whole, whether the volume is still what was cut, and whether there is room."""
-        return self._checked(cut, onto, None if self._flags() else self._parameters.min_free_bytes)
-
-    def _checked(self, cut: CutResult, onto: Sequence[Volume], room: int | None) -> Sequence[Fit]:
-        with self._open() as connection, told("looking at the clones"):
-            home, held = self._pools(connection)
-            storage.reread(home)
-            if held is not home:
-                storage.reread(held)
-            return [restore.check(home, held, cut, volume, room) for volume in onto]
-
-    def revert(self, cut: CutResult, onto: Sequence[Volume]) -> None:
-        """Put a clone of the cut in the place of each volume; see `libvirt_copies.replace`, and the module on who uses it."""
-        for fit in self._checked(
-            cut, onto, room=None
-        ):  # that there is no room now may be mended, and is no reason to give up
-            if not fit.ok:
-                raise DriverError(fit.message, reason=fit.reason)
-        flags = self._flags()
-        with self._open() as connection, told("reverting"):
-            home, held = self._pools(connection)
-            restore.revert(home, held, cut, onto, flags, self._parameters.min_free_bytes, self._copying)
-
-    def clone(self, cut: CutResult, name: str) -> Mapping[VolumeId, Layer]:
-        """Clone each cut to `<name>-<member>.img` in the destination pool; see `libvirt_names` on whose they are."""
-        flags = self._flags()
-        with self._open() as connection, told(f"cloning to {name} in the pool {self._destination}"):
-            _, held = self._pools(connection)
-            return restore.clone(held, cut, name, flags, self._parameters.min_free_bytes, self._copying)
-
-    def keep(self, name: str) -> None:
-        """Take away what leads from a clone's name to its volumes."""
-        with self._open() as connection, told(f"handing over {name} in the pool {self._destination}"):
-            restore.keep(self._pools(connection)[1], name)
-
-    def progress(self) -> Progress | None:
-        """Ask libvirt how far the copy under way is. None while nothing is copied: blocks are shared in milliseconds."""
-        work = self._work
-        if work is None:
-            return None
-        with told("looking at a copy"):
-            return work.progress()
-
-    def delete(self, name: str) -> None:
-        """Delete what is held under a name; goes on after an error and then says what is left."""
-        self.rest()
-        left = []
-        with self._open() as connection, told(f"deleting {name} from the pool {self._destination}"):
-            for pool in dict.fromkeys(self._pools(connection)):
-                storage.reread(pool)
-                volumes = {v.name(): v for v in pool.listAllVolumes(0)}
-                last = naming.new_mark(name)
-                found = [n for n in volumes if naming.holder(n) == name and n != last]
-                if last in volumes:
-                    found = [n for n in volumes if naming.is_clone_of(n, name)] + found
-                for each in found:
-                    try:
-                        volumes[each].delete(0)
-                    except libvirt.libvirtError as error:
-                        if not storage.is_missing(error):
-                            left.append(f"{each}: {error}")
-                if last in volumes and not left:
-                    volumes[last].delete(0)
-        if left:
-            raise DriverError(f"deleting {name} left {'; '.join(left)}", retryable=True)
-
-    def list(self, prefix: str) -> Sequence[str]:
-        """Name requests and clones by what is held for them."""
-        found: set[str | None] = set()
-        with self._open() as connection, told(f"listing the pool {self._destination}"):
-            for pool in dict.fromkeys(self._pools(connection)):
-                storage.reread(pool)
-                found |= {naming.holder(v.name()) for v in pool.listAllVolumes(0)}
-        return sorted(n for n in found if n and n.startswith(prefix))
-
-    def missing(self, cuts: Sequence[CutResult]) -> Sequence[Handle]:
-        """Look for each clone, and for the mark of each copy that it is whole."""
-        with self._open() as connection, told(f"listing the pool {self._destination}"):
-            _, held = self._pools(connection)
-            storage.reread(held)
-            there = frozenset(v.name() for v in held.listAllVolumes(0))
-
-        def is_whole(handle: Handle, cut: CutResult) -> bool:
-            return naming.whole(PurePosixPath(handle).name, copied=cut.hold is Hold.BASE) <= there
-
-        return [h for cut in cuts for h in cut.handles.values() if not is_whole(h, cut)]
 
     def rest(self) -> None:
         """Close what `prepare` opened."""
@@ -248,19 +156,6 @@ class LibvirtVolumeDriver:
         self._ready.clear()
 
     # ---------------------------------------------------------------- parts
-
-    @property
-    def _destination(self) -> str:
-        return self._parameters.destination_pool_name or self._parameters.pool_name
-
-    @contextmanager
-    def _open(self) -> Iterator[Any]:
-        connection = storage.connect(self._parameters, self._credentials)
-        try:
-            yield connection
-        finally:
-            with contextlib.suppress(libvirt.libvirtError):  # broken already
-                connection.close()
 
     def _unfit(self, pool: Any, volume: Volume) -> Fit | None:
         layer = volume.writable
@@ -289,7 +184,7 @@ class LibvirtVolumeDriver:
                 text = f"{volume.writable.source} is not in the pool {self._parameters.pool_name} (any more)"
                 raise DriverError(text, reason="VolumeNotFound")
             storage.must_be_raw(source)
-            destination = connection.storagePoolLookupByName(self._destination)
+            destination = connection.storagePoolLookupByName(self._held)
             name = naming.cut_name(request.name, volume.id)
             if storage.find(destination, name) is not None:
                 raise _already_cut(request.name)
@@ -302,45 +197,11 @@ class LibvirtVolumeDriver:
         # The threads of the cut are started now.
         list(ready.threads.map(lambda _: time.sleep(0.001), request.volumes))
 
-    def _copy(self, connection: Any, pool: Any, request: SnapshotRequest) -> None:
-        """Copy all volumes that are not copied yet."""
-        home = connection.storagePoolLookupByName(self._parameters.pool_name)
-        bases = {v.id: storage.find_source(home, v.writable) for v in request.volumes}
-        with self._copying(pool, [b for b in bases.values() if b is not None]) as begin:
-            for volume in request.volumes:
-                name, base = naming.cut_name(request.name, volume.id), bases[volume.id]
-                if base is None:
-                    raise DriverError(f"{volume.writable.source} is gone", reason="VolumeNotFound")
-                begin(name, base)
-                with told(f"copying {volume.writable.source}"):
-                    copies.make_whole(pool, storage.describe(name, base.info()[1], base.XMLDesc(0)), name, base, 0)
+    def _home(self, connection: Any, volume: Volume) -> Any:  # noqa: ARG002 - it serves one pool
+        return connection.storagePoolLookupByName(self._parameters.pool_name)
 
-    @contextmanager
-    def _copying(self, pool: Any, sources: Iterable[Any]) -> Iterator[Callable[[str, Any], None]]:
-        """Let others ask how far copies into a pool are, over a connection of its own; the caller says what comes next."""
-        if self._reflink:  # nothing is copied
-            yield lambda _name, _source: None
-            return
-        before = 0
-        with self._open() as connection:
-            work = copies.Work(connection=connection, pool=pool.name(), total=sum(map(copies.occupied, sources)))
-
-            def begin(name: str, source: Any) -> None:
-                nonlocal before
-                work.step(name, before)
-                before += copies.occupied(source)
-
-            self._work = work
-            try:
-                yield begin
-            finally:
-                self._work = None
-
-    def _pools(self, connection: Any) -> tuple[Any, Any]:
-        """Return the pool of the disks, which also holds the marks of reverts, and that of the clones (maybe the same)."""
-        home = connection.storagePoolLookupByName(self._parameters.pool_name)
-        same = self._destination == self._parameters.pool_name
-        return home, home if same else connection.storagePoolLookupByName(self._destination)
+    def _homes(self, connection: Any) -> Sequence[Any]:
+        return (connection.storagePoolLookupByName(self._parameters.pool_name),)
 
     def _flags(self) -> int:
         """Return the flag that shares blocks, or 0 where they cannot be shared; probed once."""
@@ -351,9 +212,9 @@ class LibvirtVolumeDriver:
     def _probe(self) -> bool:
         """Tell whether the destination can share blocks with the pool. Leaves nothing behind; see `_sweep_probes`."""
         name = probes.new_name()
-        with self._open() as connection, told(f"probing the pools {self._parameters.pool_name}, {self._destination}"):
+        with self._open() as connection, told(f"probing the pools {self._parameters.pool_name}, {self._held}"):
             pool = connection.storagePoolLookupByName(self._parameters.pool_name)
-            destination = connection.storagePoolLookupByName(self._destination)
+            destination = connection.storagePoolLookupByName(self._held)
             _sweep_probes(pool, destination)
             made = [pool.createXML(storage.describe(f"{name}a", 1 << 20), 0)]
             try:

@@ -54,6 +54,7 @@ OPERATIONS: Final[Mapping[str, Operation]] = {
     "capabilities": _operation(Capabilities),
     "can_handle": _operation(Fit, _Volumes),
     "prepare": _operation(None, SnapshotRequest),
+    "targets": _operation(Mapping[VolumeId, Layer], SnapshotRequest),
     "cut": _operation(CutResult, SnapshotRequest),
     "wait_ready": _operation(None, SnapshotRequest, CutResult),
     "check_revert": _operation(tuple[Fit, ...], CutResult, _Volumes),

@@ -15,7 +15,7 @@ import libvirt
 from vmsnapshot_operator.core.journal import Journal, UnreadableJournalError
 from vmsnapshot_operator.core.machine import Disk, Machine, PowerState
 from vmsnapshot_operator.core.volumes import Layer, SourceKind
-from vmsnapshot_operator.hypervisors import domain_xml, journals
+from vmsnapshot_operator.hypervisors import backups, domain_xml, journals
 
 _CHAIN_LIMIT = 64
 
@@ -64,6 +64,7 @@ def describe(connection: Any, uuid: str, endpoint: str) -> Machine:
     power, reason = power_of(domain)
     disks, devices = domain_xml.parse(domain.XMLDesc())
     journal, journal_error = _journal(domain)
+    job = _job(domain, power)
     return Machine(
         name=domain.name(),
         uuid=domain.UUIDString(),
@@ -75,7 +76,8 @@ def describe(connection: Any, uuid: str, endpoint: str) -> Machine:
         ),
         shut_down_from_within=power is PowerState.SHUT_OFF and reason == libvirt.VIR_DOMAIN_SHUTOFF_SHUTDOWN,
         persistent=bool(domain.isPersistent()),
-        migrating=_migrating(domain, power),
+        migrating=job in _MIGRATION_JOBS,
+        copied_into=_copied_into(domain, job),
         disks=tuple(_completed(connection, domain, d, power) for d in disks),
         devices=devices,
         journal=journal,
@@ -98,16 +100,24 @@ def _journal(domain: Any) -> tuple[Journal | None, str]:
         return None, str(error)
 
 
-def _migrating(domain: Any, power: PowerState) -> bool:
+def _job(domain: Any, power: PowerState) -> int | None:
+    """What libvirt is at with the domain as a whole."""
     if power is PowerState.SHUT_OFF:
-        return False
+        return None
     try:
         job = domain.jobStats()
     except libvirt.libvirtError as error:
         if error.get_error_code() in (libvirt.VIR_ERR_NO_SUPPORT, libvirt.VIR_ERR_OPERATION_INVALID):
-            return False
+            return None
         raise
-    return job.get("operation") in _MIGRATION_JOBS
+    return int(job["operation"]) if "operation" in job else None
+
+
+def _copied_into(domain: Any, job: int | None) -> tuple[str, ...] | None:
+    if job != libvirt.VIR_DOMAIN_JOB_OPERATION_BACKUP:
+        return None
+    found = backups.running(domain)
+    return tuple(sorted(found.targets)) if found is not None else None
 
 
 def _completed(connection: Any, domain: Any, disk: Disk, power: PowerState) -> Disk:

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 import libvirt
 
+from vmsnapshot_operator.core.backups import Ending
 from vmsnapshot_operator.core.chains import OverlayFile
 from vmsnapshot_operator.core.endpoint import Endpoint
 from vmsnapshot_operator.core.journal import Journal, UnreadableJournalError
@@ -27,6 +28,7 @@ from vmsnapshot_operator.core.volumes import Seconds
 from vmsnapshot_operator.errors import CallTimeoutError, DomainGoneError, HypervisorError, HypervisorUnreachableError
 from vmsnapshot_operator.hypervisors import agent as agents
 from vmsnapshot_operator.hypervisors import credentials, description, journals, overlays
+from vmsnapshot_operator.hypervisors.backups import Backups
 from vmsnapshot_operator.hypervisors.calls import Calls
 from vmsnapshot_operator.hypervisors.connection import Connection, Lane
 from vmsnapshot_operator.hypervisors.events import EventHub, EventWatch
@@ -234,6 +236,16 @@ class Hypervisor:
         """The overlays of a domain."""
         return Overlays(self, ref)
 
+    def backups(self, ref: Ref) -> Backups:
+        """The backup job of a domain."""
+        return Backups(self, ref)
+
+    def endings(self, ref: Ref, since: Seconds) -> tuple[Ending, ...] | None:
+        """Return the ends of backups of a domain that were heard of since then; None if one may have been missed."""
+        host = self._hosts.get(ref.endpoint)
+        deaf = host is None or host.main.live is None
+        return None if deaf else self._hub.endings(ref.uuid, ref.endpoint, since)
+
     async def overlay_files(self, prefix: str, pool: str = "") -> tuple[tuple[OverlayFile, ...], Mapping[str, str]]:
         """Return what all endpoints have under such names (see `overlays.survey`), and which of them could not say it, and why.
 
@@ -274,8 +286,15 @@ class Hypervisor:
 
     def wait_for_switch(self, ref: Ref) -> None:
         """Raise HypervisorError while a switch of ours to overlays has not returned: it may still come."""
-        if self._outstanding.any(f"switch {ref.uuid}"):
-            text = f"domain {ref.name}: a switch of ours to overlays has not returned, so it may still come"
+        self._wait_for(ref, "switch", "switch of ours to overlays")
+
+    def wait_for_backup(self, ref: Ref) -> None:
+        """Raise HypervisorError while a begin of a backup of ours has not returned: it may still come."""
+        self._wait_for(ref, "backup", "begin of a copy of ours")
+
+    def _wait_for(self, ref: Ref, key: str, what: str) -> None:
+        if self._outstanding.any(f"{key} {ref.uuid}"):
+            text = f"domain {ref.name}: a {what} has not returned, so it may still come"
             raise HypervisorError(text, retryable=True)
 
     @property

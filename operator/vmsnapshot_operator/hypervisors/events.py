@@ -1,4 +1,4 @@
-"""What happened to a domain between two moments, as libvirt's events tell: evidence of an early resume or another run.
+"""What happened to a domain between two moments, as libvirt's events tell: an early resume, another run, the end of a backup.
 
 And who shut a domain down that is off: libvirt tells that in the event alone, its state says the same of a guest that powered
 off and of a QEMU that was asked to end by a signal.
@@ -12,13 +12,15 @@ from __future__ import annotations
 import threading
 import time
 import uuid as uuid_module
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
 from typing import Any, NamedTuple
 
 import libvirt
 
+from vmsnapshot_operator.core.backups import Ending
 from vmsnapshot_operator.core.volumes import Seconds
 
 _KEPT = 64
@@ -26,6 +28,10 @@ _KEPT = 64
 
 _REMEMBERED = 4096
 """Domains that are off, of which it is remembered who shut them down."""
+
+
+_ENDINGS_KEPT = 8
+"""Ends of backups remembered for one domain: those that nobody asks for are of other programs."""
 
 
 class Kind(StrEnum):
@@ -100,7 +106,7 @@ class EventWatch:
 
     def hear(self, *kinds: Kind) -> None:
         """Take note of an event."""
-        at = Seconds(time.clock_gettime(time.CLOCK_BOOTTIME))
+        at = _now()
         self._seen.update(kinds)
         self._happenings.extend(Happening(k, at) for k in kinds if len(self._happenings) < _KEPT)
 
@@ -114,6 +120,8 @@ class EventHub:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._watches: set[EventWatch] = set()
+        self._hearing: dict[str, Seconds] = {}
+        self._endings: dict[tuple[str, str], deque[Ending]] = {}
         self._from_within: dict[str, str] = {}
 
     @contextmanager
@@ -127,6 +135,14 @@ class EventHub:
         finally:
             with self._lock:
                 self._watches.discard(watch)
+
+    def endings(self, uuid: str, endpoint: str, since: Seconds) -> tuple[Ending, ...] | None:
+        """Return which backups of a domain ended after `since`; None if one may have that nobody here has heard of."""
+        with self._lock:
+            if self._hearing.get(endpoint, since) >= since:
+                return None
+            heard = tuple(e for e in self._endings.get((_canonical(uuid), endpoint), ()) if e.at >= since)
+        return heard if len(heard) < _ENDINGS_KEPT else None
 
     def shut_down_from_within(self, uuid: str, endpoint: str) -> bool:
         """Whether it was heard that the guest itself shut this domain down, and nothing since that makes this untrue.
@@ -159,9 +175,15 @@ class EventHub:
                 (ids.VIR_DOMAIN_EVENT_ID_DEVICE_ADDED, lambda _c, d, _a, _o: tell(d, Kind.DISKS_CHANGED)),
                 (ids.VIR_DOMAIN_EVENT_ID_DEVICE_REMOVED, lambda _c, d, _a, _o: tell(d, Kind.DISKS_CHANGED)),
                 (ids.VIR_DOMAIN_EVENT_ID_DISK_CHANGE, lambda _c, d, *_: tell(d, Kind.DISKS_CHANGED)),
+                (
+                    ids.VIR_DOMAIN_EVENT_ID_JOB_COMPLETED,
+                    lambda _c, d, job, _o: self._ended(d.UUIDString(), endpoint, job),
+                ),
             ]
             connection.registerCloseCallback(lambda *_: self.lost(endpoint), None)
         numbers = [connection.domainEventRegisterAny(None, number, heard, None) for number, heard in wanted]
+        with self._lock:
+            self._hearing[endpoint] = _now()
 
         def end() -> None:
             # A connection with callbacks is kept open by libvirt, whoever closes it.
@@ -175,6 +197,7 @@ class EventHub:
     def lost(self, endpoint: str) -> None:
         """The connection to an endpoint broke: what happens there from now on is not heard."""
         with self._lock:
+            self._hearing.pop(endpoint, None)
             for watch in self._watches:
                 if watch.endpoint == endpoint:
                     watch.blind = True
@@ -191,6 +214,16 @@ class EventHub:
                 self._from_within[wanted] = endpoint
                 if len(self._from_within) > _REMEMBERED:
                     del self._from_within[next(iter(self._from_within))]
+
+    def _ended(self, uuid: str, endpoint: str, job: Mapping[str, Any]) -> None:
+        if job.get("operation") != libvirt.VIR_DOMAIN_JOB_OPERATION_BACKUP:
+            return
+        whole = job.get("success") is True
+        ending = Ending(
+            whole, "" if whole else str(job.get("errmsg") or "libvirt does not say why; it ends with the VM"), _now()
+        )
+        with self._lock:
+            self._endings.setdefault((_canonical(uuid), endpoint), deque(maxlen=_ENDINGS_KEPT)).append(ending)
 
     def _tell(self, uuid: str, *kinds: Kind) -> None:
         wanted = _canonical(uuid)
@@ -227,6 +260,10 @@ def agent(state: int) -> tuple[Kind, ...]:
     """Return what an event of the agent's channel says."""
     gone = state == libvirt.VIR_CONNECT_DOMAIN_EVENT_AGENT_LIFECYCLE_STATE_DISCONNECTED
     return (Kind.AGENT_LOST,) if gone else ()
+
+
+def _now() -> Seconds:
+    return Seconds(time.clock_gettime(time.CLOCK_BOOTTIME))
 
 
 def _canonical(uuid: str) -> str:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 import libvirt
 
 from vmsnapshot_operator.core.machine import AgentState, PowerState
-from vmsnapshot_operator.core.volumes import Seconds
+from vmsnapshot_operator.core.volumes import Layer, Seconds
 from vmsnapshot_operator.errors import (
     AgentError,
     CallTimeoutError,
@@ -24,7 +24,7 @@ from vmsnapshot_operator.errors import (
     HypervisorError,
     NotPermittedError,
 )
-from vmsnapshot_operator.hypervisors import agent, description, domain_xml, journals, overlays
+from vmsnapshot_operator.hypervisors import agent, backups, description, domain_xml, journals, overlays
 from vmsnapshot_operator.hypervisors.calls import Calls
 
 ACT_TIMEOUT = Seconds(10.0)
@@ -217,6 +217,34 @@ class DomainWindow:
                 here.holding.snapshotCreateXML(described, _SWITCH)
 
         await here.calls.act(f"switch of {self._name} to overlays", run, timeout=timeout)
+
+    async def prepare_backup(self, targets: Mapping[str, Layer]) -> str:
+        """Describe a copy of these disks into these files beforehand. Raises HypervisorError if one is under way, whoever's it is."""
+        here = self._known()
+
+        def run() -> str:
+            if backups.running(here.holding) is not None:
+                text = f"domain {self._name}: the hypervisor copies its disks already, and does one such job at a time"
+                raise HypervisorError(text, reason="BackupRunning", retryable=True)
+            disks, _ = domain_xml.parse(here.holding.XMLDesc(0))
+            return backups.backup_xml(targets, [d.target for d in disks if d.target not in targets])
+
+        return await here.calls.act(f"disks of {self._name}", run, timeout=ACT_TIMEOUT)
+
+    async def begin_backup(self, described: str, timeout: Seconds, permit: Permit = always) -> None:  # noqa: ASYNC109 - of the call
+        """Begin to copy what disks hold at this moment, of all at one instant or of none. After any error it may still begin later.
+
+        Raises NotPermittedError as `freeze` does.
+        """
+        here = self._known()
+
+        def run() -> None:
+            with self._outstanding.holding(f"backup {self.uuid}"):
+                if why := permit():
+                    raise NotPermittedError(f"domain {self._name} was not copied: {why}")
+                here.holding.backupBegin(described, None, libvirt.VIR_DOMAIN_BACKUP_BEGIN_REUSE_EXTERNAL)
+
+        await here.calls.act(f"begin of the copy of {self._name}", run, timeout=timeout)
 
     async def pause(self, permit: Permit = always) -> None:
         """Pause the VM. After any error it may still happen later: resume.

@@ -274,6 +274,7 @@ def _same_terms(now: Plan, then: Plan) -> bool:
     """Whether the verdict that was planned for is still the one that can be reached: the same disks, file systems and way."""
     return (
         now.membership == then.membership
+        and now.power == then.power
         and now.quiesce.method == then.quiesce.method
         and now.quiesce.expected_filesystems == then.quiesce.expected_filesystems
         and {v.volume.id: v.covered for v in now.volumes} == {v.volume.id: v.covered for v in then.volumes}

@@ -36,6 +36,16 @@ def make_plan(
             message="the VM is being migrated: its disks and its agent are between two hosts; waiting until it has arrived",
             patience=Patience.WAIT,
         )
+    if machine.copied_into is not None:
+        return Refusal(
+            reason="BackupRunning",
+            message=(
+                "the hypervisor is copying disks of the VM already, for another snapshot or another program (into"
+                f" {', '.join(machine.copied_into) or 'what its client reads'}), and does one such job at a time; waiting until"
+                " it has ended"
+            ),
+            patience=Patience.WAIT,
+        )
     selection = disks.select(machine, request.exclude)
     if isinstance(selection, Refusal):
         return selection

@@ -18,7 +18,7 @@ from vmsnapshot_operator.core.planning import (
     Request,
     StorageClass,
 )
-from vmsnapshot_operator.core.volumes import Seconds, SourceKind
+from vmsnapshot_operator.core.volumes import Layer, Seconds, SourceKind
 
 DEFAULT_BUDGET = Seconds(30.0)
 WINDOWS_BUDGET = Seconds(
@@ -126,7 +126,7 @@ def choose(
     """
     budget = _budget(request, machine.agent)
     if machine.power is PowerState.SHUT_OFF:
-        return _shut_off(request, machine, budget)
+        return _shut_off(request, machine, groups, budget)
     if machine.power is PowerState.PAUSED:
         return _paused(request, groups, classes, budget)
     if machine.power is not PowerState.RUNNING:
@@ -152,7 +152,12 @@ class _Over:
 
 def _slow(groups: Sequence[PlannedGroup]) -> list[PlannedGroup]:
     """The groups whose cut takes longer than a guest should stand still."""
-    return [g for g in groups if g.capabilities.cut is not CutKind.INSTANT]
+    return [g for g in groups if g.capabilities.cut.needs_overlay]
+
+
+def _by_hypervisor(groups: Sequence[PlannedGroup]) -> list[PlannedGroup]:
+    """The groups whose disks the hypervisor itself copies."""
+    return [g for g in groups if g.capabilities.cut is CutKind.HYPERVISOR]
 
 
 def _told(groups: Sequence[PlannedGroup]) -> str:
@@ -171,7 +176,11 @@ def _overlay(
     asked = request.method == Method.HYPERVISOR_SNAPSHOT
     if not slow and not asked:
         return None
-    problem = overlay_problem(machine, groups, room)
+    problem = (
+        f"class {_told(by)} has the hypervisor copy its disks, of another moment than the switch to overlays"
+        if (by := _by_hypervisor(groups))
+        else overlay_problem(machine, groups, room)
+    )
     if not problem and (asked or request.method == Method.AUTO):
         why = "asked for by spec.quiesce.method" if asked else f"class {_told(slow)} cannot cut in an instant"
         return _Over(pool=room.pool if room is not None else "", why=why)
@@ -214,7 +223,24 @@ def _paused(
     return QuiesceChoice(method=Method.NONE, reason="the VM is paused already: it stands still as it is", budget=budget)
 
 
-def _shut_off(request: Request, machine: Machine, budget: Seconds) -> QuiesceChoice | Refusal:
+def _is_raw_in_a_pool(layer: Layer) -> bool:
+    """Whether libvirt's storage API can copy an image."""
+    return layer.kind in (SourceKind.FILE, SourceKind.VOLUME) and layer.format == "raw" and bool(layer.pool)
+
+
+def _shut_off(
+    request: Request, machine: Machine, groups: Sequence[PlannedGroup], budget: Seconds
+) -> QuiesceChoice | Refusal:
+    by = _by_hypervisor(groups)
+    if unable := [v.label for g in by for v in g.volumes if not _is_raw_in_a_pool(v.writable)]:
+        return Refusal(
+            reason="BackupNeedsRunningVM",
+            message=(
+                f"the VM is shut off, and class {_told(by)} has the hypervisor copy its disks, which it does of a VM that runs;"
+                f" disk {', '.join(unable)} is no raw volume of a libvirt pool, which could be copied without it; start the VM,"
+                " or use another class"
+            ),
+        )
     if request.policy is Policy.REQUIRE and not machine.shut_down_from_within:
         return Refusal(
             reason="VMNotCleanlyShutDown",

@@ -70,6 +70,9 @@ def refuse_vm(request: RestoreRequest, machine: Machine, *, gated: bool) -> Refu
             "a snapshot of this VM is being taken, or its overlays are not committed yet; waiting until that has ended"
         )
         return Refusal(reason="VMBusy", message=message, patience=Patience.WAIT)
+    if machine.copied_into is not None:
+        message = "the hypervisor is copying disks of the VM for a snapshot or another program, which ends with the VM; waiting until it is done"
+        return Refusal(reason="BackupRunning", message=message, patience=Patience.WAIT)
     if machine.migrating:
         return Refusal(reason="VMMigrating", message="the VM is between two hosts", patience=Patience.WAIT)
     if not machine.persistent:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from vmsnapshot_operator.core.driver import Hold
 from vmsnapshot_operator.core.effects import Verdict
 from vmsnapshot_operator.core.evidence import THAW_SAID, Bracket, Evidence, WindowOutcome
 from vmsnapshot_operator.core.machine import PowerState
@@ -55,7 +56,9 @@ def judge(plan: Plan, outcome: WindowOutcome) -> Mapping[VolumeId, Verdict]:
         if g.class_name in outcome.groups
     }
     results = [outcome.groups[g.class_name].result for g in plan.groups if g.class_name in outcome.groups]
-    one_instant = len(plan.groups) == 1 and len(results) == 1 and results[0] is not None and results[0].atomic
+    one_group = len(plan.groups) == 1 and len(results) == 1 and results[0] is not None and results[0].atomic
+    one_job = bool(results) and all(r is not None and r.hold is Hold.JOB for r in results)
+    one_instant = one_group or one_job
     broken = _broken(plan, evidence)
     verdicts: dict[VolumeId, Verdict] = {}
     for planned in plan.volumes:

@@ -13,7 +13,7 @@ from typing import Any
 from vmsnapshot_operator.api.meta import FINALIZER
 from vmsnapshot_operator.core import names
 from vmsnapshot_operator.core.chains import Ruling
-from vmsnapshot_operator.core.driver import CutKind, Fit
+from vmsnapshot_operator.core.driver import Fit
 from vmsnapshot_operator.core.effects import Failure, Observation, Record
 from vmsnapshot_operator.core.journal import Journal
 from vmsnapshot_operator.core.machine import Machine
@@ -244,7 +244,7 @@ async def _plan_on(
     classes = world.classes.all()
     prepared = memory.prepared is not None and record is not None and memory.prepared.attempt == record.attempt
     fits = _answered(record) if record is not None and prepared else await _fits(world, machine, request, classes)
-    slow = any(c.capabilities is not None and c.capabilities.cut is not CutKind.INSTANT for c in classes)
+    slow = any(c.capabilities is not None and c.capabilities.cut.needs_overlay for c in classes)
     room = (
         await overlays.room(client, live.overlay, ref) if slow or request.method == Method.HYPERVISOR_SNAPSHOT else None
     )

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from vmsnapshot_operator.api.meta import API_VERSION, LABEL_SAFETY_OF, label_of
-from vmsnapshot_operator.core.driver import CutResult, Progress
+from vmsnapshot_operator.core.driver import Progress
 from vmsnapshot_operator.core.effects import Failure, Record
 from vmsnapshot_operator.core.markers import Gate
 from vmsnapshot_operator.core.restoring import (
@@ -237,11 +238,7 @@ async def _clone(
     async def clone(group: RestoreGroup) -> None:
         host = await world.classes.host_of_record(record.groups[group.class_name])
         wanted = {v.id for v in group.onto}
-        cut = CutResult(
-            handles={v: h for v, h in group.cut.handles.items() if v in wanted},
-            atomic=group.cut.atomic,
-            group=group.cut.group,
-        )
+        cut = replace(group.cut, handles={v: h for v, h in group.cut.handles.items() if v in wanted})
         async with step(Step.CLONE_DRIVER, request.uid, group.class_name):
             made.update(
                 await host.clone(

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
-from vmsnapshot_operator.core.driver import Progress
+from vmsnapshot_operator.core.driver import Hold, Progress
 from vmsnapshot_operator.core.effects import Record, RecordedGroup
 from vmsnapshot_operator.core.machine import PowerState
 from vmsnapshot_operator.core.planning import Request
@@ -18,7 +18,7 @@ from vmsnapshot_operator.core.steps import Step, step
 from vmsnapshot_operator.core.volumes import Seconds
 from vmsnapshot_operator.errors import DriverError, SnapshotError
 from vmsnapshot_operator.plan import collapse, fingerprints
-from vmsnapshot_operator.strategies import overlays
+from vmsnapshot_operator.strategies import backups, overlays
 from vmsnapshot_operator.strategies.gather import locate
 from vmsnapshot_operator.strategies.world import World
 
@@ -28,6 +28,7 @@ STALL_TIMEOUT = Seconds(300.0)
 """A driver that says nothing of its progress for so long is called again, until the ready deadline: so a lost connection does not hold a
 process until then.
 """
+ASK_TIMEOUT = Seconds(30.0)
 ROOM_SECONDS = 2.0
 """How often it is looked how much room is left to overlays."""
 
@@ -35,20 +36,36 @@ ROOM_SECONDS = 2.0
 async def settle(world: World, record: Record, groups: Mapping[str, RecordedGroup], request: Request) -> None:
     """Wait until every group can be restored. Raises DriverError; `SnapshotLost` and `OverlayFull`: no retry helps."""
     memory = world.memory(request.uid)
-    left = (request.created - world.now()).total_seconds() + request.ready_deadline_seconds
+    left = Seconds(max(1.0, (request.created - world.now()).total_seconds() + request.ready_deadline_seconds))
+
+    await backups.listen(world, record, request)
 
     async def wait(group: RecordedGroup) -> None:
         if group.result is None:
             return
         host = await world.classes.host_of_record(group)
+        if group.result.hold is Hold.JOB:
+            await job
         async with step(Step.SETTLE_DRIVER, request.uid, group.class_name):
             await host.wait_ready(
                 group.request,
                 group.result,
-                timeout=Seconds(max(1.0, left)),
+                timeout=left,
                 stall=STALL_TIMEOUT,
                 on_progress=note(group.class_name),
             )
+
+    async def finish_job() -> None:
+        """The one job of all groups that the hypervisor copies; nothing is asked of it where all its copies are marked as whole."""
+        mine = backups.by_job(groups)
+        for group in mine:
+            host = await world.classes.host_of_record(group)
+            if group.result is not None and await host.missing((group.result,), timeout=ASK_TIMEOUT):
+                break
+        else:
+            return
+        async with step(Step.SETTLE_JOB, request.uid):
+            await backups.finish(world, record, request, left, note(mine[0].class_name))
 
     def note(class_name: str) -> Callable[[Progress], None]:
         def told(progress: Progress) -> None:
@@ -58,9 +75,12 @@ async def settle(world: World, record: Record, groups: Mapping[str, RecordedGrou
 
         return told
 
+    job = asyncio.ensure_future(finish_job())
     try:
         results = await _while_there_is_room(world, record, request, [wait(g) for g in groups.values()])
     finally:
+        job.cancel()
+        await asyncio.gather(job, return_exceptions=True)
         memory.copied.clear()
     if failed := [r for r in results if isinstance(r, BaseException)]:
         raise min(failed, key=lambda e: getattr(e, "reason", "") != "SnapshotLost")

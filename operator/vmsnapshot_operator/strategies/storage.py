@@ -14,7 +14,7 @@ from datetime import datetime
 from typing import Any
 
 from vmsnapshot_operator.core.chains import Move, Ruling
-from vmsnapshot_operator.core.driver import Fit, SnapshotRequest
+from vmsnapshot_operator.core.driver import CutKind, Fit, SnapshotRequest
 from vmsnapshot_operator.core.effects import (
     Adopt,
     Amend,
@@ -37,6 +37,7 @@ from vmsnapshot_operator.core.effects import (
 )
 from vmsnapshot_operator.core.evidence import Evidence, GroupOutcome, WindowOutcome
 from vmsnapshot_operator.core.journal import Journal
+from vmsnapshot_operator.core.machine import PowerState
 from vmsnapshot_operator.core.steps import Step, step
 from vmsnapshot_operator.core.volumes import Seconds, VolumeId
 from vmsnapshot_operator.drivers.host import DriverHost, Slot
@@ -52,7 +53,7 @@ from vmsnapshot_operator.errors import (
 from vmsnapshot_operator.kube import contents
 from vmsnapshot_operator.plan import next_effect, verdict
 from vmsnapshot_operator.quiesce.base import release, undisturbed
-from vmsnapshot_operator.strategies import overlays, settling, window
+from vmsnapshot_operator.strategies import backups, overlays, settling, window
 from vmsnapshot_operator.strategies.gather import locate
 from vmsnapshot_operator.strategies.world import Memory, Prepared, World, clock, now
 
@@ -223,12 +224,19 @@ class StorageStrategy:
             async with asyncio.TaskGroup() as tasks:
                 for name, request in effect.requests.items():
                     tasks.create_task(self._let_prepare(slots[name], request, name, uid))
+            # Of a VM that is off the driver itself copies.
+            by_hypervisor = effect.plan.power != PowerState.SHUT_OFF
+            targets = {
+                g.class_name: await slots[g.class_name].targets(effect.requests[g.class_name])
+                for g in effect.plan.groups
+                if by_hypervisor and g.capabilities.cut is CutKind.HYPERVISOR
+            }
         except BaseException as error:
             await undisturbed(stack.aclose())
             if isinstance(error, BaseExceptionGroup):
                 raise error.exceptions[0] from error
             raise
-        return Prepared(attempt=effect.attempt, slots=slots, stack=stack)
+        return Prepared(attempt=effect.attempt, slots=slots, stack=stack, targets=targets)
 
     async def _let_prepare(self, slot: Slot, request: SnapshotRequest, class_name: str, uid: str) -> None:
         try:
@@ -257,10 +265,10 @@ class StorageStrategy:
         memory.prepared = None  # whatever happens now, this attempt is never tried again
         async with prepared.stack:
             client, ref = await locate(self._world, seen.request, seen.record)
-            outcome = await window.run(
-                self._world, effect, seen.request.uid, ref, client, prepared.slots, prepared.overlays
-            )
+            outcome = await window.run(self._world, effect, seen.request.uid, ref, client, prepared)
         memory.outcome = outcome
+        begun = [g.bracket.start for c, g in outcome.groups.items() if c in prepared.targets and g.bracket is not None]
+        memory.listening = (effect.attempt, min(begun)) if begun else None
         if outcome.fallback:
             memory.agent_failed = outcome.message
         self._measure(outcome, seen)
@@ -324,6 +332,9 @@ class StorageStrategy:
             found = await self._world.cluster.content(record.name)
             if found is None or found["metadata"]["resourceVersion"] != record.version:
                 raise ConflictError(f"VMSnapshotContent {record.name} was changed since it was decided to roll back")
+
+        if record is not None and not record.foreign and backups.is_by_hypervisor(record):
+            await backups.stop(self._world, record, seen.request)
 
         async def delete(class_name: str, name: str) -> None:
             if class_name == overlays.CLASS:

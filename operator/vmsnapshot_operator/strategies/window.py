@@ -14,16 +14,17 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
 
-from vmsnapshot_operator.core.driver import SnapshotRequest
+from vmsnapshot_operator.core.driver import CutResult, Hold, SnapshotRequest
 from vmsnapshot_operator.core.effects import TakeWindow
 from vmsnapshot_operator.core.evidence import Bracket, Evidence, GroupOutcome, Quiescer, Window, WindowOutcome
 from vmsnapshot_operator.core.journal import Journal, Phase
 from vmsnapshot_operator.core.machine import Machine
 from vmsnapshot_operator.core.planning import Plan
 from vmsnapshot_operator.core.steps import Step, step
-from vmsnapshot_operator.core.volumes import Seconds, VolumeId, volume_id
+from vmsnapshot_operator.core.volumes import Handle, Layer, Seconds, VolumeId, volume_id
 from vmsnapshot_operator.drivers.host import Slot
 from vmsnapshot_operator.errors import (
+    CallTimeoutError,
     DomainGoneError,
     DriverError,
     DriverTimeoutError,
@@ -33,12 +34,12 @@ from vmsnapshot_operator.errors import (
     QuiesceError,
     SnapshotError,
 )
-from vmsnapshot_operator.hypervisors.domains import Hypervisor, Ref
+from vmsnapshot_operator.hypervisors.domains import DomainWindow, Hypervisor, Ref
 from vmsnapshot_operator.hypervisors.guardian_link import GuardianLink
 from vmsnapshot_operator.kube.lease import Leadership
 from vmsnapshot_operator.plan import disks
 from vmsnapshot_operator.quiesce.base import Context, clock, find, undisturbed, wall
-from vmsnapshot_operator.strategies.world import World
+from vmsnapshot_operator.strategies.world import Prepared, World
 
 log = logging.getLogger(__name__)
 
@@ -147,14 +148,10 @@ async def run(
     uid: str,
     ref: Ref,
     client: Hypervisor,
-    slots: Mapping[str, Slot],
-    overlays: Mapping[VolumeId, str],
+    prepared: Prepared,
 ) -> WindowOutcome:
-    """Take the window and tell what happened. Raises only when cancelled; the VM is then free or its journal still there.
-
-    `overlays`: the path of the overlay that was made for each volume, if the VM is to be switched to some.
-    """
-    plan = effect.plan
+    """Take the window and tell what happened. Raises only when cancelled; the VM is then free or its journal still there."""
+    plan, overlays, slots = effect.plan, prepared.overlays, prepared.slots
     # Where no freeze is sent, nothing is ever held: guardians have nothing to free then.
     holds = not overlays or plan.quiesce.expected_filesystems > 0
     progress = _Progress(
@@ -180,11 +177,12 @@ async def run(
         )
         return await _tell(effect, progress, ref, client, plan)
     try:
+        job = await _prepare_job(client, ref, effect.requests, prepared.targets)
         told = world.metrics.window(lambda: journal.holds and not progress.is_free(), hypervisor=client.name)
         async with _held(world, plan, journal, ref, client, progress) as limit:
             quiescer = factory(Context(hypervisor=client, ref=ref, plan=plan, permit=limit.refusal))
             with told:
-                await _still(quiescer, journal, effect.requests, slots, progress, limit)
+                await _still(quiescer, journal, _Cuts(effect.requests, slots, job), progress, limit)
     except QuiesceError as error:
         progress.fail(error.reason, error.message, fallback=error.fallback, interrupted=not error.fallback)
     except (GuardianError, HypervisorError, NotPermittedError) as error:
@@ -244,11 +242,42 @@ async def _unhold(guardian: GuardianLink, journal: Journal, ref: Ref, client: Hy
         log.warning("the journal of domain %s stays until the next sweep: %s", ref.name, error.message)
 
 
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """The one copy that the hypervisor makes for all classes of `targets`, described beforehand."""
+
+    domain: DomainWindow
+    described: str
+    targets: Mapping[str, Mapping[VolumeId, Layer]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Cuts:
+    """What is cut, by class: by its driver in its process, or by the hypervisor."""
+
+    requests: Mapping[str, SnapshotRequest]
+    slots: Mapping[str, Slot]
+    job: _Job | None
+
+
+async def _prepare_job(
+    client: Hypervisor,
+    ref: Ref,
+    requests: Mapping[str, SnapshotRequest],
+    targets: Mapping[str, Mapping[VolumeId, Layer]],
+) -> _Job | None:
+    """Look up and describe what the hypervisor is to copy, before anything is held."""
+    if not targets:
+        return None
+    domain = await client.window(ref)
+    disks = {v.label: targets[c][v.id] for c in targets for v in requests[c].volumes}
+    return _Job(domain, await domain.prepare_backup(disks), targets)
+
+
 async def _still(
     quiescer: Quiescer,
     journal: Journal,
-    requests: Mapping[str, SnapshotRequest],
-    slots: Mapping[str, Slot],
+    cuts: _Cuts,
     progress: _Progress,
     limit: Limit,
 ) -> None:
@@ -258,7 +287,7 @@ async def _still(
             progress.window = window
             # Disks that stand still while the VM runs need no hurry.
             here = limit.again(UNHURRIED) if window.rest else limit
-            await _cut_all(journal, requests, slots, progress, here)
+            await _cut_all(journal, cuts, progress, here)
     except QuiesceError as error:
         progress.free, progress.rest = error.free, error.rest
         if isinstance(error.evidence, Evidence):
@@ -271,11 +300,11 @@ async def _still(
 
 async def _cut_all(
     journal: Journal,
-    requests: Mapping[str, SnapshotRequest],
-    slots: Mapping[str, Slot],
+    todo: _Cuts,
     progress: _Progress,
     limit: Limit,
 ) -> None:
+    requests = todo.requests
     remaining = limit.remaining
     progress.cut_time = wall()
     try:
@@ -283,9 +312,13 @@ async def _cut_all(
             try:
                 async with asyncio.TaskGroup() as cuts:
                     tasks = [
-                        cuts.create_task(_cut(request, name, slots[name], progress, journal.owner_uid, limit))
+                        cuts.create_task(_cut(request, name, todo.slots[name], progress, journal.owner_uid, limit))
                         for name, request in requests.items()
+                        if todo.job is None or name not in todo.job.targets
                     ]
+                    if todo.job is not None:
+                        begun = _begin(todo.job, requests, progress, journal.owner_uid, limit)
+                        tasks.append(cuts.create_task(begun))
                     await _fence(tasks, progress, limit)
             except* _CutFailedError:
                 pass  # each group has told its own failure
@@ -329,6 +362,33 @@ async def _cut(request: SnapshotRequest, name: str, slot: Slot, progress: _Progr
         raise _CutFailedError from error
     bracket = Bracket(start=start, end=clock())
     progress.groups[name] = GroupOutcome(class_name=name, bracket=bracket, result=result)
+
+
+async def _begin(
+    job: _Job, requests: Mapping[str, SnapshotRequest], progress: _Progress, uid: str, limit: Limit
+) -> None:
+    """Have the hypervisor begin its copy: one instant of all disks of all classes that it copies for."""
+    start = clock()
+    try:
+        async with step(Step.WINDOW_BEGIN, uid):
+            await job.domain.begin_backup(job.described, timeout=limit.remaining, permit=limit.refusal)
+    except HypervisorError as error:
+        # Another program may have been faster; or nobody knows whether it has begun. Either way another attempt may do.
+        late = isinstance(error, CallTimeoutError) and limit.remaining <= 0  # as where a driver is late
+        reason = "FrozenTooLong" if late else "BackupFailed"
+        message = f"disk {', '.join(_disks(requests[c]) for c in job.targets)}: {error.message}"
+        for name in job.targets:
+            progress.groups[name] = GroupOutcome(class_name=name, reason=reason, message=message)
+        progress.fail(reason, message, interrupted=not late)
+        raise _CutFailedError from error
+    except NotPermittedError as error:
+        progress.fail(error.reason, error.message, interrupted=True)
+        raise _CutFailedError from error
+    bracket = Bracket(start=start, end=clock())
+    for name, layers in job.targets.items():
+        handles = {v: Handle(layer.source) for v, layer in layers.items()}
+        result = CutResult(handles=handles, atomic=True, hold=Hold.JOB)
+        progress.groups[name] = GroupOutcome(class_name=name, bracket=bracket, result=result)
 
 
 async def _tell(effect: TakeWindow, progress: _Progress, ref: Ref, client: Hypervisor, plan: Plan) -> WindowOutcome:

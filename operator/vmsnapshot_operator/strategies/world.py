@@ -15,7 +15,7 @@ from typing import Protocol
 from vmsnapshot_operator.core.effects import Failure, RecordedGroup, SnapshotStrategy
 from vmsnapshot_operator.core.evidence import WindowOutcome
 from vmsnapshot_operator.core.planning import OverlaySettings, StorageClass
-from vmsnapshot_operator.core.volumes import Seconds, VolumeId
+from vmsnapshot_operator.core.volumes import Layer, Seconds, VolumeId
 from vmsnapshot_operator.drivers.host import DriverHost, Slot
 from vmsnapshot_operator.hypervisors.domains import Hypervisor
 from vmsnapshot_operator.hypervisors.guardian_link import GuardianLink
@@ -67,19 +67,23 @@ class LiveHypervisors(Protocol):
 
 @dataclass(slots=True)
 class Prepared:
-    """An attempt that was prepared and not yet tried: it owns the reserved driver processes. `overlays`: their paths."""
+    """An attempt that was prepared and not yet tried: it owns the reserved driver processes.
+
+    `overlays`: their paths; `targets`: by class, the volumes into which the hypervisor is to copy.
+    """
 
     attempt: int
     slots: Mapping[str, Slot]
     stack: AsyncExitStack
     overlays: Mapping[VolumeId, str] = field(default_factory=dict)
+    targets: Mapping[str, Mapping[VolumeId, Layer]] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
 class Memory:
     """What this process remembers of one VMSnapshot between two looks, while it is the leader (`term`, see `kube.lease`).
 
-    `copied` by class and `committed` by disk: bytes done and to do of what is under way.
+    `listening`: for which attempt this process hears how the hypervisor's copy ends, and since when. `copied` by class and `committed` by disk: bytes done and to do of what is under way.
     """
 
     since: Seconds
@@ -87,6 +91,7 @@ class Memory:
     outcome: WindowOutcome | None = None
     broken: Failure | None = None
     agent_failed: str = ""
+    listening: tuple[int, Seconds] | None = None
     copied: dict[str, tuple[int, int]] = field(default_factory=dict)
     committed: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     trouble: str = ""

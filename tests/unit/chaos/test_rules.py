@@ -198,7 +198,7 @@ def test_what_is_no_leak() -> None:
     assert found(storage(files=STORAGE.files | {f"/p/vms-probe-{int(NOW) - 60}-abcdef", "/p/filler"})) == []
     other = storage(files=STORAGE.files | {"/p/vms-other1-x"})
     assert found(other, Allowed(foreign=("vms-other1-",))) == []
-    copied = storage(files=STORAGE.files | {f"/pools/reflink/{REQUEST}.copied"})
+    copied = storage(files=STORAGE.files | {f"{FILE}.whole"})
     assert found(copied) == []
 
 

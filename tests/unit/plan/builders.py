@@ -83,6 +83,7 @@ CEPH = storage_class(
     capabilities=Capabilities(cut=CutKind.INSTANT, atomic=True, revert=True),
 )
 CLASSES = (FILES, CEPH)
+BACKUP = replace(FILES, capabilities=Capabilities(cut=CutKind.HYPERVISOR, atomic=True, revert=True))
 ROOM = OverlayRoom(pool="overlays", min_free_bytes=1 << 30, free_bytes=4 << 30)
 
 

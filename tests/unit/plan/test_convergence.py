@@ -47,6 +47,13 @@ def overlaid(policy: Policy = Policy.PREFER, **facts: object) -> World:
     return World(request=asked, plan=b.plan(asked, room=b.ROOM), **facts)  # type: ignore[arg-type]  # fields of World
 
 
+def copied(policy: Policy = Policy.PREFER, **facts: object) -> World:
+    """A VM of whose disks the hypervisor copies some."""
+    asked = b.request(policy=policy)
+    made = b.plan(asked, classes=(b.BACKUP, b.CEPH))
+    return World(request=asked, plan=made, by_job="files", **facts)  # type: ignore[arg-type]  # fields of World
+
+
 def check(done: World) -> None:
     """What must hold at rest, whatever happened before."""
     assert not done.frozen
@@ -54,6 +61,7 @@ def check(done: World) -> None:
     assert not done.overlay, "the VM is on its own disks"
     assert all(x == "as at the switch" for x in done.copied_from), "copied while it stood still"
     assert all(n == 1 for n in done.freezes.values()), "one freeze per attempt"
+    assert done.job != "running", "nothing is copied for nobody"
     assert all(n <= 1 + done.deaths.get(x, 0) for x, n in done.thaws.items()), (
         "one thaw, and one more by who comes after a death"
     )
@@ -68,6 +76,8 @@ def check(done: World) -> None:
     if record.ready:
         assert kstatus(done.said[-1]) == "Current"
         assert done.names_held == {g.request.name for g in record.groups.values()}, "exactly the recorded attempt's"
+        if done.by_job:
+            assert record.groups[done.by_job].request.name in done.marked, "ready, and not proved whole"
         claimed = verdict.overall(record.verdicts)
         if claimed >= Consistency.CRASH:
             assert all(done.still_at_cut[g.request.name] for g in record.groups.values()), "claimed more than was"
@@ -100,6 +110,46 @@ def test_deletion_anywhere_with_overlays(policy: Policy, crashes: list[int], hol
     done = overlaid(policy, hold=hold)
     done.budget_of_steps = before
     done.settle_down()
+    done.deleting = True
+    for after in crashes:
+        done.budget_of_steps = after
+        done.settle_down()
+        done.crash()
+    done.budget_of_steps = None
+    done.settle_down()
+    assert done.gone
+    check(done)
+
+
+@given(POLICIES, STEPS, st.booleans(), st.sampled_from(["", "ceph"]))
+def test_crashes_anywhere_converge_while_the_hypervisor_copies(
+    policy: Policy, crashes: list[int], short: bool, bad: str
+) -> None:
+    done = copied(policy, job_ends_with_the_process=short, bad_cut=bad)
+    for after in crashes:
+        done.budget_of_steps = after
+        done.settle_down()
+        done.crash()
+    done.settle_down()
+    check(done)
+    assert done.record is not None
+    if not bad and not (short and crashes):
+        assert done.record.ready
+    if not done.record.ready and not bad:
+        assert done.record.failure is not None
+        assert done.record.failure.reason == "SnapshotLost"
+
+
+@given(POLICIES, STEPS, st.booleans(), st.integers(0, 25))
+def test_deletion_anywhere_while_the_hypervisor_copies(
+    policy: Policy, crashes: list[int], short: bool, before: int
+) -> None:
+    done = copied(policy, job_ends_with_the_process=short)
+    done.budget_of_steps = before
+    with suppress(Crash):
+        for _ in range(20):
+            done.turn()
+    done.crash()
     done.deleting = True
     for after in crashes:
         done.budget_of_steps = after

@@ -197,6 +197,49 @@ def test_a_copying_class_and_a_vm_that_does_not_run() -> None:
     assert b.refusal(found=paused, classes=(COPYING, b.CEPH), room=b.ROOM).reason == "VMPaused"
 
 
+ALL = replace(b.BACKUP, match=(Match(type="file"), Match(protocol="rbd")))
+
+
+def test_where_the_hypervisor_copies_the_guest_is_frozen_as_for_an_instant_cut() -> None:
+    made = b.plan(b.REQUIRE, classes=(b.BACKUP, b.CEPH))
+    assert (made.quiesce.method, made.quiesce.overlay_pool) == (Method.GUEST_AGENT, "")
+    assert b.plan(b.NEVER, classes=(ALL,)).quiesce.method == Method.NONE
+    paused = b.machine(power=PowerState.PAUSED, agent=None)
+    assert b.plan(found=paused, classes=(ALL,)).quiesce.method == Method.NONE
+
+
+def test_where_the_hypervisor_copies_there_are_no_overlays() -> None:
+    slow = replace(b.CEPH, capabilities=Capabilities(cut=CutKind.COPY, atomic=False, revert=True))
+    for asked, classes in (
+        (b.request(), (b.BACKUP, slow)),
+        (b.request(method=Method.HYPERVISOR_SNAPSHOT), (b.BACKUP, b.CEPH)),
+    ):
+        refused = b.refusal(asked, classes=classes, room=b.ROOM)
+        assert refused.reason == "OverlayNotAvailable"
+        assert '"files" (Hypervisor) has the hypervisor copy' in refused.message
+
+
+def test_what_the_hypervisor_would_copy_of_a_vm_that_is_off() -> None:
+    off = b.machine(power=PowerState.SHUT_OFF, agent=None, disks=b.DISKS[:2])
+    assert b.plan(found=off, classes=(ALL,)).quiesce.method == Method.NONE
+    for unable in (
+        b.DISKS[2],
+        b.disk("vdx", b.file_layer("x", format="qcow2")),
+        b.disk("vdx", b.file_layer("x", pool="")),
+    ):
+        found = replace(off, disks=(*off.disks, unable))
+        refused = b.refusal(found=found, classes=(ALL,))
+        assert refused.reason == "BackupNeedsRunningVM"
+        assert f"disk {unable.target} is no raw volume" in refused.message
+
+
+def test_a_copy_that_is_under_way_is_waited_for_whoever_it_is_of() -> None:
+    for files in ((), ("/backups/vda",)):
+        told = b.refusal(found=b.machine(copied_into=files))
+        assert (told.reason, told.patience) == ("BackupRunning", Patience.WAIT)
+        assert all(f in told.message for f in files)
+
+
 def test_a_remote_class_prefers_overlays() -> None:
     remote = replace(b.FILES, allow_under_freeze=True)
     remote = replace(remote, capabilities=Capabilities(cut=CutKind.REMOTE, atomic=False, revert=True))

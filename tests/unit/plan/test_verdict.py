@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.plan import builders as b
-from vmsnapshot_operator.core.driver import CutResult
+from vmsnapshot_operator.core.driver import CutResult, Hold
 from vmsnapshot_operator.core.evidence import Bracket, Evidence, GroupOutcome, WindowOutcome
 from vmsnapshot_operator.core.machine import PowerState
 from vmsnapshot_operator.core.planning import Method, Plan
@@ -20,7 +20,9 @@ from vmsnapshot_operator.plan import verdict
 S = Seconds
 
 
-def outcome(plan: Plan, *, start: float = 2, end: float = 3, atomic: bool = False, **facts: Any) -> WindowOutcome:
+def outcome(
+    plan: Plan, *, start: float = 2, end: float = 3, atomic: bool = False, hold: Hold = Hold.NOTHING, **facts: Any
+) -> WindowOutcome:
     """A window in which the VM stood still from 1 to 4 and every group was cut between `start` and `end`."""
     told: dict[str, Any] = {
         "method": plan.quiesce.method,
@@ -35,7 +37,7 @@ def outcome(plan: Plan, *, start: float = 2, end: float = 3, atomic: bool = Fals
         g.class_name: GroupOutcome(
             class_name=g.class_name,
             bracket=Bracket(start=S(start), end=S(end)),
-            result=CutResult(handles={v.id: Handle("h") for v in g.volumes}, atomic=atomic),
+            result=CutResult(handles={v.id: Handle("h") for v in g.volumes}, atomic=atomic, hold=hold),
         )
         for g in plan.groups
     }
@@ -90,6 +92,13 @@ def test_cache_unsafe_is_unknown() -> None:
 def test_pause_is_crash() -> None:
     assert claimed(b.plan(b.request(method=Method.PAUSE))) is Consistency.CRASH
     assert claimed(b.plan(b.request(method=Method.PAUSE)), freed_by_other=True) is Consistency.PER_VOLUME
+
+
+def test_one_job_of_the_hypervisor_is_one_instant_for_whatever_classes() -> None:
+    classes = (b.BACKUP, replace(b.CEPH, capabilities=b.BACKUP.capabilities))
+    made = b.plan(b.NEVER, classes=classes)
+    assert claimed(made, atomic=True, hold=Hold.JOB, still_from=None) is Consistency.CRASH
+    assert claimed(made, atomic=True, still_from=None) is Consistency.PER_VOLUME
 
 
 def test_never_is_per_volume_but_for_one_atomic_group() -> None:

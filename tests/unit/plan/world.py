@@ -55,6 +55,10 @@ class World:
         ""  # "made", "on" (the VM writes to it), "committing", "left" (after the pivot), or it does not exist
     )
     copied_from: list[str] = field(default_factory=list)
+    by_job: str = ""  # the class whose disks the hypervisor copies
+    job: str = ""  # "running", "over", or none was begun
+    job_ends_with_the_process: bool = False
+    marked: set[str] = field(default_factory=set)
     # what was seen, for judging
     freezes: dict[int, int] = field(default_factory=dict)
     thaws: dict[str, int] = field(default_factory=dict)
@@ -65,6 +69,8 @@ class World:
     prepared: int | None = None
     outcome: WindowOutcome | None = None
     agent_failed: str = ""
+    listening: bool = False
+    broken: e.Failure | None = None
     trouble: bool = False
     budget_of_steps: int | None = None
     dies_again: int | None = None
@@ -81,6 +87,9 @@ class World:
         """Lose what lay in the process; a guardian, if there is one, frees the VM."""
         self.prepared = self.outcome = None
         self.agent_failed = ""
+        self.listening, self.broken = False, None
+        if self.job == "running" and self.job_ends_with_the_process:
+            self.job = "over"
         if self.journal is not None:
             self.deaths[self.journal.nonce] = self.deaths.get(self.journal.nonce, 0) + 1
         self.frozen = self.frozen and not self.guarded
@@ -120,6 +129,7 @@ class World:
             unlisted={} if self.storage_answers or not asked else {"ceph": "it does not answer"},
             prepared=self.prepared,
             outcome=self.outcome,
+            broken=self.broken,
             guardian=Fit(ok=True, reason="Ready"),
         )
 
@@ -234,6 +244,9 @@ class World:
             for g in effect.plan.groups
         }
         self.record = e.Record(name="content", attempt=effect.attempt, plan=effect.plan, groups=groups)
+        if self.by_job:
+            self.step()
+            self.held.setdefault(self.by_job, set()).add(effect.requests[self.by_job].name)
         self.step()
         self.prepared = effect.attempt
 
@@ -275,11 +288,14 @@ class World:
                 break
             self.held.setdefault(name, set()).add(request.name)
             self.still_at_cut[request.name] = self.frozen
+            if name == self.by_job:
+                assert self.job != "running", "a domain has one job at a time"
+                self.job, self.listening = "running", True
             handles = {v.id: Handle(request.name) for v in request.volumes}
             groups[name] = GroupOutcome(
                 class_name=name,
                 bracket=Bracket(start=Seconds(1.0), end=Seconds(2.0)),
-                result=CutResult(handles=handles, atomic=False),
+                result=CutResult(handles=handles, atomic=False, hold=Hold.JOB if name == self.by_job else Hold.NOTHING),
             )
         self.step()
         freed_early = not self.frozen
@@ -369,21 +385,40 @@ class World:
             assert self.journal is not None, "what is copied stands still"
             self.copied_from.append(self.base)
         assert self.record is not None
+        if self.by_job and not self._finish_job(self.record.groups[self.by_job].request.name):
+            return
         self.record = replace(self.record, ready=True)
+
+    def _finish_job(self, name: str) -> bool:
+        if name not in self.marked:
+            if self.job != "running" and not self.listening:
+                self.broken = e.Failure(reason="SnapshotLost", message="nobody was listening")
+                return False
+            self.listening = True
+            self.step()
+            self.job = "over"
+            self.step()
+            self.marked.add(name)
+        self.step()
+        return True
 
     def _roll_back(self, effect: e.RollBack, _seen: e.Observation) -> None:
         assert not self.frozen, "the VM is freed first"
+        if self.by_job:
+            self.step()
+            self.job = ""
         for name, held in effect.names.items():
             for one in held:
                 self.step()
                 if self.storage_answers:
                     self.held[name].discard(one)
+                    self.marked.discard(one)
 
     def _fail(self, effect: e.Fail, _seen: e.Observation) -> None:
         self.step()
         assert self.record is not None
         self.record = replace(self.record, failure=effect.failure, ready=False)
-        self.outcome = None
+        self.outcome = self.broken = None
 
     def _drop(self, _effect: e.DropContent, _seen: e.Observation) -> None:
         self.step()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,16 +13,17 @@ import pytest
 from tests.unit.handlers import fakes
 from tests.unit.plan import builders as b
 from tests.unit.quiesce.fake_libvirt import REF, as_any
-from vmsnapshot_operator.core.driver import CutResult, SnapshotRequest
+from vmsnapshot_operator.core.driver import CutResult, Hold, SnapshotRequest
 from vmsnapshot_operator.core.effects import TakeWindow
 from vmsnapshot_operator.core.evidence import Evidence, Window, WindowOutcome
 from vmsnapshot_operator.core.journal import Journal
 from vmsnapshot_operator.core.machine import Machine
-from vmsnapshot_operator.core.volumes import Handle, Seconds
-from vmsnapshot_operator.errors import DriverError, DriverTimeoutError, GuardianError, QuiesceError
+from vmsnapshot_operator.core.volumes import Handle, Layer, Seconds, VolumeId
+from vmsnapshot_operator.errors import DriverError, DriverTimeoutError, GuardianError, HypervisorError, QuiesceError
 from vmsnapshot_operator.plan import next_effect
 from vmsnapshot_operator.quiesce.base import OpenWindow
 from vmsnapshot_operator.strategies import window
+from vmsnapshot_operator.strategies.world import Prepared
 
 pytestmark = pytest.mark.looptime
 
@@ -41,13 +42,37 @@ class Scene:
     deaf: bool = False
     uris: Sequence[str] = ()
     name: str = "lab"
+    until: float = 3600.0
+    by_job: tuple[str, ...] = ()
+    job_error: HypervisorError | None = None
+    busy: bool = False
+
+    def targets(self, effect: TakeWindow) -> dict[str, dict[VolumeId, Layer]]:
+        """The files of the classes whose disks the hypervisor copies."""
+        return {c: {v.id: b.file_layer(f"copy-{v.label}") for v in effect.requests[c].volumes} for c in self.by_job}
+
+    async def window(self, _ref: object) -> Scene:
+        return self
+
+    async def prepare_backup(self, targets: Mapping[str, Layer]) -> str:
+        if self.busy:
+            raise HypervisorError("it copies already", reason="BackupRunning", retryable=True)
+        self.log.append("describe")
+        return ", ".join(f"{t} to {layer.source}" for t, layer in targets.items())
+
+    async def begin_backup(self, described: str, timeout: Seconds, permit: Callable[[], str]) -> None:  # noqa: ASYNC109
+        assert (permit(), timeout > 0) == ("", True)
+        await asyncio.sleep(0.2)
+        if self.job_error is not None:
+            raise self.job_error
+        self.log.append(f"begin {described}")
 
     @asynccontextmanager
     async def outlasting(self, _seconds: float) -> AsyncIterator[bool]:
         self.log.append("lease")
         yield True
 
-    def is_leader(self) -> bool:
+    def is_leader(self, _margin_seconds: float = 0.0) -> bool:
         return True
 
     def uri(self, _ref: object) -> str:
@@ -131,7 +156,8 @@ async def take(scene: Scene, **slots: dict[str, Any]) -> WindowOutcome:
     world.leadership = world.guardian = as_any(scene)
     made = {name: as_any(Slot(name, scene, **slots.get(name, {}))) for name in effect.requests}
     try:
-        return await window.run(world, effect, b.UID, REF, as_any(scene), made, {})
+        prepared = Prepared(attempt=1, slots=made, stack=AsyncExitStack(), targets=scene.targets(effect))
+        return await window.run(world, effect, b.UID, REF, as_any(scene), prepared)
     finally:
         scene.log.append("told")
 
@@ -203,3 +229,43 @@ async def test_who_is_cancelled_frees_the_vm_first(scene: Scene) -> None:
         await task
     assert sorted(scene.log[4:6]) == ["killed ceph", "killed files"]
     assert [*scene.log[:4], *scene.log[6:]] == [*HOLD, *LET_GO, "told"]
+
+
+# --- where the hypervisor copies ------------------------------------------------------------------------------------------
+
+
+async def test_the_hypervisor_begins_its_copy_where_the_others_cut(scene: Scene) -> None:
+    scene.by_job = ("files",)
+    outcome = await take(scene)
+    begun = "begin vda to /pool/copy-vda.raw, vdb to /pool/copy-vdb.raw"
+    assert scene.log == ["describe", *HOLD, "cut ceph", begun, *LET_GO, "told"]
+    assert (outcome.ok, outcome.free) == (True, True)
+    result, bracket = outcome.groups["files"].result, outcome.groups["files"].bracket
+    assert result is not None
+    assert bracket is not None
+    assert (result.hold, result.atomic, bracket.end - bracket.start) == (Hold.JOB, True, pytest.approx(0.2))
+    assert set(result.handles.values()) == {"/pool/copy-vda.raw", "/pool/copy-vdb.raw"}
+
+
+async def test_one_copy_is_begun_for_all_classes(scene: Scene) -> None:
+    scene.by_job = ("ceph", "files")
+    outcome = await take(scene)
+    begun = "begin vdc to /pool/copy-vdc.raw, vda to /pool/copy-vda.raw, vdb to /pool/copy-vdb.raw"
+    assert scene.log == ["describe", *HOLD, begun, *LET_GO, "told"]
+    assert outcome.ok
+    assert outcome.groups["ceph"].bracket == outcome.groups["files"].bracket
+
+
+async def test_a_copy_that_does_not_begin_frees_the_vm_and_is_tried_again(scene: Scene) -> None:
+    scene.by_job, scene.job_error = ("files",), HypervisorError("no room")
+    outcome = await take(scene, ceph={"takes": 1.0})
+    assert scene.log == ["describe", *HOLD, "killed ceph", *LET_GO, "told"]
+    assert (outcome.reason, outcome.interrupted, outcome.free) == ("BackupFailed", True, True)
+    assert "disk vda, vdb: no room" in outcome.message
+
+
+async def test_a_vm_whose_disks_are_copied_already_is_not_touched(scene: Scene) -> None:
+    scene.by_job, scene.busy = ("files",), True
+    outcome = await take(scene)
+    assert scene.log == ["told"]
+    assert (outcome.reason, outcome.interrupted, outcome.free) == ("BackupRunning", True, True)

@@ -1,0 +1,112 @@
+"""The copies that the hypervisor makes for one snapshot: waited for until proved whole, and stopped when nobody wants them.
+
+What is known of a copy is decided by `plan.copying`; its begin is a part of the window. Nothing of this is written down: the job's own
+description says by the names of its files whose it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import PurePosixPath
+
+from vmsnapshot_operator.core import names
+from vmsnapshot_operator.core.driver import CutKind, Hold, Progress
+from vmsnapshot_operator.core.effects import Record, RecordedGroup
+from vmsnapshot_operator.core.planning import Request
+from vmsnapshot_operator.core.steps import Step, step
+from vmsnapshot_operator.core.volumes import Seconds
+from vmsnapshot_operator.errors import DomainGoneError, DriverError, HypervisorError
+from vmsnapshot_operator.plan import copying
+from vmsnapshot_operator.plan.copying import Copy
+from vmsnapshot_operator.strategies.gather import locate
+from vmsnapshot_operator.strategies.world import Memory, World, clock
+
+log = logging.getLogger(__name__)
+
+LOOK_SECONDS = 0.5
+HEAR_SECONDS = 5.0
+"""So long after a copy is over its end may still be on its way to us."""
+
+
+def is_by_hypervisor(record: Record) -> bool:
+    """Whether the hypervisor may copy, or have copied, for this snapshot."""
+    return any(g.capabilities.cut is CutKind.HYPERVISOR for g in record.plan.groups)
+
+
+def by_job(groups: Mapping[str, RecordedGroup]) -> tuple[RecordedGroup, ...]:
+    """Return the groups that the one job of the hypervisor copies."""
+    return tuple(g for g in groups.values() if g.result is not None and g.result.hold is Hold.JOB)
+
+
+async def listen(world: World, record: Record, request: Request) -> None:
+    """Listen for the end of this snapshot's copy from now on, if it runs: before anything else that may take long or fail."""
+    memory = world.memory(request.uid)
+    if not by_job(record.groups) or _listened_since(memory, record) is not None:
+        return
+    since = clock()
+    try:
+        client, ref = await locate(world, request, record)
+        seen = await client.backups(ref).look(since)
+    except HypervisorError as error:
+        log.info("the copy of snapshot %s cannot be looked at yet: %s", request.uid, error.message)
+        return
+    if copying.judge(_targets(record), seen, listened=False).copy is Copy.RUNNING:
+        memory.listening = (record.attempt, since)
+
+
+def _listened_since(memory: Memory, record: Record) -> Seconds | None:
+    attempt, since = memory.listening or (None, None)
+    return since if attempt == record.attempt else None
+
+
+def _targets(record: Record) -> frozenset[str]:
+    """The files of all groups that the one job copies into."""
+    return frozenset(str(h) for g in by_job(record.groups) if g.result is not None for h in g.result.handles.values())
+
+
+async def finish(
+    world: World, record: Record, request: Request, patience: Seconds, told: Callable[[Progress], None]
+) -> None:
+    """Wait until the copies of all disks are proved whole.
+
+    Raises DriverError: `SnapshotLost` if that will never be, another reason after `patience`, in seconds. `told` is called with how
+    far they are.
+    """
+    memory, targets = world.memory(request.uid), _targets(record)
+    end, quiet = clock() + patience, 0.0
+    while True:
+        listened = _listened_since(memory, record)
+        since = listened if listened is not None else clock()
+        try:
+            client, ref = await locate(world, request, record)
+            seen = await client.backups(ref).look(since)
+        except DomainGoneError as error:
+            raise DriverError(f"{error.message}, and with it the copy of its disks", reason="SnapshotLost") from error
+        except HypervisorError as error:
+            log.info("the copy of snapshot %s cannot be looked at: %s", request.uid, error.message)
+        else:
+            found = copying.judge(targets, seen, listened=listened is not None)
+            if found.copy is Copy.WHOLE:
+                return
+            quiet = quiet + LOOK_SECONDS if found.copy is Copy.UNHEARD else 0.0
+            if found.copy is Copy.LOST or quiet > HEAR_SECONDS:
+                raise DriverError(f"it is not whole: {found.why}", reason="SnapshotLost")
+            if found.copy is Copy.RUNNING and seen.running is not None:
+                memory.listening = (record.attempt, since)
+                told(Progress(done_bytes=seen.running.done_bytes, total_bytes=seen.running.total_bytes))
+        if clock() > end:
+            raise DriverError("the hypervisor copies for too long", retryable=True)
+        await asyncio.sleep(LOOK_SECONDS)
+
+
+async def stop(world: World, record: Record, request: Request) -> None:
+    """Have the hypervisor stop copying for this snapshot, in whatever attempt. Raises HypervisorError while it may go on."""
+    prefix = names.object_prefix(world.installation, request.uid)
+    async with step(Step.ROLL_BACK_JOB, request.uid):
+        try:
+            client, ref = await locate(world, request, record)
+            await client.backups(ref).stop(lambda path: PurePosixPath(path).name.startswith(prefix))
+        except DomainGoneError:
+            log.info("the VM of snapshot %s is gone, and with it whatever copied its disks", request.uid)

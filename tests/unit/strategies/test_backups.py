@@ -1,0 +1,253 @@
+"""Waiting for a copy that the hypervisor makes, on a clock that the event loop fakes: whole only if it was heard of."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, cast
+
+import pytest
+
+from tests.unit.handlers import fakes
+from tests.unit.kube import records
+from tests.unit.strategies.test_storage import Lab
+from vmsnapshot_operator.core.backups import BackupSeen, Ending, RunningBackup
+from vmsnapshot_operator.core.driver import Capabilities, CutKind, CutResult, Hold, Progress
+from vmsnapshot_operator.core.effects import Record, RollBack, Settle
+from vmsnapshot_operator.core.volumes import Handle, Seconds
+from vmsnapshot_operator.errors import DomainGoneError, DriverError, HypervisorError
+from vmsnapshot_operator.strategies import backups
+from vmsnapshot_operator.strategies.world import World
+
+pytestmark = pytest.mark.looptime
+
+UID = records.REQUEST.uid
+GOOD, BAD = Ending(True, "", Seconds(1.0)), Ending(False, "Operation canceled", Seconds(1.0))
+RUNNING = BackupSeen(
+    running=RunningBackup(targets=frozenset({"/p/slow"}), done_bytes=1, total_bytes=4),
+    endings=(),
+)
+OVER = BackupSeen(endings=())
+
+
+def copied() -> Record:
+    """A record whose class `slow` was copied by the hypervisor."""
+    record = records.example()
+    group = record.groups["slow"]
+    handles = {v.id: Handle("/p/slow") for v in group.request.volumes}
+    group = replace(group, result=CutResult(handles=handles, atomic=True, hold=Hold.JOB))
+    return replace(record, groups={**record.groups, "slow": group})
+
+
+class Client:
+    """Answers with one thing after the other, the last one again and again; `asked`: since when endings were wanted."""
+
+    def __init__(self, *answers: BackupSeen | HypervisorError) -> None:
+        self.answers, self.asked = list(answers), list[float]()
+
+    def backups(self, _ref: object) -> Client:
+        return self
+
+    async def look(self, since: Seconds) -> BackupSeen:
+        self.asked.append(since)
+        answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        if isinstance(answer, HypervisorError):
+            raise answer
+        return answer
+
+
+async def finish(
+    monkeypatch: pytest.MonkeyPatch, client: Client, world: World, patience: float = 60.0
+) -> list[Progress]:
+    async def locate(*_: object) -> tuple[Any, None]:
+        return client, None
+
+    monkeypatch.setattr(backups, "locate", locate)
+    told: list[Progress] = []
+    await backups.finish(world, copied(), records.REQUEST, Seconds(patience), told.append)
+    return told
+
+
+async def test_a_copy_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    world, client = (
+        fakes.world(installation=records.INSTALLATION),
+        Client(RUNNING, RUNNING, OVER, replace(OVER, endings=(GOOD,))),
+    )
+    assert await finish(monkeypatch, client, world) == [Progress(done_bytes=1, total_bytes=4)] * 2
+    assert len(set(client.asked)) == 1, "from the first look at what runs on, nothing may be missed"
+
+
+async def test_who_began_it_listens_from_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    world, client = fakes.world(installation=records.INSTALLATION), Client(replace(OVER, endings=(GOOD,)))
+    world.memory(UID).listening = (copied().attempt, Seconds(5.0))
+    await finish(monkeypatch, client, world)
+    assert client.asked == [5.0]
+
+
+@pytest.mark.parametrize("attempt", [None, 0])
+async def test_who_comes_when_it_is_over_believes_nothing(monkeypatch: pytest.MonkeyPatch, attempt: int | None) -> None:
+    world, client = fakes.world(installation=records.INSTALLATION), Client(replace(OVER, endings=(GOOD,)))
+    if attempt is not None:  # what was heard of another attempt
+        world.memory(UID).listening = (attempt, Seconds(5.0))
+    with pytest.raises(DriverError, match="nobody was listening") as caught:
+        await finish(monkeypatch, client, world)
+    assert caught.value.reason == "SnapshotLost"
+
+
+@pytest.mark.parametrize(
+    ("answers", "reason", "said"),
+    [
+        ((RUNNING, replace(OVER, endings=(BAD,))), "SnapshotLost", "Operation canceled"),
+        ((RUNNING, OVER), "SnapshotLost", "did not say how it ended"),
+        ((RUNNING, replace(OVER, endings=None)), "SnapshotLost", "nobody was listening"),
+        ((DomainGoneError("there is no domain"),), "SnapshotLost", "there is no domain"),
+    ],
+)
+async def test_what_is_not_proved_is_lost(
+    monkeypatch: pytest.MonkeyPatch, answers: tuple[Any, ...], reason: str, said: str
+) -> None:
+    with pytest.raises(DriverError, match=said) as caught:
+        await finish(monkeypatch, Client(*answers), fakes.world(installation=records.INSTALLATION))
+    assert caught.value.reason == reason
+
+
+async def test_who_comes_while_it_runs_listens_before_anything_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The drivers may not have started yet: what is heard of meanwhile is not lost."""
+    world, client = fakes.world(installation=records.INSTALLATION), Client(RUNNING)
+
+    async def locate(*_: object) -> tuple[Any, None]:
+        return client, None
+
+    monkeypatch.setattr(backups, "locate", locate)
+    await backups.listen(world, copied(), records.REQUEST)
+    await backups.listen(world, copied(), records.REQUEST)
+    assert len(client.asked) == 1
+    client.answers = [replace(OVER, endings=(GOOD,))]
+    await finish(monkeypatch, client, world)
+    assert client.asked[0] == client.asked[1]
+
+
+@pytest.mark.parametrize("answer", [OVER, replace(OVER, endings=(GOOD,)), HypervisorError("it does not answer")])
+async def test_who_saw_nothing_run_does_not_listen(monkeypatch: pytest.MonkeyPatch, answer: Any) -> None:
+    world = fakes.world(installation=records.INSTALLATION)
+
+    async def locate(*_: object) -> tuple[Any, None]:
+        return Client(answer), None
+
+    monkeypatch.setattr(backups, "locate", locate)
+    await backups.listen(world, copied(), records.REQUEST)
+    assert world.memory(UID).listening is None
+
+
+async def test_a_hypervisor_that_does_not_answer_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    silent = HypervisorError("it does not answer", retryable=True)
+    world, client = (
+        fakes.world(installation=records.INSTALLATION),
+        Client(RUNNING, silent, silent, replace(OVER, endings=(GOOD,))),
+    )
+    await finish(monkeypatch, client, world)
+    assert cast("tuple[int, float]", world.memory(UID).listening)[1] == client.asked[0]
+
+
+async def test_patience_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter(range(1_000_000))
+    monkeypatch.setattr(backups, "clock", lambda: Seconds(float(next(ticks))))
+    with pytest.raises(DriverError) as caught:
+        await finish(monkeypatch, Client(RUNNING), fakes.world(installation=records.INSTALLATION), patience=20.0)
+    assert caught.value.reason != "SnapshotLost"
+
+
+# --- among the other groups -----------------------------------------------------------------------------------------------
+
+
+class Job:
+    """The hypervisor's copy, in place of the real one: it takes so many seconds, or fails."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: float = 0.0, error: DriverError | None = None) -> None:
+        self.log: list[str] = []
+        self.seconds, self.error = seconds, error
+        monkeypatch.setattr(backups, "finish", self.finish)
+        monkeypatch.setattr(backups, "locate", self.locate)
+
+    async def finish(self, *_: object) -> None:
+        self.log.append("finish")
+        await asyncio.sleep(self.seconds)
+        if self.error is not None:
+            raise self.error
+        self.log.append("whole")
+
+    async def locate(self, *_: object) -> tuple[Any, None]:
+        return type("Client", (), {"backups": lambda _self, _ref: self})(), None
+
+    async def look(self, _since: Seconds) -> BackupSeen:
+        return OVER
+
+    async def stop(self, is_ours: Callable[[str], bool]) -> None:
+        name = copied().groups["slow"].request.name
+        assert is_ours(f"/p/{name}-member")
+        assert not is_ours("/p/vms-others")
+        self.log.append("stop")
+        if self.error is not None:
+            raise self.error
+
+
+async def test_a_driver_marks_its_copies_when_the_job_is_proved_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    lab, job = Lab(copied()), Job(monkeypatch, seconds=30.0)
+    lab.hosts["slow"].gone = {"/p/slow"}  # not marked as whole yet
+    task = asyncio.create_task(lab.strategy.apply(Settle(copied().groups), lab.seen, {}))
+    await asyncio.sleep(20)
+    assert (job.log, lab.hosts["slow"].log, lab.hosts["fast"].log) == (["finish"], [], ["wait_ready", "over"])
+    await task
+    assert (job.log, lab.hosts["slow"].log) == (["finish", "whole"], ["wait_ready", "over"])
+    assert [r.ready for r in lab.written] == [True]
+
+
+async def test_copies_that_are_marked_need_no_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    lab, job = Lab(copied()), Job(monkeypatch)
+    await lab.strategy.apply(Settle(copied().groups), lab.seen, {})
+    assert job.log == []
+    assert [r.ready for r in lab.written] == [True]
+
+
+async def test_copies_that_are_lost_are_never_marked(monkeypatch: pytest.MonkeyPatch) -> None:
+    lost = DriverError("the copy failed", reason="SnapshotLost")
+    lab, _ = Lab(copied()), Job(monkeypatch, error=lost)
+    lab.hosts["slow"].gone = {"/p/slow"}
+    with pytest.raises(DriverError, match="the copy failed"):
+        await lab.strategy.apply(Settle(copied().groups), lab.seen, {})
+    assert lab.hosts["slow"].log == []
+    assert not lab.written
+
+
+async def test_settling_that_is_cancelled_waits_for_no_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    lab, job = Lab(copied()), Job(monkeypatch, seconds=300.0)
+    lab.hosts["slow"].gone = {"/p/slow"}
+    task = asyncio.create_task(lab.strategy.apply(Settle(copied().groups), lab.seen, {}))
+    await asyncio.sleep(1)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await asyncio.sleep(400)
+    assert (job.log, lab.hosts["slow"].log, lab.written) == (["finish"], [], [])
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_a_copy_is_stopped_before_its_volumes_are_deleted(monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    record = copied()
+    kind = Capabilities(cut=CutKind.HYPERVISOR, atomic=True, revert=True)
+    groups = tuple(replace(g, capabilities=kind) if g.class_name == "slow" else g for g in record.plan.groups)
+    record = replace(record, plan=replace(record.plan, groups=groups), version="1")
+    lab = Lab(record)
+    error = DriverError("it may go on", retryable=True) if fails else None
+    job = Job(monkeypatch, error=error)
+    cast("fakes.FakeCluster", lab.world.cluster).contents_by_name[record.name] = {"metadata": {"resourceVersion": "1"}}
+    name = record.groups["slow"].request.name
+    effect = RollBack({"slow": frozenset({name})})
+    if fails:
+        with pytest.raises(DriverError, match="it may go on"):
+            await lab.strategy.apply(effect, lab.seen, {})
+    else:
+        await lab.strategy.apply(effect, lab.seen, {})
+    assert job.log == ["stop"]
+    assert lab.hosts["slow"].deleted == ([] if fails else [name])
