@@ -29,8 +29,11 @@ class Asked:
         return self.verb in WRITES
 
 
-def requests(log: Path, *, user: str = OPERATOR, start: int = 0) -> Iterator[Asked]:
-    """Read the requests of one user that were answered, from this offset of the log; leases and watches left out."""
+def requests(log: Path, *, user: str = OPERATOR, start: int = 0, leases: bool = False) -> Iterator[Asked]:
+    """Read the requests of one user that were answered, from this offset of the log; watches left out.
+
+    Either those of `leases`, which are renewed all the time, whether there is anything to do or not; or all the others.
+    """
     with log.open("rb") as lines:
         lines.seek(start)
         for line in lines:
@@ -40,7 +43,7 @@ def requests(log: Path, *, user: str = OPERATOR, start: int = 0) -> Iterator[Ask
             what = entry.get("objectRef") or {}
             if entry["stage"] != "ResponseComplete" or entry["user"].get("username") != user:
                 continue
-            if what.get("resource") == "leases" or entry["verb"] == "watch" or not what:
+            if (what.get("resource") == "leases") is not leases or entry["verb"] == "watch" or not what:
                 continue
             resource = what.get("resource", "") + (f"/{what['subresource']}" if what.get("subresource") else "")
             yield Asked(
