@@ -30,9 +30,9 @@ class Asked:
 
 
 def requests(log: Path, *, user: str = OPERATOR, start: int = 0, leases: bool = False) -> Iterator[Asked]:
-    """Read the requests of one user that were answered, from this offset of the log; watches are left out.
+    """Read the requests of one user that were answered, from this offset of the log; watches left out.
 
-    `leases`: also the renewals of the lease, which go on in the background by a clock of their own.
+    Either those of `leases`, which are renewed all the time, whether there is anything to do or not; or all the others.
     """
     with log.open("rb") as lines:
         lines.seek(start)
@@ -43,7 +43,7 @@ def requests(log: Path, *, user: str = OPERATOR, start: int = 0, leases: bool = 
             what = entry.get("objectRef") or {}
             if entry["stage"] != "ResponseComplete" or entry["user"].get("username") != user:
                 continue
-            if (what.get("resource") == "leases" and not leases) or entry["verb"] == "watch" or not what:
+            if (what.get("resource") == "leases") is not leases or entry["verb"] == "watch" or not what:
                 continue
             resource = what.get("resource", "") + (f"/{what['subresource']}" if what.get("subresource") else "")
             yield Asked(

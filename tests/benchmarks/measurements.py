@@ -150,20 +150,21 @@ def writes(stack: Stack, pairs: int) -> Result:
     taking: list[list[audit.Asked]] = []
     deleting: list[list[audit.Asked]] = []
     inside: list[audit.Asked] = []
+    renewals: list[audit.Asked] = []
     for number in range(max(5, pairs // 3)):
         mark = log.stat().st_size
         name = stack.snapshot(f"bench-writes-{number}")
         quiesce = stack.wait(name)["status"]["quiesce"]
         time.sleep(1.5)  # the log is written after the answer
-        taking.append(list(audit.requests(log, start=mark)))
+        taking.append(audit.of_snapshots(log, start=mark))
         frozen, thawed = (datetime.fromisoformat(quiesce[t]) for t in ("frozenTime", "thawedTime"))
-        inside += [r for r in audit.requests(log, start=mark, leases=True) if frozen <= r.time <= thawed]
+        inside += [r for r in audit.requests(log, start=mark) if frozen <= r.time <= thawed]
+        renewals += [r for r in audit.requests(log, start=mark, leases=True) if frozen <= r.time <= thawed]
         mark = log.stat().st_size
         stack.delete(name)
         time.sleep(1.5)
-        deleting.append(list(audit.requests(log, start=mark)))
+        deleting.append(audit.of_snapshots(log, start=mark))
     made = [sum(r.is_write for r in each) for each in taking]
-    renewals = [r for r in inside if r.resource == "leases"]
 
     def medians(each: list[list[audit.Asked]]) -> str:
         wrote = statistics.median(sum(r.is_write for r in one) for one in each)
@@ -176,12 +177,12 @@ def writes(stack: Stack, pairs: int) -> Result:
         ours=made,
         ours_is="from apply to Ready",
         goal=f"at most {TAKING_WRITES_GOAL} for taking; none while frozen",
-        met=max(made) <= TAKING_WRITES_GOAL and len(inside) == len(renewals),
+        met=max(made) <= TAKING_WRITES_GOAL and not inside,
         details={
             "from apply to Ready (median)": medians(taking),
             "from delete to gone (median)": medians(deleting),
-            "requests while the guest was frozen": len(inside) - len(renewals),
-            "renewals of the lease meanwhile, by a clock of their own": len(renewals),
+            "requests while the guest was frozen": len(inside),
+            "renewals of the lease while it was frozen, in the background": len(renewals),
             "the writes of the last one": ", ".join(f"{r.verb} {r.resource}" for r in taking[-1] if r.is_write),
         },
     )

@@ -1,4 +1,8 @@
-"""Every command of the README: those of `make` name targets that are there, those on a cluster are run as they stand."""
+"""Every command of the README: those of `make` name targets that are there, those on a cluster are run as they stand.
+
+`make demo` is run by `test_a_demo`; `make test` would run itself, and `make lab-down` end the laboratory under the tests. The chart
+is asked for by `helm install` without being installed, since the operator of the tests runs already (see `test_chart`).
+"""
 
 from __future__ import annotations
 
@@ -53,3 +57,15 @@ def test_commands_on_a_cluster(lab: Lab, stack: Stack, tmp_path: Path) -> None:
     assert ran.count("kubectl") >= 4
     stack.delete("before-upgrade")
     until("it is gone", lambda: stack.get("before-upgrade") is None)
+
+
+def test_the_dry_run_example_is_planned_and_no_more(stack: Stack) -> None:
+    (document,) = stack.example("vmsnapshot-dry-run.yaml")
+    name = document["metadata"]["name"]
+    stack.apply(document)
+    try:
+        status = stack.wait(name, "Planned")["status"]
+        assert (status["phase"], len(status["volumes"])) == ("Planned", 3)
+        assert stack.content(name) is None
+    finally:
+        stack.delete(name)
