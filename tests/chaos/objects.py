@@ -36,4 +36,4 @@ def drivers() -> Iterator[Process]:
             words = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
             if _WORKER in words and (entry / "cwd").readlink() == ROOT:
                 parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
-                yield Process(int(entry.name), parent, int(words[words.index(_WORKER) + 2]))
+                yield Process(int(entry.name), parent, int(words[words.index(_WORKER) + 3]))

@@ -365,7 +365,7 @@ def test_a_finalizer_on_what_is_deleted(world: World, vmsnapshot: Callable[..., 
 def test_a_driver_that_outlived_its_operator(world: World) -> None:
     dead = subprocess.Popen(["true"])
     dead.wait()
-    words = ["-c", "import time; time.sleep(600)", "vmsnapshot_operator.drivers.worker", "3", str(dead.pid), "x"]
+    words = ["-c", "import time; time.sleep(600)", "vmsnapshot_operator.drivers.worker", "3", "4", str(dead.pid), "x"]
     left = subprocess.Popen(["python3", *words], cwd=ROOT)
     try:
         until("it is called so", lambda: bool(world.found()))
