@@ -276,9 +276,9 @@ async def test_a_cut_that_its_attempts_end_forbids_is_not_begun(host, tmp_path):
 
 async def test_one_that_was_begun_in_time_goes_on(host, tmp_path, monkeypatch):
     # The lease as it is known when the order is sent is renewed meanwhile, and the driver does not know of it.
-    begin = wire.boottime() + 0.5
     async with host.reserve() as slot:
         await slot.prepare(order("sleep"))
+        begin = wire.boottime() + 2.0
         assert await slot.cut(order("sleep"), until=begin)
     assert wire.boottime() > begin
     assert held(tmp_path) == ["sleep"]

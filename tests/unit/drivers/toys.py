@@ -58,7 +58,7 @@ class Toy:
             # Inside of C and deaf to Python: signals that Python would handle do not interrupt it.
             ctypes.PyDLL(None).sleep(3600)
         if how == "sleep":
-            time.sleep(0.6)
+            time.sleep(2.2)
         if how == "abort":
             os.abort()
         if how == "stop":
