@@ -14,6 +14,7 @@ from tests import audit, proof
 from tests.integration.outcomes import left
 from tests.lab import Lab
 from tests.lab.definition import GuestDisk
+from tests.lab.guests import Guest
 from tests.stack import Stack, conditions, until
 
 
@@ -276,14 +277,13 @@ def test_retain_keeps_content_and_cut(lab: Lab, stack: Stack, fresh: Callable[[s
 @pytest.fixture(scope="module")
 def fleet(lab: Lab) -> Iterator[dict[str, str]]:
     """Sixteen domains, and what a snapshot of each must be: the guest `demo`, two small ones, the others paused and without a kernel."""
-    small = [
-        lab.guest(f"demo-{n}", {"vda": GuestDisk(kind="file", size_mib=16)}, memory_mib=96, writer=False)
-        for n in range(1, 3)
-    ]
-    stubs = [lab.domain_stub(f"demo-{n}") for n in range(3, 16)]
-    yield {"demo": "Filesystem"} | {g.name: "Filesystem" for g in small} | {s.name: "Crash" for s in stubs}
-    for one in (*small, *stubs):
-        one.remove()
+    disks = {"vda": GuestDisk(kind="file", size_mib=16)}
+    with ThreadPoolExecutor(8) as threads:
+        small = [threads.submit(lab.guest, f"demo-{n}", disks, memory_mib=96, writer=False) for n in range(1, 3)]
+        stubs = [threads.submit(lab.domain_stub, f"demo-{n}") for n in range(3, 16)]
+        made = [(f.result(), "Filesystem") for f in small] + [(f.result(), "Crash") for f in stubs]
+        yield {"demo": "Filesystem"} | {guest.name: claimed for guest, claimed in made}
+        list(threads.map(Guest.remove, [guest for guest, _ in made]))
 
 
 def test_twenty_snapshots_over_sixteen_vms_at_once(
