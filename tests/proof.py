@@ -6,6 +6,7 @@ the file system. `leftovers` lists everything of ours in the world.
 
 from __future__ import annotations
 
+import contextlib
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -165,6 +166,8 @@ def _domains(lab: Lab) -> list[str]:
                     continue
                 found.append(f"journal in the metadata of domain {domain.name()}")
             found += [f"libvirt snapshot {s.getName()} of {domain.name()}" for s in domain.listAllSnapshots()]
+            with contextlib.suppress(libvirt.libvirtError):  # it has no job
+                found.append(f"a copy of domain {domain.name()} is under way: {domain.backupGetXMLDesc()}")
             for which, flag in (("running", 0), ("saved", libvirt.VIR_DOMAIN_XML_INACTIVE)):
                 layers = ET.fromstring(domain.XMLDesc(flag)).findall("devices/disk//source")  # noqa: S314 - libvirt's own
                 ours = {
