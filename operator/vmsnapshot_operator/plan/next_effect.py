@@ -133,6 +133,8 @@ def _say(seen: Observation, effect: Effect, reason: str, message: str = "") -> D
 
 
 def _dry_run(seen: Observation, now: datetime) -> Decision:
+    if seen.refused is not None:
+        return Decision(effect=_until_expiry(seen, now), conditions=conditions.refused(seen, seen.refused))
     if seen.refusal is not None:
         return _refuse(seen, seen.refusal, now)
     if seen.plan is None and (waiting := _not_now(seen)) is not None:

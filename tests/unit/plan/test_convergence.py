@@ -275,6 +275,17 @@ def test_a_dry_run_touches_nothing_and_is_not_in_progress_for_ever() -> None:
     assert "Ready" not in {c.type for c in done.said[-1]}
 
 
+def test_a_dry_run_that_was_refused_stays_so() -> None:
+    done = World(request=b.request(dry_run=True), plan=Refusal(reason="NoDisks", message="it has none"))
+    done.settle_down(2000)
+    assert done.refused is not None
+    told = done.said[-1]
+    assert kstatus(told) == "Failed"
+    for _ in range(3):
+        assert isinstance(done.turn(), e.Wait)
+        assert done.said[-1] == told, "else each look writes status, and what is written wakes the next look"
+
+
 def test_a_dry_run_says_what_is_in_the_way() -> None:
     seen = replace(World(request=b.request(dry_run=True)).gather(), plan=None, in_use_by="somebody may hold it still")
     decision = next_effect.decide(seen, b.CREATED, installation=b.INSTALLATION)
