@@ -139,12 +139,14 @@ class Leadership:
 
     def is_leader(self, margin_seconds: float = 0.0) -> bool:
         """Tell whether nobody else can hold the lease for at least `margin_seconds` from now."""
-        return self._valid_until is not None and self._clock() + margin_seconds < self._valid_until
+        until = self._valid_until  # read once: threads ask as well, and `run` may write meanwhile
+        return until is not None and self._clock() + margin_seconds < until
 
     @property
     def until(self) -> float:
         """Until when nobody else can hold it, as the clock reads then; without a renewal meanwhile. In the past if it is not held."""
-        return self._valid_until if self._valid_until is not None else -math.inf
+        until = self._valid_until  # as above
+        return until if until is not None else -math.inf
 
     @asynccontextmanager
     async def outlasting(self, seconds: float) -> AsyncIterator[bool]:

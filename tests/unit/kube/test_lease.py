@@ -251,6 +251,19 @@ async def test_a_clean_end_lets_another_begin_at_once(api: FakeClient, clock: Cl
     assert two.is_leader()
 
 
+async def test_a_thread_may_ask_while_the_lease_is_lost(api: FakeClient) -> None:
+    one = _instance(api, Clock())
+    await one._try()
+    assert one.is_leader()
+
+    def lose() -> float:
+        one._valid_until = None
+        return 0.0
+
+    one._clock = lose  # it happens between two words of the same question
+    assert one.is_leader() in (True, False)
+
+
 def test_a_window_makes_nobody_wait_longer() -> None:
     usual = Durations()
     assert LEASE_MARGIN < LEASE_AT_BEGIN
