@@ -270,6 +270,14 @@ def test_a_window_makes_nobody_wait_longer() -> None:
     assert LEASE_AT_BEGIN + usual.retry <= usual.lease
     assert 2 * (usual.retry + usual.request) <= usual.lease, "one renewal may come to nothing"
     assert Durations.of(usual.lease) == usual
+    first = usual.retry + usual.request  # since the last one that succeeded, when the first one is given up
+    assert usual.lease - LEASE_MARGIN - (first + usual.retry) == 1.0, "what the next one has before all is ended"
+
+
+@pytest.mark.parametrize("lease", [10.0, 30.0, 60.0])
+def test_another_has_taken_over_5_seconds_after_a_lease_of_any_length(lease: float) -> None:
+    slowest = 1.0
+    assert Durations.of(lease).retry + 4 * slowest <= 5.0
 
 
 @pytest.mark.looptime
