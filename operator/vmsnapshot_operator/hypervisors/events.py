@@ -204,9 +204,12 @@ class EventHub:
             self._from_within = {u: e for u, e in self._from_within.items() if e != endpoint}
 
     def _remember(self, uuid: str, endpoint: str, event: int, detail: int) -> None:
-        """Keep in mind that a guest shut itself down, until it is started again or ended otherwise."""
-        if event in (libvirt.VIR_DOMAIN_EVENT_STOPPED, libvirt.VIR_DOMAIN_EVENT_DEFINED):
-            return  # the first follows each shutdown; the other is no run
+        """Keep in mind that a guest shut itself down, until it is started again, ended otherwise, or defined anew.
+
+        Who defines it anew may have given it other disks, or set them back: what they hold then was not left by that shutdown.
+        """
+        if event == libvirt.VIR_DOMAIN_EVENT_STOPPED:
+            return  # it follows each shutdown
         wanted = _canonical(uuid)
         with self._lock:
             self._from_within.pop(wanted, None)

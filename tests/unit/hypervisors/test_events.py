@@ -51,7 +51,7 @@ class Host:
     ("happened", "within"),
     [
         ([BY_GUEST, OFF], True),
-        ([BY_GUEST, OFF, DEFINED], True),
+        ([BY_GUEST, OFF, DEFINED], False),
         ([BY_HOST, OFF], False),
         ([BY_NOBODY_KNOWS, OFF], False),
         ([OFF], False),
