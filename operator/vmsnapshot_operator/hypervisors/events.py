@@ -201,7 +201,8 @@ class EventHub:
             for watch in self._watches:
                 if watch.endpoint == endpoint:
                     watch.blind = True
-            self._from_within = {u: e for u, e in self._from_within.items() if e != endpoint}
+            # Of those on other endpoints as well: it may have been defined here too, and run unheard.
+            self._from_within.clear()
 
     def _remember(self, uuid: str, endpoint: str, event: int, detail: int) -> None:
         """Keep in mind that a guest shut itself down, until it is started again, ended otherwise, or defined anew.
