@@ -109,6 +109,13 @@ def _in_place(seen: RestoreSeen) -> RestoreDecision:
     """Nothing was changed yet: safety snapshot, off, gate."""
     assert seen.plan is not None, "asked before"  # noqa: S101 - for the type checker
     if seen.power is not PowerState.SHUT_OFF:
+        if seen.request.safety and seen.safety is not Safety.NONE:
+            # It was begun while the VM was off. Going back to it would lose what the VM has written since.
+            message = (
+                "the VM was started after its safety snapshot was begun, which lacks what it wrote since; nothing was changed:"
+                " create another VMRestore"
+            )
+            return _fail(seen, Failure(reason="SafetySnapshotFailed", message=message))
         return _say(seen, Stop(), "Stopping", "spec.runningVM is Stop")
     if seen.request.safety:
         if seen.safety is Safety.NONE:

@@ -11,7 +11,7 @@ from vmsnapshot_operator.api.meta import FINALIZER
 from vmsnapshot_operator.core import names
 from vmsnapshot_operator.core.driver import Fit
 from vmsnapshot_operator.core.effects import Condition, Failure, Record
-from vmsnapshot_operator.core.machine import AgentState, PowerState
+from vmsnapshot_operator.core.machine import AgentState, Machine, PowerState
 from vmsnapshot_operator.core.markers import Marker
 from vmsnapshot_operator.core.planning import Patience, Refusal
 from vmsnapshot_operator.core.restoring import (
@@ -30,7 +30,7 @@ from vmsnapshot_operator.errors import (
 from vmsnapshot_operator.hypervisors import definitions
 from vmsnapshot_operator.hypervisors.domains import Hypervisor
 from vmsnapshot_operator.kube import contents, distill
-from vmsnapshot_operator.plan import access, definition, restore_plan
+from vmsnapshot_operator.plan import access, definition, fingerprints, restore_plan
 from vmsnapshot_operator.plan.next_restore import conditions_of_end
 from vmsnapshot_operator.strategies.world import LiveHypervisor, World, clock
 
@@ -247,7 +247,16 @@ async def _plan_in_place(world: World, request: RestoreRequest, seen: RestoreSee
             return replace(seen, refusal=refusal)
         if (refusal := restore_plan.refuse_fits(answers, plan)) is not None:
             return replace(seen, refusal=refusal)
-    return replace(seen, plan=plan)
+    return replace(_judge_safety(seen, machine), plan=plan)
+
+
+def _judge_safety(seen: RestoreSeen, machine: Machine) -> RestoreSeen:
+    """A safety snapshot is none any more once the VM, which is off, ran after it. Network disks do not betray that."""
+    if machine.power is not PowerState.SHUT_OFF or seen.safety_record is None:
+        return seen
+    if not (ran := fingerprints.written_to(seen.safety_record.plan.volumes, machine.disks)):
+        return seen
+    return replace(seen, safety=Safety.FAILED, safety_message=f"disk {', '.join(ran)} was written to after it")
 
 
 async def _plan_new(world: World, request: RestoreRequest, seen: RestoreSeen, found: Found) -> RestoreSeen:

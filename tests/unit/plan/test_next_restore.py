@@ -352,6 +352,17 @@ def test_a_safety_snapshot_that_fails_ends_it_before_anything_is_changed() -> No
     assert {c.type: c.reason for c in world.said[-1]}["Stalled"] == "SafetySnapshotFailed"
 
 
+def test_a_vm_that_was_started_after_its_safety_snapshot_is_not_stopped_again() -> None:
+    world = World(finalizer=True, power=PowerState.SHUT_OFF)
+    assert isinstance(world.turn(), TakeSafety)
+    world.power, world.disks = PowerState.RUNNING, dict.fromkeys(DISKS, "later")
+    world.settle()
+    assert world.power is PowerState.RUNNING
+    assert set(world.disks.values()) == {"later"}
+    assert {c.type: c.reason for c in world.said[-1]}["Stalled"] == "SafetySnapshotFailed"
+    assert not world.finalizer
+
+
 @pytest.mark.parametrize("defined", [True, False])
 def test_an_end_that_somebody_else_wrote_leaves_no_clones(defined: bool) -> None:
     """A tenant may write into a status: what is on storage is the new VM's, or nobody's, all the same."""
