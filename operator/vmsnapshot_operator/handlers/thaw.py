@@ -7,7 +7,7 @@ what ends by itself: whoever thaws by hand wants the VM to go on now.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 
 from vmsnapshot_operator.core.journal import Journal
@@ -123,7 +123,14 @@ async def _all(client: Hypervisor, name: str, ours: str, *, force: bool, say: Sa
         say(f"{sighting.ref.name}: {_told(sighting, chosen)}")
     if not found:
         say(f"hypervisor {name}: no domain bears a journal: none is held by a snapshot")
-    freed = await asyncio.gather(*(_one(client, s.ref.uuid, force=force, say=say) for s in chosen))
+    freed = await asyncio.gather(
+        *(
+            _held(client, s.ref, s.journal, say)
+            if s.journal is not None
+            else _one(client, s.ref.uuid, force=force, say=say)
+            for s in chosen
+        )
+    )
     unread = any(s.journal is None and s not in chosen for s in found)
     return all(freed) and not unread and not problems
 
@@ -153,20 +160,38 @@ def _who(journal: Journal) -> str:
 
 
 async def _one(client: Hypervisor, domain: str, *, force: bool, say: Say) -> bool:
+    """Free one domain. Of one that bears a journal nothing else is asked first: its disks or its agent may hang."""
     try:
         ref = await client.find(domain)
+        if (journal := await _journal(client, ref)) is not None and journal.holds:
+            say(f"{ref.name}: {_holder(journal)}; being freed")
+            return await _held(client, ref, journal, say)
         machine = await client.describe(ref, ask_agent=True)
     except SnapshotError as error:
         say(f"{domain}: {error.message}")
         return False
     say(f"{ref.name}: {state(machine)}")
+    if machine.journal is not None and machine.journal.holds:
+        return await _held(client, ref, machine.journal, say)  # it was not to be read before
+    return await _freed(ref, _by_force(client, ref, machine) if force else _let_be(machine), say)
+
+
+async def _journal(client: Hypervisor, ref: Ref) -> Journal | None:
+    """The journal in a domain; None also if it cannot be read: why, the next look tells."""
     try:
-        if machine.journal is not None and machine.journal.holds:
-            said, freed = await _by_journal(client, ref, machine.journal)
-        elif force:
-            said, freed = await _by_force(client, ref, machine)
-        else:
-            said, freed = _let_be(machine)
+        return await client.read_journal(ref)
+    except SnapshotError:
+        return None
+
+
+async def _held(client: Hypervisor, ref: Ref, journal: Journal, say: Say) -> bool:
+    return await _freed(ref, _by_journal(client, ref, journal), say)
+
+
+async def _freed(ref: Ref, freeing: Awaitable[tuple[list[str], bool]], say: Say) -> bool:
+    """Say what came of it, whatever it was."""
+    try:
+        said, freed = await freeing
     except SnapshotError as error:
         said, freed = [f"not free yet, run this again: {error.message}"], False
     for line in said:
@@ -183,15 +208,16 @@ def state(machine: Machine) -> str:
         )
     if machine.journal is not None:
         journal = machine.journal
-        if journal.holds:
-            words.append(f"held by {_who(journal)}, method {journal.method}, for at most {journal.budget:g} s")
-        else:
-            words.append(f"on overlays of {_who(journal)}")
+        words.append(_holder(journal) if journal.holds else f"on overlays of {_who(journal)}")
     elif machine.journal_error:
         words.append(machine.journal_error)
     else:
         words.append("no journal")
     return "; ".join(words)
+
+
+def _holder(journal: Journal) -> str:
+    return f"held by {_who(journal)}, method {journal.method}, for at most {journal.budget:g} s"
 
 
 async def _by_journal(client: Hypervisor, ref: Ref, journal: Journal) -> tuple[list[str], bool]:
@@ -236,7 +262,7 @@ async def _thawed(window: DomainWindow) -> bool:
     return await window.status(_STATUS_TIMEOUT) is AgentState.THAWED
 
 
-def _let_be(machine: Machine) -> tuple[list[str], bool]:
+async def _let_be(machine: Machine) -> tuple[list[str], bool]:
     """Say what is so without touching it."""
     frozen = machine.agent is not None and machine.agent.state is AgentState.FROZEN
     if machine.journal_error:
