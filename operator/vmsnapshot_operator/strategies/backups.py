@@ -75,7 +75,7 @@ async def finish(
     far they are.
     """
     memory, targets = world.memory(request.uid), _targets(record)
-    end, quiet = clock() + patience, 0.0
+    end, quiet, heard = clock() + patience, 0.0, False
     while True:
         listened = _listened_since(memory, record)
         since = listened if listened is not None else clock()
@@ -88,10 +88,12 @@ async def finish(
             log.info("the copy of snapshot %s cannot be looked at: %s", request.uid, error.message)
         else:
             found = copying.judge(targets, seen, listened=listened is not None)
-            if found.copy is Copy.WHOLE:
-                return
+            proved = heard
+            heard = found.copy is Copy.WHOLE or (heard and seen.endings is None and found.copy is not Copy.RUNNING)
+            if heard and proved:
+                return  # it was looked again after its end was heard of: by now its files are closed (`hypervisors.backups.running`)
             quiet = quiet + LOOK_SECONDS if found.copy is Copy.UNHEARD else 0.0
-            if found.copy is Copy.LOST or quiet > HEAR_SECONDS:
+            if not heard and (found.copy is Copy.LOST or quiet > HEAR_SECONDS):
                 raise DriverError(f"it is not whole: {found.why}", reason="SnapshotLost")
             if found.copy is Copy.RUNNING and seen.running is not None:
                 memory.listening = (record.attempt, since)

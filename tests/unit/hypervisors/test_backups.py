@@ -91,8 +91,10 @@ class Domain:
 
     def __init__(self, described: str | None, code: int = libvirt.VIR_ERR_NO_DOMAIN_BACKUP) -> None:
         self.described, self.code, self.aborted = described, code, 0
+        self.asked: list[str] = []
 
     def backupGetXMLDesc(self, _flags: int) -> str:  # noqa: N802 - libvirt's name
+        self.asked.append("description")
         if self.described is None:
             error = libvirt.libvirtError("no")
             error.err = (self.code, 0, "no", 0, "", "", "", 0, 0)
@@ -100,6 +102,7 @@ class Domain:
         return self.described
 
     def jobStats(self, _flags: int) -> dict[str, int]:  # noqa: N802 - libvirt's name
+        self.asked.append("statistics")
         return {"disk_total": 8, "disk_processed": 3}
 
     def abortJob(self) -> None:  # noqa: N802 - libvirt's name
@@ -114,6 +117,12 @@ def test_what_runs_is_told_by_the_files_that_it_writes() -> None:
     assert backups.running(Domain(None, libvirt.VIR_ERR_NO_SUPPORT)) is None
     with pytest.raises(libvirt.libvirtError):
         backups.running(Domain(None, libvirt.VIR_ERR_RPC))
+
+
+def test_what_waits_for_the_files_to_be_closed_is_asked_first() -> None:
+    over = Domain(None)
+    assert backups.running(over) is None
+    assert over.asked == ["statistics", "description"]
 
 
 def test_only_our_job_is_stopped() -> None:
