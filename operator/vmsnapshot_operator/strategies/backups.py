@@ -45,9 +45,9 @@ async def listen(world: World, record: Record, request: Request) -> None:
     memory = world.memory(request.uid)
     if not by_job(record.groups) or _listened_since(memory, record) is not None:
         return
-    since = clock()
     try:
         client, ref = await locate(world, request, record)
+        since = clock()  # not earlier: to locate the VM may be what opens the connection on which its end is told
         seen = await client.backups(ref).look(since)
     except HypervisorError as error:
         log.info("the copy of snapshot %s cannot be looked at yet: %s", request.uid, error.message)
@@ -78,10 +78,10 @@ async def finish(
     end, quiet, heard = clock() + patience, 0.0, False
     while True:
         listened = _listened_since(memory, record)
-        since = listened if listened is not None else clock()
         try:
             client, ref = await locate(world, request, record)
-            seen = await client.backups(ref).look(since)
+            asked = clock()
+            seen = await client.backups(ref).look(listened if listened is not None else asked)
         except DomainGoneError as error:
             raise DriverError(f"{error.message}, and with it the copy of its disks", reason="SnapshotLost") from error
         except HypervisorError as error:
@@ -96,7 +96,8 @@ async def finish(
             if not heard and (found.copy is Copy.LOST or quiet > HEAR_SECONDS):
                 raise DriverError(f"it is not whole: {found.why}", reason="SnapshotLost")
             if found.copy is Copy.RUNNING and seen.running is not None:
-                memory.listening = (record.attempt, since)
+                # It ran after it was asked, so its end comes later: a connection that broke before has cost nothing.
+                memory.listening = (record.attempt, asked)
                 told(Progress(done_bytes=seen.running.done_bytes, total_bytes=seen.running.total_bytes))
         if clock() > end:
             raise DriverError("the hypervisor copies for too long", retryable=True)

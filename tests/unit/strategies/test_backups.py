@@ -29,6 +29,7 @@ RUNNING = BackupSeen(
     endings=(),
 )
 OVER = BackupSeen(endings=())
+GOOD_END = replace(OVER, endings=(GOOD,))
 
 
 def copied() -> Record:
@@ -75,10 +76,26 @@ async def test_a_copy_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
         Client(RUNNING, RUNNING, OVER, replace(OVER, endings=(GOOD,))),
     )
     assert await finish(monkeypatch, client, world) == [Progress(done_bytes=1, total_bytes=4)] * 2
-    assert len(set(client.asked)) == 1, "from the first look at what runs on, nothing may be missed"
+    assert sorted(client.asked) == client.asked
+    assert len(set(client.asked[2:])) == 1, "from the last look at what runs on, nothing may be missed"
 
 
-GOOD_END = replace(OVER, endings=(GOOD,))
+async def test_a_connection_that_broke_while_it_ran_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever sees it running listens from then on; what he could have missed before is not its end."""
+    heard, broke = Seconds(0.0), 2
+
+    class Reconnecting(Client):
+        async def look(self, since: Seconds) -> BackupSeen:
+            nonlocal heard
+            seen = await super().look(since)
+            if len(self.asked) == broke:
+                heard = backups.clock()
+            return seen if heard < since else replace(seen, endings=None)
+
+    client = Reconnecting(RUNNING, RUNNING, RUNNING, OVER, GOOD_END)
+    world = fakes.world(installation=records.INSTALLATION)
+    world.memory(UID).listening = (copied().attempt, backups.clock())
+    await finish(monkeypatch, client, world)
 
 
 @pytest.mark.parametrize("again", [GOOD_END, replace(OVER, endings=None)])
@@ -146,6 +163,20 @@ async def test_who_comes_while_it_runs_listens_before_anything_else(monkeypatch:
     assert client.asked[0] == client.asked[1]
 
 
+async def test_who_comes_while_it_runs_listens_when_the_connection_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    world, opened = fakes.world(installation=records.INSTALLATION), Seconds(0.0)
+
+    async def locate(*_: object) -> tuple[Any, None]:
+        nonlocal opened
+        opened = backups.clock()
+        return Client(RUNNING), None
+
+    monkeypatch.setattr(backups, "locate", locate)
+    await backups.listen(world, copied(), records.REQUEST)
+    assert world.memory(UID).listening is not None
+    assert cast("tuple[int, float]", world.memory(UID).listening)[1] >= opened
+
+
 @pytest.mark.parametrize("answer", [OVER, replace(OVER, endings=(GOOD,)), HypervisorError("it does not answer")])
 async def test_who_saw_nothing_run_does_not_listen(monkeypatch: pytest.MonkeyPatch, answer: Any) -> None:
     world = fakes.world(installation=records.INSTALLATION)
@@ -165,7 +196,7 @@ async def test_a_hypervisor_that_does_not_answer_is_asked_again(monkeypatch: pyt
         Client(RUNNING, silent, silent, replace(OVER, endings=(GOOD,))),
     )
     await finish(monkeypatch, client, world)
-    assert cast("tuple[int, float]", world.memory(UID).listening)[1] == client.asked[0]
+    assert cast("tuple[int, float]", world.memory(UID).listening)[1] == client.asked[0] == client.asked[-1]
 
 
 async def test_patience_ends(monkeypatch: pytest.MonkeyPatch) -> None:
