@@ -20,7 +20,7 @@ from vmsnapshot_operator.core.volumes import Seconds
 from vmsnapshot_operator.errors import DomainGoneError, DriverError, HypervisorError
 from vmsnapshot_operator.plan import copying
 from vmsnapshot_operator.plan.copying import Copy
-from vmsnapshot_operator.strategies.gather import locate
+from vmsnapshot_operator.strategies.gather import EARLY_SECONDS, locate
 from vmsnapshot_operator.strategies.world import Memory, World, clock
 
 log = logging.getLogger(__name__)
@@ -82,9 +82,10 @@ async def finish(
             client, ref = await locate(world, request, record)
             asked = clock()
             seen = await client.backups(ref).look(listened if listened is not None else asked)
-        except DomainGoneError as error:
-            raise DriverError(f"{error.message}, and with it the copy of its disks", reason="SnapshotLost") from error
         except HypervisorError as error:
+            if isinstance(error, DomainGoneError) and error.certain:
+                text = f"{error.message}, and with it the copy of its disks"
+                raise DriverError(text, reason="SnapshotLost") from error
             log.info("the copy of snapshot %s cannot be looked at: %s", request.uid, error.message)
         else:
             found = copying.judge(targets, seen, listened=listened is not None)
@@ -111,5 +112,7 @@ async def stop(world: World, record: Record, request: Request) -> None:
         try:
             client, ref = await locate(world, request, record)
             await client.backups(ref).stop(lambda path: PurePosixPath(path).name.startswith(prefix))
-        except DomainGoneError:
-            log.info("the VM of snapshot %s is gone, and with it whatever copied its disks", request.uid)
+        except DomainGoneError as error:
+            if not error.certain and clock() - world.memory(request.uid).since < EARLY_SECONDS:
+                raise  # the Hypervisor object may not have been read yet
+            log.info("nothing copies the disks of snapshot %s, or nobody can be asked: %s", request.uid, error.message)

@@ -199,6 +199,35 @@ async def test_a_hypervisor_that_does_not_answer_is_asked_again(monkeypatch: pyt
     assert cast("tuple[int, float]", world.memory(UID).listening)[1] == client.asked[0] == client.asked[-1]
 
 
+@pytest.mark.parametrize("ambiguous", [False, True])
+async def test_a_hypervisor_that_is_not_there_takes_no_vm_with_it(
+    monkeypatch: pytest.MonkeyPatch, ambiguous: bool
+) -> None:
+    """Its object may not be read yet, or is being made anew."""
+    unread = DomainGoneError("nobody can say", reason=None if ambiguous else "HypervisorNotFound", ambiguous=ambiguous)
+    await finish(monkeypatch, Client(RUNNING, unread, GOOD_END), fakes.world(installation=records.INSTALLATION))
+
+
+@pytest.mark.parametrize(("after", "certain", "passes"), [(1, False, False), (11, False, True), (1, True, True)])
+async def test_what_copies_is_stopped_also_early(
+    monkeypatch: pytest.MonkeyPatch, after: float, certain: bool, passes: bool
+) -> None:
+    """So soon after the start a hypervisor that is not there may not have been read yet."""
+
+    async def locate(*_: object) -> tuple[Any, None]:
+        raise DomainGoneError("it is not there", reason=None if certain else "HypervisorNotFound")
+
+    monkeypatch.setattr(backups, "locate", locate)
+    world = fakes.world(installation=records.INSTALLATION)
+    since = world.memory(UID).since
+    monkeypatch.setattr(backups, "clock", lambda: Seconds(since + after))
+    if passes:
+        await backups.stop(world, copied(), records.REQUEST)
+    else:
+        with pytest.raises(HypervisorError, match="not there"):
+            await backups.stop(world, copied(), records.REQUEST)
+
+
 async def test_patience_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = iter(range(1_000_000))
     monkeypatch.setattr(backups, "clock", lambda: Seconds(float(next(ticks))))
