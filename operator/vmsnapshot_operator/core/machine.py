@@ -106,7 +106,7 @@ class Agent:
 class Machine:
     """One domain at one moment. `run_id` is libvirt's id of this run (-1 when shut off): another one is another boot.
 
-    `copied_into`: the files into which the hypervisor is copying its disks, if it is (whoever asked for that).
+    `copied_into`: the files into which the hypervisor is copying its disks, if it is (whoever asked for that), as far as they are known.
     `shut_down_from_within`: it is off, and it was heard that its own system shut it down.
     """
 

@@ -54,6 +54,10 @@ given up if that fails: a lease for the whole budget would make everybody wait f
 LEASE_LOOK = 0.25
 """How often it is looked, while cuts are under way, whether the lease still lasts."""
 
+BEGIN_SECONDS = Seconds(5.0)
+"""So long a copy by the hypervisor may take to begin: it is a fraction of a second, but libvirt waits up to 30 s where somebody else's job
+(another copy, a migration) came first, and the VM would be held for that."""
+
 UNHURRIED = Seconds(120.0)
 """So long all cuts may take while the VM runs on overlays."""
 
@@ -371,7 +375,8 @@ async def _begin(
     start = clock()
     try:
         async with step(Step.WINDOW_BEGIN, uid):
-            await job.domain.begin_backup(job.described, timeout=limit.remaining, permit=limit.refusal)
+            patience = min(limit.remaining, BEGIN_SECONDS)
+            await job.domain.begin_backup(job.described, timeout=patience, permit=limit.refusal)
     except HypervisorError as error:
         # Another program may have been faster; or nobody knows whether it has begun. Either way another attempt may do.
         late = isinstance(error, CallTimeoutError) and limit.remaining <= 0  # as where a driver is late

@@ -9,7 +9,7 @@ import pytest
 
 from vmsnapshot_operator.core.backups import RunningBackup
 from vmsnapshot_operator.core.volumes import Layer, Seconds, SourceKind
-from vmsnapshot_operator.hypervisors import backups
+from vmsnapshot_operator.hypervisors import backups, description
 from vmsnapshot_operator.hypervisors.events import EventHub
 
 UUID = "6dd6ed9d-0000-4000-8000-000000000002"
@@ -123,6 +123,12 @@ def test_what_waits_for_the_files_to_be_closed_is_asked_first() -> None:
     over = Domain(None)
     assert backups.running(over) is None
     assert over.asked == ["statistics", "description"]
+
+
+@pytest.mark.parametrize(("described", "into"), [(DESCRIBED, ("/p/vms-1",)), (None, ())])
+def test_a_copy_that_is_only_beginning_is_one(described: str | None, into: tuple[str, ...]) -> None:
+    assert description._copied_into(Domain(described), BACKUP) == into
+    assert description._copied_into(Domain(described), None) is None
 
 
 def test_only_our_job_is_stopped() -> None:
