@@ -18,7 +18,7 @@ from vmsnapshot_operator.core.driver import CutResult, Hold, SnapshotRequest
 from vmsnapshot_operator.core.effects import TakeWindow
 from vmsnapshot_operator.core.evidence import Bracket, Evidence, GroupOutcome, Quiescer, Window, WindowOutcome
 from vmsnapshot_operator.core.journal import Journal, Phase
-from vmsnapshot_operator.core.machine import Machine
+from vmsnapshot_operator.core.machine import Machine, not_at
 from vmsnapshot_operator.core.planning import Plan
 from vmsnapshot_operator.core.steps import Step, step
 from vmsnapshot_operator.core.volumes import Handle, Layer, Seconds, VolumeId, volume_id
@@ -274,8 +274,9 @@ async def _prepare_job(
     if not targets:
         return None
     domain = await client.window(ref)
-    disks = {v.label: targets[c][v.id] for c in targets for v in requests[c].volumes}
-    return _Job(domain, await domain.prepare_backup(disks), targets)
+    files = {v.label: targets[c][v.id] for c in targets for v in requests[c].volumes}
+    planned = {v.label: v.id for c in targets for v in requests[c].volumes}
+    return _Job(domain, await domain.prepare_backup(files, planned), targets)
 
 
 async def _still(
@@ -404,6 +405,11 @@ async def _tell(effect: TakeWindow, progress: _Progress, ref: Ref, client: Hyper
         evidence = replace(evidence, same_vm=same)
         if after is not None and (new := disks.unplanned(plan, after.disks)):
             text = f"disk {', '.join(new)} was plugged into the VM meanwhile and is not in what was cut"
+            progress.fail("DiskPlugged", text, interrupted=True)
+        by_job = [c for c, g in progress.groups.items() if g.result is not None and g.result.hold is Hold.JOB]
+        planned = {v.label: v.id for c in by_job for v in effect.requests[c].volumes}
+        if after is not None and (wrong := not_at(planned, after.disks)):
+            text = f"another disk than planned is at {', '.join(wrong)} by now, or none, so nobody knows which one the hypervisor copies"
             progress.fail("DiskPlugged", text, interrupted=True)
     return WindowOutcome(
         attempt=effect.attempt,

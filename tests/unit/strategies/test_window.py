@@ -17,7 +17,7 @@ from vmsnapshot_operator.core.driver import CutResult, Hold, SnapshotRequest
 from vmsnapshot_operator.core.effects import TakeWindow
 from vmsnapshot_operator.core.evidence import Evidence, Window, WindowOutcome
 from vmsnapshot_operator.core.journal import Journal
-from vmsnapshot_operator.core.machine import Machine
+from vmsnapshot_operator.core.machine import Disk, Machine, not_at
 from vmsnapshot_operator.core.volumes import Handle, Layer, Seconds, VolumeId
 from vmsnapshot_operator.errors import (
     CallTimeoutError,
@@ -53,6 +53,7 @@ class Scene:
     by_job: tuple[str, ...] = ()
     job_error: HypervisorError | None = None
     begin_takes: float = 0.2
+    disks_after: tuple[Disk, ...] = b.DISKS
     busy: bool = False
 
     def targets(self, effect: TakeWindow) -> dict[str, dict[VolumeId, Layer]]:
@@ -62,7 +63,9 @@ class Scene:
     async def window(self, _ref: object) -> Scene:
         return self
 
-    async def prepare_backup(self, targets: Mapping[str, Layer]) -> str:
+    async def prepare_backup(self, targets: Mapping[str, Layer], planned: Mapping[str, VolumeId]) -> str:
+        assert not_at(planned, b.machine().disks) == []
+        assert planned.keys() == targets.keys()
         if self.busy:
             raise HypervisorError("it copies already", reason="BackupRunning", retryable=True)
         self.log.append("describe")
@@ -98,7 +101,7 @@ class Scene:
         return
 
     async def describe(self, *_: object, **__: object) -> Machine:
-        return b.machine()
+        return b.machine(disks=self.disks_after)
 
     async def arm(self, *_: object) -> None:
         if self.deaf:
@@ -285,6 +288,18 @@ async def test_a_copy_that_waits_for_another_job_does_not_hold_the_vm_for_long(
     outcome = await take(scene, max_frozen_seconds=budget)
     assert asyncio.get_running_loop().time() - start == pytest.approx(held, abs=0.05)
     assert (outcome.reason, outcome.interrupted, outcome.free) == (reason, interrupted, True)
+
+
+@pytest.mark.parametrize(("by_job", "reason"), [(("files",), "DiskPlugged"), ((), "")])
+async def test_a_disk_in_the_place_of_another_one_is_not_taken_for_it(
+    scene: Scene, by_job: tuple[str, ...], reason: str
+) -> None:
+    """The hypervisor copies what is at a target; drivers cut what they were given."""
+    scene.by_job = by_job
+    scene.disks_after = (b.disk("vda", b.file_layer("another")), *b.DISKS[1:])
+    outcome = await take(scene)
+    assert (outcome.reason, outcome.interrupted, outcome.evidence.same_vm) == (reason, bool(reason), False)
+    assert "vdb" not in outcome.message
 
 
 async def test_a_vm_whose_disks_are_copied_already_is_not_touched(scene: Scene) -> None:
