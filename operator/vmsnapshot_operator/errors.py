@@ -75,6 +75,11 @@ class DomainGoneError(HypervisorError):
         super().__init__(message, reason=reason, retryable=retryable)
         self.ambiguous = ambiguous
 
+    @property
+    def certain(self) -> bool:
+        """Whether all endpoints have answered and none has it: not so where there is no hypervisor to be asked."""
+        return self.reason == DomainGoneError.reason and not self.ambiguous
+
 
 class AgentError(HypervisorError):
     """The guest's agent answered with an error, or did not answer."""

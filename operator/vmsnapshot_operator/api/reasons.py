@@ -492,8 +492,8 @@ class Reason(StrEnum):
     )
     DISK_PLUGGED = (
         "DiskPlugged",
-        "A disk was plugged into the VM while the snapshot was taken, so it is not in what was cut.",
-        "Nothing: it is taken again with the disk in it. Do not change the VM's disks while it is taken.",
+        "A disk was plugged into the VM, or into the place of another one, while the snapshot was taken, so it is not in what was cut.",
+        "Nothing: it is taken again with the disks that the VM has. Do not change the VM's disks while it is taken.",
     )
     COLLAPSING = (
         "Collapsing",

@@ -5,11 +5,12 @@ Not how it is read (`hypervisors`) and not what follows from it (`plan`).
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
 from vmsnapshot_operator.core.journal import Journal
-from vmsnapshot_operator.core.volumes import Layer
+from vmsnapshot_operator.core.volumes import Layer, VolumeId, volume_id
 
 
 class PowerState(StrEnum):
@@ -46,6 +47,12 @@ class Disk:
     encrypted: bool = False
     cache: str = ""
     in_block_job: bool = False
+
+
+def not_at(planned: Mapping[str, VolumeId], disks: Iterable[Disk]) -> list[str]:
+    """Return the targets at which another disk is than the planned one, or none: a target does not say what is plugged in there."""
+    found = {d.target: volume_id(d.layers[0]) for d in disks if d.layers}
+    return sorted(t for t, volume in planned.items() if found.get(t) != volume)
 
 
 class DeviceKind(StrEnum):
@@ -106,7 +113,7 @@ class Agent:
 class Machine:
     """One domain at one moment. `run_id` is libvirt's id of this run (-1 when shut off): another one is another boot.
 
-    `copied_into`: the files into which the hypervisor is copying its disks, if it is (whoever asked for that).
+    `copied_into`: the files into which the hypervisor is copying its disks, if it is (whoever asked for that), as far as they are known.
     `shut_down_from_within`: it is off, and it was heard that its own system shut it down.
     """
 

@@ -112,11 +112,11 @@ class LibvirtBackupDriver(HeldInPools):
             if cut.hold is Hold.BASE:
                 self._copy(connection, pool, request)
                 return
-            there = [naming.cut_name(request.name, v.id) for v in request.volumes]
-            if gone := [n for n in there if storage.find(pool, n) is None]:
-                raise DriverError(f"{', '.join(gone)} does not exist (any more)", reason="SnapshotLost")
-            for name in there:
-                copies.mark_down(pool, naming.whole_mark(name))
+            storage.reread(pool)  # what QEMU wrote, and what a person did to it, libvirt does not know of itself
+            for volume in request.volumes:
+                _must_be_a_copy(pool, volume, naming.cut_name(request.name, volume.id))
+            for volume in request.volumes:
+                copies.mark_down(pool, naming.whole_mark(naming.cut_name(request.name, volume.id)))
 
     # ---------------------------------------------------------------- parts
 
@@ -139,3 +139,17 @@ class LibvirtBackupDriver(HeldInPools):
 
     def _homes(self, connection: Any) -> Sequence[Any]:
         return tuple(connection.listAllStoragePools(_POOLS))
+
+
+def _must_be_a_copy(pool: Any, volume: Volume, name: str) -> None:
+    """Raise DriverError (SnapshotLost) if what is there cannot be the copy of this disk, or nobody could ever restore it."""
+    found = storage.find(pool, name)
+    if found is None:
+        raise DriverError(f"{name} does not exist (any more)", reason="SnapshotLost")
+    try:
+        storage.must_be_raw(found)
+    except DriverError as error:
+        raise DriverError(error.message, reason="SnapshotLost") from error
+    if (size := found.info()[1]) != volume.size_bytes:
+        text = f"{name} has {size} bytes, and disk {volume.label} has {volume.size_bytes}"
+        raise DriverError(text, reason="SnapshotLost")

@@ -94,7 +94,7 @@ class Hypervisors:
             credentials = await self._credentials(name, spec.secret_name, world)
             key = (spec.endpoints, tuple(sorted(credentials.items())))
             if live is None or live.client is None or self._spec.get(name) != key:
-                await self.remove(name)
+                await self.remove(name, replaced=True)
                 self._live[name] = LiveHypervisor(
                     name=name, access=spec.access, overlay=spec.overlay, problem=CONNECTING
                 )
@@ -150,8 +150,8 @@ class Hypervisors:
                 raise
             return self._secret[name]
 
-    async def remove(self, name: str) -> None:
-        """Close the connections of a hypervisor that is gone."""
+    async def remove(self, name: str, *, replaced: bool = False) -> None:
+        """Close the connections of a hypervisor that is gone; of one that is `replaced`, nobody takes it for gone meanwhile."""
         tasks = [t for (hypervisor, _, _), t in self._freeing.items() if hypervisor == name]
         for task in tasks:
             task.cancel()
@@ -159,6 +159,8 @@ class Hypervisors:
         await self._kept.remove(name)
         self._secret.pop(name, None)
         live = self._live.pop(name, None)
+        if replaced:
+            self._live[name] = LiveHypervisor(name=name, problem=CONNECTING)
         self._spec.pop(name, None)
         if live is not None and live.client is not None:
             await live.client.close()

@@ -67,10 +67,14 @@ class Backups:
 
 
 def running(domain: Any) -> RunningBackup | None:
-    """Return the backup job of a domain, or None. Blocking; raises libvirtError."""
+    """Return the backup job of a domain, or None. Blocking; raises libvirtError.
+
+    The statistics first: by the rules of its domain jobs libvirt lets them wait for what it does at the end of a backup (it tells of
+    the end, and only then has the files closed, which flushes them). So who asks after he heard of the end gets the answer when the files are closed.
+    """
     try:
-        described = domain.backupGetXMLDesc(0)
         job = domain.jobStats(0)
+        described = domain.backupGetXMLDesc(0)
     except libvirt.libvirtError as error:
         if error.get_error_code() in _NO_JOB:
             return None

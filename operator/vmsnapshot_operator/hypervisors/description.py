@@ -117,7 +117,9 @@ def _copied_into(domain: Any, job: int | None) -> tuple[str, ...] | None:
     if job != libvirt.VIR_DOMAIN_JOB_OPERATION_BACKUP:
         return None
     found = backups.running(domain)
-    return tuple(sorted(found.targets)) if found is not None else None
+    return (
+        tuple(sorted(found.targets)) if found is not None else ()
+    )  # one that is only beginning has no description yet
 
 
 def _completed(connection: Any, domain: Any, disk: Disk, power: PowerState) -> Disk:

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import libvirt
 
-from vmsnapshot_operator.core.machine import AgentState, PowerState
-from vmsnapshot_operator.core.volumes import Layer, Seconds
+from vmsnapshot_operator.core.machine import AgentState, PowerState, not_at
+from vmsnapshot_operator.core.volumes import Layer, Seconds, VolumeId
 from vmsnapshot_operator.errors import (
     AgentError,
     CallTimeoutError,
@@ -218,8 +218,11 @@ class DomainWindow:
 
         await here.calls.act(f"switch of {self._name} to overlays", run, timeout=timeout)
 
-    async def prepare_backup(self, targets: Mapping[str, Layer]) -> str:
-        """Describe a copy of these disks into these files beforehand. Raises HypervisorError if one is under way, whoever's it is."""
+    async def prepare_backup(self, targets: Mapping[str, Layer], planned: Mapping[str, VolumeId]) -> str:
+        """Describe a copy of these disks into these files beforehand. Both are by the disk's target.
+
+        Raises HypervisorError if one is under way, whoever's it is, or if another disk is at a target than the planned one.
+        """
         here = self._known()
 
         def run() -> str:
@@ -227,6 +230,9 @@ class DomainWindow:
                 text = f"domain {self._name}: the hypervisor copies its disks already, and does one such job at a time"
                 raise HypervisorError(text, reason="BackupRunning", retryable=True)
             disks, _ = domain_xml.parse(here.holding.XMLDesc(0))
+            if wrong := not_at(planned, disks):
+                text = f"domain {self._name}: another disk than planned is at {', '.join(wrong)} by now, or none"
+                raise HypervisorError(text, reason="DiskPlugged", retryable=True)
             return backups.backup_xml(targets, [d.target for d in disks if d.target not in targets])
 
         return await here.calls.act(f"disks of {self._name}", run, timeout=ACT_TIMEOUT)

@@ -20,7 +20,7 @@ from vmsnapshot_operator.core.volumes import Seconds
 from vmsnapshot_operator.errors import DomainGoneError, DriverError, HypervisorError
 from vmsnapshot_operator.plan import copying
 from vmsnapshot_operator.plan.copying import Copy
-from vmsnapshot_operator.strategies.gather import locate
+from vmsnapshot_operator.strategies.gather import EARLY_SECONDS, locate
 from vmsnapshot_operator.strategies.world import Memory, World, clock
 
 log = logging.getLogger(__name__)
@@ -45,9 +45,9 @@ async def listen(world: World, record: Record, request: Request) -> None:
     memory = world.memory(request.uid)
     if not by_job(record.groups) or _listened_since(memory, record) is not None:
         return
-    since = clock()
     try:
         client, ref = await locate(world, request, record)
+        since = clock()  # not earlier: to locate the VM may be what opens the connection on which its end is told
         seen = await client.backups(ref).look(since)
     except HypervisorError as error:
         log.info("the copy of snapshot %s cannot be looked at yet: %s", request.uid, error.message)
@@ -75,26 +75,30 @@ async def finish(
     far they are.
     """
     memory, targets = world.memory(request.uid), _targets(record)
-    end, quiet = clock() + patience, 0.0
+    end, quiet, heard = clock() + patience, 0.0, False
     while True:
         listened = _listened_since(memory, record)
-        since = listened if listened is not None else clock()
         try:
             client, ref = await locate(world, request, record)
-            seen = await client.backups(ref).look(since)
-        except DomainGoneError as error:
-            raise DriverError(f"{error.message}, and with it the copy of its disks", reason="SnapshotLost") from error
+            asked = clock()
+            seen = await client.backups(ref).look(listened if listened is not None else asked)
         except HypervisorError as error:
+            if isinstance(error, DomainGoneError) and error.certain:
+                text = f"{error.message}, and with it the copy of its disks"
+                raise DriverError(text, reason="SnapshotLost") from error
             log.info("the copy of snapshot %s cannot be looked at: %s", request.uid, error.message)
         else:
             found = copying.judge(targets, seen, listened=listened is not None)
-            if found.copy is Copy.WHOLE:
-                return
+            proved = heard
+            heard = found.copy is Copy.WHOLE or (heard and seen.endings is None and found.copy is not Copy.RUNNING)
+            if heard and proved:
+                return  # it was looked again after its end was heard of: by now its files are closed (`hypervisors.backups.running`)
             quiet = quiet + LOOK_SECONDS if found.copy is Copy.UNHEARD else 0.0
-            if found.copy is Copy.LOST or quiet > HEAR_SECONDS:
+            if not heard and (found.copy is Copy.LOST or quiet > HEAR_SECONDS):
                 raise DriverError(f"it is not whole: {found.why}", reason="SnapshotLost")
             if found.copy is Copy.RUNNING and seen.running is not None:
-                memory.listening = (record.attempt, since)
+                # It ran after it was asked, so its end comes later: a connection that broke before has cost nothing.
+                memory.listening = (record.attempt, asked)
                 told(Progress(done_bytes=seen.running.done_bytes, total_bytes=seen.running.total_bytes))
         if clock() > end:
             raise DriverError("the hypervisor copies for too long", retryable=True)
@@ -108,5 +112,7 @@ async def stop(world: World, record: Record, request: Request) -> None:
         try:
             client, ref = await locate(world, request, record)
             await client.backups(ref).stop(lambda path: PurePosixPath(path).name.startswith(prefix))
-        except DomainGoneError:
-            log.info("the VM of snapshot %s is gone, and with it whatever copied its disks", request.uid)
+        except DomainGoneError as error:
+            if not error.certain and clock() - world.memory(request.uid).since < EARLY_SECONDS:
+                raise  # the Hypervisor object may not have been read yet
+            log.info("nothing copies the disks of snapshot %s, or nobody can be asked: %s", request.uid, error.message)

@@ -183,8 +183,7 @@ async def _journal(world: World, request: Request, record: Record | None) -> _Jo
     except DomainGoneError as error:
         if error.reason == "HypervisorNotFound" and clock() - world.memory(request.uid).since < EARLY_SECONDS:
             return _Journalled(problem=f"{error.message}, or it was not read yet")
-        gone = error.reason == DomainGoneError.reason and not error.ambiguous
-        return _Journalled(vm_gone=gone, vm_unseen=not gone)
+        return _Journalled(vm_gone=error.certain, vm_unseen=not error.certain)
     except HypervisorError as error:
         return _Journalled(problem=error.message)
     return _Journalled(journal=journal, rulings=rulings)

@@ -18,7 +18,7 @@ from vmsnapshot_operator.core.driver import CutResult, Hold, SnapshotRequest
 from vmsnapshot_operator.core.effects import TakeWindow
 from vmsnapshot_operator.core.evidence import Bracket, Evidence, GroupOutcome, Quiescer, Window, WindowOutcome
 from vmsnapshot_operator.core.journal import Journal, Phase
-from vmsnapshot_operator.core.machine import Machine
+from vmsnapshot_operator.core.machine import Machine, not_at
 from vmsnapshot_operator.core.planning import Plan
 from vmsnapshot_operator.core.steps import Step, step
 from vmsnapshot_operator.core.volumes import Handle, Layer, Seconds, VolumeId, volume_id
@@ -53,6 +53,10 @@ given up if that fails: a lease for the whole budget would make everybody wait f
 
 LEASE_LOOK = 0.25
 """How often it is looked, while cuts are under way, whether the lease still lasts."""
+
+BEGIN_SECONDS = Seconds(5.0)
+"""So long a copy by the hypervisor may take to begin: it is a fraction of a second, but libvirt waits up to 30 s where somebody else's job
+(another copy, a migration) came first, and the VM would be held for that."""
 
 UNHURRIED = Seconds(120.0)
 """So long all cuts may take while the VM runs on overlays."""
@@ -270,8 +274,9 @@ async def _prepare_job(
     if not targets:
         return None
     domain = await client.window(ref)
-    disks = {v.label: targets[c][v.id] for c in targets for v in requests[c].volumes}
-    return _Job(domain, await domain.prepare_backup(disks), targets)
+    files = {v.label: targets[c][v.id] for c in targets for v in requests[c].volumes}
+    planned = {v.label: v.id for c in targets for v in requests[c].volumes}
+    return _Job(domain, await domain.prepare_backup(files, planned), targets)
 
 
 async def _still(
@@ -371,7 +376,8 @@ async def _begin(
     start = clock()
     try:
         async with step(Step.WINDOW_BEGIN, uid):
-            await job.domain.begin_backup(job.described, timeout=limit.remaining, permit=limit.refusal)
+            patience = min(limit.remaining, BEGIN_SECONDS)
+            await job.domain.begin_backup(job.described, timeout=patience, permit=limit.refusal)
     except HypervisorError as error:
         # Another program may have been faster; or nobody knows whether it has begun. Either way another attempt may do.
         late = isinstance(error, CallTimeoutError) and limit.remaining <= 0  # as where a driver is late
@@ -399,6 +405,11 @@ async def _tell(effect: TakeWindow, progress: _Progress, ref: Ref, client: Hyper
         evidence = replace(evidence, same_vm=same)
         if after is not None and (new := disks.unplanned(plan, after.disks)):
             text = f"disk {', '.join(new)} was plugged into the VM meanwhile and is not in what was cut"
+            progress.fail("DiskPlugged", text, interrupted=True)
+        by_job = [c for c, g in progress.groups.items() if g.result is not None and g.result.hold is Hold.JOB]
+        planned = {v.label: v.id for c in by_job for v in effect.requests[c].volumes}
+        if after is not None and (wrong := not_at(planned, after.disks)):
+            text = f"another disk than planned is at {', '.join(wrong)} by now, or none, so nobody knows which one the hypervisor copies"
             progress.fail("DiskPlugged", text, interrupted=True)
     return WindowOutcome(
         attempt=effect.attempt,

@@ -266,3 +266,19 @@ async def test_proofs_are_few(lab: Lab) -> None:
         lab.hypervisors._prove(sighting(1, owner=f"u{number}").journal)  # type: ignore[arg-type]
     assert len(lab.hypervisors.proven()) == hypervisors.MOST_PROVEN
     assert "u0" not in lab.hypervisors.proven()
+
+
+async def test_one_that_is_replaced_is_never_taken_for_one_that_is_gone(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await lab.look()
+    seen: list[bool] = []
+
+    async def close() -> None:
+        seen.append(lab.hypervisors.get("lab") is not None)
+
+    monkeypatch.setattr(lab.client, "close", close)
+    spec = {"libvirt": {"endpoints": [{"socketPath": "/another"}]}}
+    await lab.look({**BODY, "spec": spec})
+    await lab.hypervisors.remove("lab")
+    assert seen == [True, False]

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import libvirt
 import pytest
 
 from vmsnapshot_operator.core.backups import RunningBackup
-from vmsnapshot_operator.core.volumes import Layer, Seconds, SourceKind
-from vmsnapshot_operator.hypervisors import backups
+from vmsnapshot_operator.core.volumes import Layer, Seconds, SourceKind, volume_id
+from vmsnapshot_operator.errors import HypervisorError
+from vmsnapshot_operator.hypervisors import backups, description
+from vmsnapshot_operator.hypervisors.calls import Calls
 from vmsnapshot_operator.hypervisors.events import EventHub
+from vmsnapshot_operator.hypervisors.window import DomainWindow, Handles, Outstanding
 
 UUID = "6dd6ed9d-0000-4000-8000-000000000002"
 BACKUP = libvirt.VIR_DOMAIN_JOB_OPERATION_BACKUP
@@ -91,8 +95,14 @@ class Domain:
 
     def __init__(self, described: str | None, code: int = libvirt.VIR_ERR_NO_DOMAIN_BACKUP) -> None:
         self.described, self.code, self.aborted = described, code, 0
+        self.asked: list[str] = []
+        self.definition = ""
+
+    def XMLDesc(self, _flags: int) -> str:  # noqa: N802 - libvirt's name
+        return self.definition
 
     def backupGetXMLDesc(self, _flags: int) -> str:  # noqa: N802 - libvirt's name
+        self.asked.append("description")
         if self.described is None:
             error = libvirt.libvirtError("no")
             error.err = (self.code, 0, "no", 0, "", "", "", 0, 0)
@@ -100,6 +110,7 @@ class Domain:
         return self.described
 
     def jobStats(self, _flags: int) -> dict[str, int]:  # noqa: N802 - libvirt's name
+        self.asked.append("statistics")
         return {"disk_total": 8, "disk_processed": 3}
 
     def abortJob(self) -> None:  # noqa: N802 - libvirt's name
@@ -114,6 +125,45 @@ def test_what_runs_is_told_by_the_files_that_it_writes() -> None:
     assert backups.running(Domain(None, libvirt.VIR_ERR_NO_SUPPORT)) is None
     with pytest.raises(libvirt.libvirtError):
         backups.running(Domain(None, libvirt.VIR_ERR_RPC))
+
+
+def test_what_waits_for_the_files_to_be_closed_is_asked_first() -> None:
+    over = Domain(None)
+    assert backups.running(over) is None
+    assert over.asked == ["statistics", "description"]
+
+
+@pytest.mark.parametrize(("described", "into"), [(DESCRIBED, ("/p/vms-1",)), (None, ())])
+def test_a_copy_that_is_only_beginning_is_one(described: str | None, into: tuple[str, ...]) -> None:
+    assert description._copied_into(Domain(described), BACKUP) == into
+    assert description._copied_into(Domain(described), None) is None
+
+
+@pytest.mark.parametrize(
+    ("planned", "reason"), [("/d/a.raw", ""), ("/d/b.raw", "DiskPlugged"), ("/d/unplugged.raw", "DiskPlugged")]
+)
+async def test_only_a_copy_of_the_planned_disks_is_described(planned: str, reason: str) -> None:
+    def disk(target: str, path: str) -> str:
+        return f"<disk type='file'><driver type='raw'/><source file='{path}'/><target dev='{target}'/></disk>"
+
+    domain = Domain(None)
+    domain.definition = f"<domain><devices>{disk('vda', '/d/a.raw')}{disk('vdb', '/d/b.raw')}</devices></domain>"
+    target = "vdc" if "unplugged" in planned else "vda"
+    layer = Layer(kind=SourceKind.FILE, source=planned, format="raw")
+    into = {target: Layer(kind=SourceKind.FILE, source="/p/vms-1", format="raw")}
+    calls = Calls("host")
+
+    async def look_up(_window: DomainWindow) -> Handles:
+        return Handles(domain, domain, calls, asyncio.Semaphore(1), active=True)
+
+    window = DomainWindow("demo", UUID, Outstanding(), look_up)
+    await window.open()
+    if not reason:
+        assert "name='vdb'" in (await window.prepare_backup(into, {target: volume_id(layer)})).replace('"', "'")
+        return
+    with pytest.raises(HypervisorError, match=target) as caught:
+        await window.prepare_backup(into, {target: volume_id(layer)})
+    assert (caught.value.reason, caught.value.retryable) == (reason, True)
 
 
 def test_only_our_job_is_stopped() -> None:

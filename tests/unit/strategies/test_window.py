@@ -17,9 +17,16 @@ from vmsnapshot_operator.core.driver import CutResult, Hold, SnapshotRequest
 from vmsnapshot_operator.core.effects import TakeWindow
 from vmsnapshot_operator.core.evidence import Evidence, Window, WindowOutcome
 from vmsnapshot_operator.core.journal import Journal
-from vmsnapshot_operator.core.machine import Machine
+from vmsnapshot_operator.core.machine import Disk, Machine, not_at
 from vmsnapshot_operator.core.volumes import Handle, Layer, Seconds, VolumeId
-from vmsnapshot_operator.errors import DriverError, DriverTimeoutError, GuardianError, HypervisorError, QuiesceError
+from vmsnapshot_operator.errors import (
+    CallTimeoutError,
+    DriverError,
+    DriverTimeoutError,
+    GuardianError,
+    HypervisorError,
+    QuiesceError,
+)
 from vmsnapshot_operator.plan import next_effect
 from vmsnapshot_operator.quiesce.base import OpenWindow
 from vmsnapshot_operator.strategies import window
@@ -45,6 +52,8 @@ class Scene:
     until: float = 3600.0
     by_job: tuple[str, ...] = ()
     job_error: HypervisorError | None = None
+    begin_takes: float = 0.2
+    disks_after: tuple[Disk, ...] = b.DISKS
     busy: bool = False
 
     def targets(self, effect: TakeWindow) -> dict[str, dict[VolumeId, Layer]]:
@@ -54,7 +63,9 @@ class Scene:
     async def window(self, _ref: object) -> Scene:
         return self
 
-    async def prepare_backup(self, targets: Mapping[str, Layer]) -> str:
+    async def prepare_backup(self, targets: Mapping[str, Layer], planned: Mapping[str, VolumeId]) -> str:
+        assert not_at(planned, b.machine().disks) == []
+        assert planned.keys() == targets.keys()
         if self.busy:
             raise HypervisorError("it copies already", reason="BackupRunning", retryable=True)
         self.log.append("describe")
@@ -62,7 +73,9 @@ class Scene:
 
     async def begin_backup(self, described: str, timeout: Seconds, permit: Callable[[], str]) -> None:  # noqa: ASYNC109
         assert (permit(), timeout > 0) == ("", True)
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(min(timeout, self.begin_takes))
+        if self.begin_takes > timeout:
+            raise CallTimeoutError("it did not return")
         if self.job_error is not None:
             raise self.job_error
         self.log.append(f"begin {described}")
@@ -88,7 +101,7 @@ class Scene:
         return
 
     async def describe(self, *_: object, **__: object) -> Machine:
-        return b.machine()
+        return b.machine(disks=self.disks_after)
 
     async def arm(self, *_: object) -> None:
         if self.deaf:
@@ -148,9 +161,9 @@ def scene(monkeypatch: pytest.MonkeyPatch) -> Scene:
     return made
 
 
-async def take(scene: Scene, **slots: dict[str, Any]) -> WindowOutcome:
+async def take(scene: Scene, *, max_frozen_seconds: int = 3, **slots: dict[str, Any]) -> WindowOutcome:
     """Take the window of a VM of which `files` and `ceph` serve the disks."""
-    plan = b.plan(b.request(max_frozen_seconds=3))
+    plan = b.plan(b.request(max_frozen_seconds=max_frozen_seconds))
     effect = TakeWindow(1, plan, next_effect.requests_for(plan, b.INSTALLATION, b.UID, 1))
     world = fakes.world(installation=b.INSTALLATION)
     world.leadership = world.guardian = as_any(scene)
@@ -262,6 +275,31 @@ async def test_a_copy_that_does_not_begin_frees_the_vm_and_is_tried_again(scene:
     assert scene.log == ["describe", *HOLD, "killed ceph", *LET_GO, "told"]
     assert (outcome.reason, outcome.interrupted, outcome.free) == ("BackupFailed", True, True)
     assert "disk vda, vdb: no room" in outcome.message
+
+
+@pytest.mark.parametrize(
+    ("budget", "held", "reason", "interrupted"), [(20, 5.1, "BackupFailed", True), (3, 3.1, "FrozenTooLong", False)]
+)
+async def test_a_copy_that_waits_for_another_job_does_not_hold_the_vm_for_long(
+    scene: Scene, budget: int, held: float, reason: str, interrupted: bool
+) -> None:
+    scene.by_job, scene.begin_takes = ("files",), 30.0
+    start = asyncio.get_running_loop().time()
+    outcome = await take(scene, max_frozen_seconds=budget)
+    assert asyncio.get_running_loop().time() - start == pytest.approx(held, abs=0.05)
+    assert (outcome.reason, outcome.interrupted, outcome.free) == (reason, interrupted, True)
+
+
+@pytest.mark.parametrize(("by_job", "reason"), [(("files",), "DiskPlugged"), ((), "")])
+async def test_a_disk_in_the_place_of_another_one_is_not_taken_for_it(
+    scene: Scene, by_job: tuple[str, ...], reason: str
+) -> None:
+    """The hypervisor copies what is at a target; drivers cut what they were given."""
+    scene.by_job = by_job
+    scene.disks_after = (b.disk("vda", b.file_layer("another")), *b.DISKS[1:])
+    outcome = await take(scene)
+    assert (outcome.reason, outcome.interrupted, outcome.evidence.same_vm) == (reason, bool(reason), False)
+    assert "vdb" not in outcome.message
 
 
 async def test_a_vm_whose_disks_are_copied_already_is_not_touched(scene: Scene) -> None:
