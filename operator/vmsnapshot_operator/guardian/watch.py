@@ -266,10 +266,12 @@ class Watch:
     def _try(self, held: Held, attempts: Attempts, *, again: bool) -> Outcome:
         """Try where the VM was last seen, then on all the others: it may have migrated. Says every failure, raises none."""
         silent = False
+        # Somebody else (`thaw`, say) may have removed its journal before a freeze that was under way came.
+        gone = held.armed and not again and self._clock() < held.until + SETTLE_SECONDS
         domain, method, nonce = held.domain, held.journal.method, held.journal.nonce
         for uri in dict.fromkeys((held.uri, *self.followed())):
             try:
-                free = partial(release.attempt, uri, domain, method, nonce, again=again, armed=held.armed)
+                free = partial(release.attempt, uri, domain, method, nonce, again=again, armed=held.armed, gone=gone)
                 outcome = attempts.run(free, ATTEMPT_SECONDS)
             except Exception as error:  # noqa: BLE001 - whatever it is, it is said, and tried again
                 say("not free yet", domain=domain, uri=uri, why=str(error))

@@ -25,8 +25,12 @@ class World:
         self.now = 1000.0
         self.freed: list[str] = []
         self.again: list[Outcome | Exception] = []
+        self.gone: list[bool] = []
 
-    def attempt(self, uri: str, _domain: str, _method: str, _nonce: str, *, again: bool, armed: bool) -> Outcome:
+    def attempt(
+        self, uri: str, _domain: str, _method: str, _nonce: str, *, again: bool, armed: bool, gone: bool
+    ) -> Outcome:
+        self.gone.append(gone)
         if uri != self.where:
             return Outcome.ELSEWHERE
         if again:
@@ -94,6 +98,21 @@ def test_one_that_was_freed_and_then_migrates_is_freed_again_where_it_is_seen(wo
         return made.due() == ["n"]
 
     eventually(due_there)
+
+
+@pytest.mark.parametrize(
+    ("armed", "late", "gone"), [(True, 0.0, True), (False, 0.0, False), (True, 30.0 + watch.SETTLE_SECONDS, False)]
+)
+def test_one_whose_journal_is_gone_is_freed_if_its_holder_asked_as_long_as_its_freeze_may_come(
+    world: World, armed: bool, late: float, gone: bool
+) -> None:
+    world.where = "a"
+    made = Watch(clock=lambda: world.now)
+    made._see("a", "vm", JOURNAL, armed=armed)
+    world.now += late
+    made.release("n", "the process that armed it is gone")
+    eventually(lambda: len(world.gone) == 2)
+    assert world.gone == [gone, False], "and once only"
 
 
 def test_nobody_is_waited_for_who_is_being_freed_already(world: World) -> None:
