@@ -114,7 +114,7 @@ def _fenced(operation: str, fd: int) -> Iterator[None]:
     def watch() -> None:
         while not over.wait(wire.FENCE_SECONDS):
             if fence.is_over(fd):
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.killpg(0, signal.SIGKILL)  # its session is its own: what the driver started writes on else
 
     threading.Thread(target=watch, name="fence", daemon=True).start()
     try:

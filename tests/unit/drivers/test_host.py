@@ -306,6 +306,10 @@ async def test_what_makes_something_ends_by_itself_and_does_not_begin_when_anoth
             async with host.reserve() as slot:
                 with pytest.raises(DriverCrashedError):
                     await getattr(slot, operation)(order(name))
+        fence.tell(wire.boottime() + 1.0)
+        with pytest.raises(DriverCrashedError):
+            await host.wait_ready(order("child"), held, timeout=LONG)
+        await gone(int((tmp_path / ".child").read_text()))  # who copies may be a program that the driver started
         fence.tell(wire.boottime() + LONG)
         await host.wait_ready(order("fine"), held, timeout=LONG)
     finally:
