@@ -41,8 +41,8 @@ class DriverHost:
 
     What may copy takes `stall`, in seconds, and `on_progress` beside `timeout`: it is ended when the driver says nothing of
     its progress for `stall`, however much of `timeout` is left, and each word of it is passed on, on the loop's thread. What
-    was copied by then is found by name when the call is repeated. It also ends by itself when the moment is over that `fence`
-    tells, the file descriptor of a `fence.Fence` (-1: none).
+    was copied by then is found by name when the call is repeated. It also ends by itself, as what prepares and cuts does, when the
+    moment is over that `fence` tells, the file descriptor of a `fence.Fence` (-1: none); after it none of these begins.
     """
 
     def __init__(

@@ -30,7 +30,7 @@ REST_SECONDS: Final = 120.0
 REPORT_SECONDS: Final = 1.0
 """How often a driver is asked how far it is with one of the `LONG` operations."""
 FENCE_SECONDS: Final = 0.25
-"""How often a process that is at one of the `LONG` operations looks whether it still may."""
+"""How often a process that is at one of the `FENCED` operations looks whether it still may."""
 LENGTH: Final = struct.Struct(">I")
 
 
@@ -68,6 +68,8 @@ OPERATIONS: Final[Mapping[str, Operation]] = {
 
 LONG: Final = frozenset({"wait_ready", "revert", "clone"})
 """Operations that may copy: they last as long as they get on."""
+FENCED: Final = LONG | {"prepare", "cut"}
+"""Operations that make something: they end, and do not begin, when another instance may act."""
 
 _PROGRESS: Final = TypeAdapter(Progress)
 

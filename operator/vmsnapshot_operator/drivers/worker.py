@@ -2,8 +2,8 @@
 
 One request at a time, read from an inherited socket; parameters and credentials come through it as well, never by
 argument or environment, where `ps` and /proc show them. It ends when the operator closes the socket, ends, or is
-killed, at the deadline of a request even if nobody is left to kill it, and in the middle of what takes long when the moment is over
-that the operator tells by the file descriptor FENCE (`fence`; -1: none). Not responsible for the pool (`host`).
+killed, at the deadline of a request even if nobody is left to kill it, and in the middle of what makes something when the moment is
+over that the operator tells by the file descriptor FENCE (`fence`; -1: none). Not responsible for the pool (`host`).
 
 A driver may have a method `rest()`: it is called when a cut has been answered, and when nothing was asked for a while after
 something was prepared, so that what `prepare` opened for the window (connections, images) does not stay open for ever. A
@@ -44,12 +44,12 @@ def _end_with(parent: int, name: str) -> None:
         os._exit(1)
 
 
-def _call(driver: StorageDriver, message: dict[str, Any]) -> bytes:
+def _call(driver: StorageDriver, message: dict[str, Any], fd: int) -> bytes:
     operation = str(message["operation"])
     arguments = wire.OPERATIONS[operation].arguments.validate_python(message["arguments"])
     moment = wire.boottime()
     left = float(message["until"]) - moment
-    if left <= 0 or moment >= float(message["begin"]):
+    if left <= 0 or moment >= float(message["begin"]) or (_is_fenced(operation, fd) and fence.is_over(fd)):
         text = "it was asked for so late that its time was over; nothing was done"
         return wire.failure(DriverError(text, reason="DriverTimeout", retryable=True))
     # The default action of SIGALRM ends the process inside of any C call, also while the operator itself is stopped:
@@ -99,18 +99,22 @@ def _reporting(driver: StorageDriver, operation: str, sock: socket.socket) -> It
             over.set()
 
 
+def _is_fenced(operation: str, fd: int) -> bool:
+    return fd >= 0 and operation in wire.FENCED
+
+
 @contextmanager
 def _fenced(operation: str, fd: int) -> Iterator[None]:
-    """End this process if it is still at a long operation when another instance may go on with it."""
+    """End this process if it still makes something when another instance may act."""
     over = threading.Event()
-    if fd < 0 or operation not in wire.LONG:
+    if not _is_fenced(operation, fd):
         yield
         return
 
     def watch() -> None:
         while not over.wait(wire.FENCE_SECONDS):
             if fence.is_over(fd):
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.killpg(0, signal.SIGKILL)  # its session is its own: what the driver started writes on else
 
     threading.Thread(target=watch, name="fence", daemon=True).start()
     try:
@@ -142,7 +146,7 @@ def serve(sock: socket.socket, fd: int = -1) -> int:
             return 0
         operation = str(message["operation"])
         with _fenced(operation, fd), _reporting(driver, operation, sock):
-            answer = _call(driver, message)
+            answer = _call(driver, message, fd)
         sock.sendall(answer)
         if message["operation"] == "prepare":
             prepared = True

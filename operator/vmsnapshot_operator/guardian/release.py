@@ -30,7 +30,7 @@ class Outcome(enum.Enum):
 
     FREE = "the VM goes on"
     HELD = "it does not yet"
-    OVER = "its journal is gone or no longer ours: its holder has confirmed that it is free"
+    OVER = "its journal is gone or no longer ours: somebody has confirmed that it is free"
     ELSEWHERE = "it does not run on this host"
 
 
@@ -68,11 +68,12 @@ def read(domain: libvirt.virDomain) -> Journal | None:
     return journal if journal.holds else None
 
 
-def attempt(uri: str, domain: str, method: str, nonce: str, *, again: bool, armed: bool) -> Outcome:
+def attempt(uri: str, domain: str, method: str, nonce: str, *, again: bool, armed: bool, gone: bool) -> Outcome:
     """Free the VM once, on a connection of its own. Raises libvirtError, OSError.
 
     `again`: it was free already, look whether it still is. `armed`: its holder asked for it, so it is freed also if its journal
-    cannot be read any more; a VM whose journal was only seen is not touched then.
+    cannot be read any more; a VM whose journal was only seen is not touched then. `gone`: also if it is there no more; but one
+    that was paused is resumed only with its journal: without one nothing says that it was us.
     """
     reach(uri)
     connection = connect(uri)
@@ -85,7 +86,7 @@ def attempt(uri: str, domain: str, method: str, nonce: str, *, again: bool, arme
             raise
         if not found.isActive():
             return Outcome.ELSEWHERE
-        if not _ours(found, nonce, armed=armed):
+        if not _ours(found, nonce, unreadable=armed, gone=gone and method != "Pause"):
             return Outcome.OVER
         if method == "Pause":
             return _resume(found)
@@ -95,12 +96,13 @@ def attempt(uri: str, domain: str, method: str, nonce: str, *, again: bool, arme
         connection.close()
 
 
-def _ours(domain: libvirt.virDomain, nonce: str, *, armed: bool) -> bool:
+def _ours(domain: libvirt.virDomain, nonce: str, *, unreadable: bool, gone: bool) -> bool:
+    """Whether it is for us to free it; `unreadable` and `gone`: the answer if its journal is that."""
     try:
         journal = read(domain)
     except UnreadableJournalError:
-        return armed
-    return journal is not None and journal.nonce == nonce
+        return unreadable
+    return gone if journal is None else journal.nonce == nonce
 
 
 def _resume(domain: libvirt.virDomain) -> Outcome:

@@ -38,7 +38,7 @@ LOST_SECONDS = 600.0
 
 HOPELESS_TRIES, HOPELESS_AT_ONCE = 5, 6
 """VMs that could not be freed in so many tries take turns, so many at a time: each dead agent holds one of libvirtd's 20
-workers, and the others must find one."""
+workers, and the others must find one. Those that were free once take as many turns of their own: nobody who is held waits for them."""
 
 
 class RefusedError(Exception):
@@ -55,7 +55,7 @@ class Held:
     """One journal that was seen. `armed`: its holder asked for it, and will say when it is over.
 
     `over`: it was freed, or its holder says so, or the journal is gone; whoever frees it goes on to look at it. `lost`: since when it was due and found on no host; it
-    is freed as soon as it is seen on one.
+    is freed as soon as it is seen on one. `said`: the last failure at each URI, which is said once.
     """
 
     uri: str
@@ -66,6 +66,7 @@ class Held:
     releasing: bool = False
     lost: float | None = None
     over: threading.Event = field(default_factory=threading.Event)
+    said: dict[str, str] = field(default_factory=dict)
 
 
 class Watch:
@@ -81,7 +82,8 @@ class Watch:
         self._held: dict[str, Held] = {}
         self._hosts: dict[str, Host] = {}
         self._wake = threading.Event()
-        self._hopeless = threading.BoundedSemaphore(HOPELESS_AT_ONCE)
+        # By whether they were free once, and are looked at again.
+        self._hopeless = {again: threading.BoundedSemaphore(HOPELESS_AT_ONCE) for again in (False, True)}
         self._turned = clock()
         self._ending = False
 
@@ -260,23 +262,28 @@ class Watch:
         """Try; after many tries in vain only when it is its turn."""
         if tries <= HOPELESS_TRIES:
             return self._try(held, attempts, again=again)
-        with self._hopeless:
+        with self._hopeless[again]:
             return self._try(held, attempts, again=again)
 
     def _try(self, held: Held, attempts: Attempts, *, again: bool) -> Outcome:
-        """Try where the VM was last seen, then on all the others: it may have migrated. Says every failure, raises none."""
+        """Try where the VM was last seen, then on all the others: it may have migrated. Says every failure once, raises none."""
         silent = False
+        # Somebody else (`thaw`, say) may have removed its journal before a freeze that was under way came.
+        gone = held.armed and not again and self._clock() < held.until + SETTLE_SECONDS
         domain, method, nonce = held.domain, held.journal.method, held.journal.nonce
         for uri in dict.fromkeys((held.uri, *self.followed())):
             try:
-                free = partial(release.attempt, uri, domain, method, nonce, again=again, armed=held.armed)
+                free = partial(release.attempt, uri, domain, method, nonce, again=again, armed=held.armed, gone=gone)
                 outcome = attempts.run(free, ATTEMPT_SECONDS)
             except Exception as error:  # noqa: BLE001 - whatever it is, it is said, and tried again
-                say("not free yet", domain=domain, uri=uri, why=str(error))
+                if held.said.get(uri) != str(error):
+                    held.said[uri] = str(error)
+                    say("not free yet", domain=domain, uri=uri, why=str(error))
                 silent = True
                 if uri == held.uri:
                     return Outcome.HELD
                 continue
+            held.said.pop(uri, None)
             if outcome is not Outcome.ELSEWHERE:
                 return outcome
         return Outcome.HELD if silent else Outcome.ELSEWHERE

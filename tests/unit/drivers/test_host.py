@@ -284,7 +284,7 @@ async def test_one_that_was_begun_in_time_goes_on(host, tmp_path, monkeypatch):
     assert held(tmp_path) == ["sleep"]
 
 
-async def test_a_copy_ends_by_itself_when_another_instance_may_go_on_with_it(tmp_path):
+async def test_what_makes_something_ends_by_itself_and_does_not_begin_when_another_instance_may_act(tmp_path):
     fence = Fence()
     host = make(tmp_path, fence=fence.fd)
     held = CutResult(handles={VolumeId("v0"): Handle("h")}, atomic=True)
@@ -293,7 +293,23 @@ async def test_a_copy_ends_by_itself_when_another_instance_may_go_on_with_it(tmp
         fence.tell(wire.boottime() + 0.5)
         with pytest.raises(DriverCrashedError):
             await host.wait_ready(order("stall"), held, timeout=LONG)
-        assert await cut(host, "short"), "what is short has deadlines of its own"
+        for name, operation in (("late", "cut"), ("late", "prepare")):
+            async with host.reserve() as slot:
+                with pytest.raises(DriverError, match="nothing was done"):
+                    await getattr(slot, operation)(order(name))
+        with pytest.raises(DriverError, match="nothing was done"):
+            await host.wait_ready(order("stall"), held, timeout=LONG)
+        assert list(tmp_path.iterdir()) == []
+        assert await host.list("", timeout=LONG) == (), "who only looks may do so"
+        for name, operation in (("sleep", "cut"), ("slow-prepare", "prepare")):
+            fence.tell(wire.boottime() + 0.5)
+            async with host.reserve() as slot:
+                with pytest.raises(DriverCrashedError):
+                    await getattr(slot, operation)(order(name))
+        fence.tell(wire.boottime() + 1.0)
+        with pytest.raises(DriverCrashedError):
+            await host.wait_ready(order("child"), held, timeout=LONG)
+        await gone(int((tmp_path / ".child").read_text()))  # who copies may be a program that the driver started
         fence.tell(wire.boottime() + LONG)
         await host.wait_ready(order("fine"), held, timeout=LONG)
     finally:

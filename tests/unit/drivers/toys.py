@@ -4,6 +4,7 @@ import ctypes
 import logging
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -92,7 +93,10 @@ class Toy:
         self.copied = 0
         for self.copied in range(int(steps) if how == "copy" else 0):
             time.sleep(wire.REPORT_SECONDS / 2)
-        if how == "stall":
+        if how == "child":
+            child = subprocess.Popen(["sleep", "3600"])
+            (self.held / ".child").write_text(str(child.pid))
+        if how in ("stall", "child"):
             self.copied = None
             time.sleep(3600)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -25,8 +27,12 @@ class World:
         self.now = 1000.0
         self.freed: list[str] = []
         self.again: list[Outcome | Exception] = []
+        self.gone: list[bool] = []
 
-    def attempt(self, uri: str, _domain: str, _method: str, _nonce: str, *, again: bool, armed: bool) -> Outcome:
+    def attempt(
+        self, uri: str, _domain: str, _method: str, _nonce: str, *, again: bool, armed: bool, gone: bool
+    ) -> Outcome:
+        self.gone.append(gone)
         if uri != self.where:
             return Outcome.ELSEWHERE
         if again:
@@ -94,6 +100,60 @@ def test_one_that_was_freed_and_then_migrates_is_freed_again_where_it_is_seen(wo
         return made.due() == ["n"]
 
     eventually(due_there)
+
+
+@pytest.mark.parametrize(
+    ("armed", "late", "gone"), [(True, 0.0, True), (False, 0.0, False), (True, 30.0 + watch.SETTLE_SECONDS, False)]
+)
+def test_one_whose_journal_is_gone_is_freed_if_its_holder_asked_as_long_as_its_freeze_may_come(
+    world: World, armed: bool, late: float, gone: bool
+) -> None:
+    world.where = "a"
+    made = Watch(clock=lambda: world.now)
+    made._see("a", "vm", JOURNAL, armed=armed)
+    world.now += late
+    made.release("n", "the process that armed it is gone")
+    eventually(lambda: len(world.gone) == 2)
+    assert world.gone == [gone, False], "and once only"
+
+
+def test_one_that_is_held_waits_for_no_turn_of_those_that_were_free_once(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their host is gone: each look takes long, and there is no end of them."""
+    monkeypatch.setattr(watch, "HOPELESS_TRIES", 0)
+    looking, ended = threading.Semaphore(0), threading.Event()
+
+    def attempt(uri: str, domain: str, *_: object, again: bool, **__: object) -> Outcome:
+        if uri == "b" or not again:
+            return Outcome.FREE
+        looking.release()
+        ended.wait(GUARD_SECONDS)
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(release, "attempt", attempt)
+    made = Watch(clock=lambda: world.now)
+    lost = [f"lost{n}" for n in range(watch.HOPELESS_AT_ONCE)]
+    made.seen("a", {name: replace(JOURNAL, nonce=name) for name in lost})
+    for name in lost:
+        made.release(name, "its budget is over")
+    for _ in lost:
+        assert looking.acquire(timeout=GUARD_SECONDS)
+    made.seen("b", {"vm": JOURNAL})
+    made.release("n", "its budget is over")
+    assert made._held["n"].over.wait(GUARD_SECONDS), "it is freed while all those look"
+    monkeypatch.setattr(release, "attempt", lambda *_, **__: Outcome.OVER)
+    ended.set()
+
+
+def test_a_failure_is_said_once(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    world.where, world.again = "a", [RuntimeError("no route"), RuntimeError("no route"), RuntimeError("refused")]
+    made = Watch(clock=lambda: world.now)
+    made.seen("a", {"vm": JOURNAL})
+    made.release("n", "the process that armed it is gone")
+    eventually(lambda: not [t for t in threading.enumerate() if t.name.startswith("free ")])
+    said = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [s["why"] for s in said if s["guardian"] == "not free yet"] == ["no route", "refused"]
 
 
 def test_nobody_is_waited_for_who_is_being_freed_already(world: World) -> None:
