@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import PurePosixPath
 
 from vmsnapshot_operator.core import names
@@ -30,9 +30,30 @@ HEAR_SECONDS = 5.0
 """So long after a copy is over its end may still be on its way to us."""
 
 
-def is_by_hypervisor(record: Record) -> bool:
-    """Whether the hypervisor may copy, or have copied, for this snapshot."""
-    return any(g.capabilities.cut is CutKind.HYPERVISOR for g in record.plan.groups)
+ASK_TIMEOUT = Seconds(30.0)
+"""So long a storage has to say whether copies are marked as whole."""
+
+
+async def may_run(world: World, record: Record) -> bool:
+    """Whether the hypervisor may still copy for this snapshot: not where all that it copied is marked as whole, or a driver copied."""
+    by_hypervisor = {g.class_name for g in record.plan.groups if g.capabilities.cut is CutKind.HYPERVISOR}
+    groups = [g for c, g in record.groups.items() if c in by_hypervisor]
+    if any(g.result is None for g in groups):
+        return True
+    try:
+        return not await are_marked(world, by_job(record.groups))
+    except DriverError as error:
+        log.info("whether copies are marked as whole is not known: %s", error.message)
+        return True
+
+
+async def are_marked(world: World, groups: Iterable[RecordedGroup]) -> bool:
+    """Whether all of these copies are marked as whole, so that nothing need be known of the job. Raises DriverError."""
+    for group in groups:
+        host = await world.classes.host_of_record(group)
+        if group.result is not None and await host.missing((group.result,), timeout=ASK_TIMEOUT):
+            return False
+    return True
 
 
 def by_job(groups: Mapping[str, RecordedGroup]) -> tuple[RecordedGroup, ...]:

@@ -333,7 +333,7 @@ class StorageStrategy:
             if found is None or found["metadata"]["resourceVersion"] != record.version:
                 raise ConflictError(f"VMSnapshotContent {record.name} was changed since it was decided to roll back")
 
-        if record is not None and not record.foreign and backups.is_by_hypervisor(record):
+        if record is not None and not record.foreign and await backups.may_run(self._world, record):
             await backups.stop(self._world, record, seen.request)
 
         async def delete(class_name: str, name: str) -> None:

@@ -310,22 +310,47 @@ async def test_settling_that_is_cancelled_waits_for_no_job(monkeypatch: pytest.M
     assert (job.log, lab.hosts["slow"].log, lab.written) == (["finish"], [], [])
 
 
-@pytest.mark.parametrize("fails", [False, True])
-async def test_a_copy_is_stopped_before_its_volumes_are_deleted(monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+def by_hypervisor(hold: Hold | None) -> Record:
+    """A record whose class `slow` is one that the hypervisor copies for, with this result or none."""
     record = copied()
     kind = Capabilities(cut=CutKind.HYPERVISOR, atomic=True, revert=True)
-    groups = tuple(replace(g, capabilities=kind) if g.class_name == "slow" else g for g in record.plan.groups)
-    record = replace(record, plan=replace(record.plan, groups=groups), version="1")
+    planned = tuple(replace(g, capabilities=kind) if g.class_name == "slow" else g for g in record.plan.groups)
+    group = record.groups["slow"]
+    assert group.result is not None
+    group = replace(group, result=replace(group.result, hold=hold) if hold is not None else None)
+    return replace(
+        record, plan=replace(record.plan, groups=planned), groups={**record.groups, "slow": group}, version="1"
+    )
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize(
+    ("hold", "unmarked", "broken", "asked"),
+    [
+        (Hold.JOB, True, "", True),
+        (Hold.JOB, False, "", False),
+        (Hold.JOB, False, "its pool is gone", True),
+        (Hold.BASE, True, "", False),
+        (None, False, "", True),
+    ],
+)
+async def test_a_copy_is_stopped_before_its_volumes_are_deleted_if_it_may_run(
+    monkeypatch: pytest.MonkeyPatch, hold: Hold | None, unmarked: bool, broken: str, asked: bool, fails: bool
+) -> None:
+    """Without need nobody asks the hypervisor: it may be gone for long, and the snapshot is to be deleted all the same."""
+    record = by_hypervisor(hold)
     lab = Lab(record)
-    error = DriverError("it may go on", retryable=True) if fails else None
-    job = Job(monkeypatch, error=error)
+    lab.hosts["slow"].gone = {"/p/slow"} if unmarked else set()
+    lab.hosts["slow"].broken = broken
+    job = Job(monkeypatch, error=DriverError("it may go on", retryable=True) if fails else None)
     cast("fakes.FakeCluster", lab.world.cluster).contents_by_name[record.name] = {"metadata": {"resourceVersion": "1"}}
     name = record.groups["slow"].request.name
     effect = RollBack({"slow": frozenset({name})})
-    if fails:
-        with pytest.raises(DriverError, match="it may go on"):
+    kept = (asked and fails) or bool(broken)
+    if kept:
+        with pytest.raises(DriverError, match="it may go on" if asked and fails else broken):
             await lab.strategy.apply(effect, lab.seen, {})
     else:
         await lab.strategy.apply(effect, lab.seen, {})
-    assert job.log == ["stop"]
-    assert lab.hosts["slow"].deleted == ([] if fails else [name])
+    assert job.log == (["stop"] if asked else [])
+    assert lab.hosts["slow"].deleted == ([] if kept else [name])
