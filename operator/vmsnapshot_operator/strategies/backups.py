@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import PurePosixPath
 
 from vmsnapshot_operator.core import names
-from vmsnapshot_operator.core.driver import CutKind, Hold, Progress
+from vmsnapshot_operator.core.driver import Capabilities, CutKind, Hold, Progress
 from vmsnapshot_operator.core.effects import Record, RecordedGroup
 from vmsnapshot_operator.core.planning import Request
 from vmsnapshot_operator.core.steps import Step, step
@@ -20,7 +20,7 @@ from vmsnapshot_operator.core.volumes import Seconds
 from vmsnapshot_operator.errors import DomainGoneError, DriverError, HypervisorError
 from vmsnapshot_operator.plan import copying
 from vmsnapshot_operator.plan.copying import Copy
-from vmsnapshot_operator.strategies.gather import EARLY_SECONDS, locate
+from vmsnapshot_operator.strategies.gather import EARLY_SECONDS, find, locate
 from vmsnapshot_operator.strategies.world import Memory, World, clock
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ ASK_TIMEOUT = Seconds(30.0)
 
 async def may_run(world: World, record: Record) -> bool:
     """Whether the hypervisor may still copy for this snapshot: not where all that it copied is marked as whole, or a driver copied."""
-    by_hypervisor = {g.class_name for g in record.plan.groups if g.capabilities.cut is CutKind.HYPERVISOR}
+    by_hypervisor = {g.class_name for g in record.plan.groups if _is_by_hypervisor(g.capabilities)}
     groups = [g for c, g in record.groups.items() if c in by_hypervisor]
     if any(g.result is None for g in groups):
         return True
@@ -126,14 +126,30 @@ async def finish(
         await asyncio.sleep(LOOK_SECONDS)
 
 
-async def stop(world: World, record: Record, request: Request) -> None:
-    """Have the hypervisor stop copying for this snapshot, in whatever attempt. Raises HypervisorError while it may go on."""
-    prefix = names.object_prefix(world.installation, request.uid)
-    async with step(Step.ROLL_BACK_JOB, request.uid):
+async def clear_way(world: World, record: Record | None, request: Request, held: Mapping[str, frozenset[str]]) -> None:
+    """Before what is `held` (names by class) of a snapshot is deleted: have the hypervisor stop copying into it.
+
+    Raises HypervisorError while it may go on. A content that is lost, or of which nothing can be used, says nothing of a job.
+    """
+    if record is None or record.problem:
+        if any(held.get(c.name) for c in world.classes.all() if _is_by_hypervisor(c.capabilities)):
+            await stop(world, request.hypervisor, request.domain, request.uid)
+    elif await may_run(world, record):
+        await stop(world, request.hypervisor, record.plan.vm_uuid, request.uid)
+
+
+async def stop(world: World, hypervisor: str, domain: str, uid: str) -> None:
+    """Have the hypervisor stop copying for the snapshot of this UID, in whatever attempt. Raises HypervisorError while it may go on."""
+    prefix, memory = names.object_prefix(world.installation, uid), world.memories.get(uid)
+    async with step(Step.ROLL_BACK_JOB, uid):
         try:
-            client, ref = await locate(world, request, record)
+            client, ref = await find(world, hypervisor, domain)
             await client.backups(ref).stop(lambda path: PurePosixPath(path).name.startswith(prefix))
         except DomainGoneError as error:
-            if not error.certain and clock() - world.memory(request.uid).since < EARLY_SECONDS:
+            if not error.certain and memory is not None and clock() - memory.since < EARLY_SECONDS:
                 raise  # the Hypervisor object may not have been read yet
-            log.info("nothing copies the disks of snapshot %s, or nobody can be asked: %s", request.uid, error.message)
+            log.info("nothing copies the disks of snapshot %s, or nobody can be asked: %s", uid, error.message)
+
+
+def _is_by_hypervisor(capabilities: Capabilities | None) -> bool:
+    return capabilities is not None and capabilities.cut is CutKind.HYPERVISOR

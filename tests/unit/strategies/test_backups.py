@@ -15,6 +15,7 @@ from tests.unit.strategies.test_storage import Lab
 from vmsnapshot_operator.core.backups import BackupSeen, Ending, RunningBackup
 from vmsnapshot_operator.core.driver import Capabilities, CutKind, CutResult, Hold, Progress
 from vmsnapshot_operator.core.effects import Record, RollBack, Settle
+from vmsnapshot_operator.core.planning import StorageClass
 from vmsnapshot_operator.core.volumes import Handle, Seconds
 from vmsnapshot_operator.errors import DomainGoneError, DriverError, HypervisorError
 from vmsnapshot_operator.strategies import backups
@@ -217,15 +218,15 @@ async def test_what_copies_is_stopped_also_early(
     async def locate(*_: object) -> tuple[Any, None]:
         raise DomainGoneError("it is not there", reason=None if certain else "HypervisorNotFound")
 
-    monkeypatch.setattr(backups, "locate", locate)
+    monkeypatch.setattr(backups, "find", locate)
     world = fakes.world(installation=records.INSTALLATION)
     since = world.memory(UID).since
     monkeypatch.setattr(backups, "clock", lambda: Seconds(since + after))
     if passes:
-        await backups.stop(world, copied(), records.REQUEST)
+        await backups.stop(world, "lab", "demo", UID)
     else:
         with pytest.raises(HypervisorError, match="not there"):
-            await backups.stop(world, copied(), records.REQUEST)
+            await backups.stop(world, "lab", "demo", UID)
 
 
 async def test_patience_ends(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,7 +247,9 @@ class Job:
         self.log: list[str] = []
         self.seconds, self.error = seconds, error
         monkeypatch.setattr(backups, "finish", self.finish)
+        self.found: list[tuple[object, ...]] = []
         monkeypatch.setattr(backups, "locate", self.locate)
+        monkeypatch.setattr(backups, "find", self.find)
 
     async def finish(self, *_: object) -> None:
         self.log.append("finish")
@@ -257,6 +260,10 @@ class Job:
 
     async def locate(self, *_: object) -> tuple[Any, None]:
         return type("Client", (), {"backups": lambda _self, _ref: self})(), None
+
+    async def find(self, _world: object, *what: object) -> tuple[Any, None]:
+        self.found.append(what)
+        return await self.locate()
 
     async def look(self, _since: Seconds) -> BackupSeen:
         return OVER
@@ -354,3 +361,25 @@ async def test_a_copy_is_stopped_before_its_volumes_are_deleted_if_it_may_run(
         await lab.strategy.apply(effect, lab.seen, {})
     assert job.log == (["stop"] if asked else [])
     assert lab.hosts["slow"].deleted == ([] if kept else [name])
+
+
+@pytest.mark.parametrize(
+    ("held", "problem", "asked"),
+    [("slow", "", True), ("fast", "", False), ("", "", False), ("slow", "it cannot be trusted", True)],
+)
+async def test_a_copy_is_stopped_though_its_content_is_lost(
+    monkeypatch: pytest.MonkeyPatch, held: str, problem: str, asked: bool
+) -> None:
+    lab, job = Lab(by_hypervisor(None)), Job(monkeypatch)
+    kind = Capabilities(cut=CutKind.HYPERVISOR, atomic=True, revert=True)
+    cast("fakes.FakeClasses", lab.world.classes).known = (
+        StorageClass(name="slow", driver="libvirt-backup", capabilities=kind),
+        StorageClass(name="fast", driver="ceph-rbd", capabilities=replace(kind, cut=CutKind.INSTANT)),
+        StorageClass(name="new", driver="ceph-rbd"),
+    )
+    record = replace(lab.seen.record, problem=problem) if problem and lab.seen.record else None
+    name = copied().groups["slow"].request.name
+    names = {held: frozenset({name})} if held else {"slow": frozenset[str]()}
+    await backups.clear_way(lab.world, record, records.REQUEST, names)
+    assert job.log == (["stop"] if asked else [])
+    assert job.found == ([(records.REQUEST.hypervisor, records.REQUEST.domain)] if asked else [])
