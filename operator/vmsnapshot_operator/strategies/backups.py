@@ -96,6 +96,8 @@ async def finish(
     far they are.
     """
     memory, targets = world.memory(request.uid), _targets(record)
+    if memory.whole == record.attempt:
+        return  # proved before, and not all of it could be marked then: what is heard since says nothing of it
     end, quiet, heard = clock() + patience, 0.0, False
     while True:
         listened = _listened_since(memory, record)
@@ -113,6 +115,7 @@ async def finish(
             proved = heard
             heard = found.copy is Copy.WHOLE or (heard and seen.endings is None and found.copy is not Copy.RUNNING)
             if heard and proved:
+                memory.whole = record.attempt
                 return  # it was looked again after its end was heard of: by now its files are closed (`hypervisors.backups.running`)
             quiet = quiet + LOOK_SECONDS if found.copy is Copy.UNHEARD else 0.0
             if not heard and (found.copy is Copy.LOST or quiet > HEAR_SECONDS):

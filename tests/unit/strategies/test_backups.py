@@ -108,6 +108,16 @@ async def test_its_files_are_closed_when_it_is_called_whole(monkeypatch: pytest.
     assert len(client.asked) == 4
 
 
+async def test_what_was_proved_once_stays_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The storage of another class could not mark its copies then."""
+    world = fakes.world(installation=records.INSTALLATION)
+    await finish(monkeypatch, Client(RUNNING, GOOD_END), world)
+    await finish(monkeypatch, Client(replace(OVER, endings=None)), world)
+    world.memory(UID).whole = copied().attempt - 1
+    with pytest.raises(DriverError, match="nobody was listening"):
+        await finish(monkeypatch, Client(replace(OVER, endings=None)), world)
+
+
 async def test_what_is_heard_until_its_files_are_closed_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     client = Client(RUNNING, GOOD_END, replace(OVER, endings=(GOOD, BAD)))
     with pytest.raises(DriverError, match="several copies"):
