@@ -218,7 +218,8 @@ class Contents:
         if not await backups.may_run(self._world, seen.record):
             return ""
         try:
-            await backups.stop(self._world, contents.hypervisor(body), seen.record.plan.vm_uuid, seen.uid)
+            record = seen.record
+            await backups.stop(self._world, contents.hypervisor(body), record.plan.vm_uuid, seen.uid, record.attempt)
         except HypervisorError as error:
             return f"the hypervisor may still copy into it: {error.message}"
         return ""

@@ -138,16 +138,25 @@ async def clear_way(world: World, record: Record | None, request: Request, held:
         if any(held.get(c.name) for c in world.classes.all() if _is_by_hypervisor(c.capabilities)):
             await stop(world, request.hypervisor, request.domain, request.uid)
     elif await may_run(world, record):
-        await stop(world, request.hypervisor, record.plan.vm_uuid, request.uid)
+        await stop(world, request.hypervisor, record.plan.vm_uuid, request.uid, record.attempt)
 
 
-async def stop(world: World, hypervisor: str, domain: str, uid: str) -> None:
-    """Have the hypervisor stop copying for the snapshot of this UID, in whatever attempt. Raises HypervisorError while it may go on."""
+async def stop(world: World, hypervisor: str, domain: str, uid: str, upto: int = names.MAX_ATTEMPT) -> None:
+    """Have the hypervisor stop copying for the snapshot of this UID, in an attempt `upto` this one: a later one is a successor's.
+
+    Raises HypervisorError while it may go on.
+    """
     prefix, memory = names.object_prefix(world.installation, uid), world.memories.get(uid)
+
+    def is_ours(path: str) -> bool:
+        name = PurePosixPath(path).name
+        attempt = names.attempt_of(name[: names.LENGTH])
+        return name.startswith(prefix) and attempt is not None and attempt <= upto
+
     async with step(Step.ROLL_BACK_JOB, uid):
         try:
             client, ref = await find(world, hypervisor, domain)
-            await client.backups(ref).stop(lambda path: PurePosixPath(path).name.startswith(prefix))
+            await client.backups(ref).stop(is_ours)
         except DomainGoneError as error:
             if not error.certain and memory is not None and clock() - memory.since < EARLY_SECONDS:
                 raise  # the Hypervisor object may not have been read yet

@@ -177,7 +177,7 @@ async def test_nothing_is_deleted_while_the_hypervisor_copies_into_it(
 
     monkeypatch.setattr(backups, "stop", stop)
     await lab.look_twice()
-    assert set(stopped) == {(records.REQUEST.hypervisor, record.plan.vm_uuid, records.REQUEST.uid)}
+    assert set(stopped) == {(records.REQUEST.hypervisor, record.plan.vm_uuid, records.REQUEST.uid, record.attempt)}
     assert lab.left == ([] if stops else OWN)
     assert (lab.cluster.deleted == [(NAME, "c")]) is stops
 

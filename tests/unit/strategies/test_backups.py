@@ -12,6 +12,7 @@ import pytest
 from tests.unit.handlers import fakes
 from tests.unit.kube import records
 from tests.unit.strategies.test_storage import Lab
+from vmsnapshot_operator.core import names
 from vmsnapshot_operator.core.backups import BackupSeen, Ending, RunningBackup
 from vmsnapshot_operator.core.driver import Capabilities, CutKind, CutResult, Hold, Progress
 from vmsnapshot_operator.core.effects import Record, RollBack, Settle
@@ -389,7 +390,31 @@ async def test_a_copy_is_stopped_though_its_content_is_lost(
     )
     record = replace(lab.seen.record, problem=problem) if problem and lab.seen.record else None
     name = copied().groups["slow"].request.name
-    names = {held: frozenset({name})} if held else {"slow": frozenset[str]()}
-    await backups.clear_way(lab.world, record, records.REQUEST, names)
+    there = {held: frozenset({name})} if held else {"slow": frozenset[str]()}
+    await backups.clear_way(lab.world, record, records.REQUEST, there)
     assert job.log == (["stop"] if asked else [])
     assert job.found == ([(records.REQUEST.hypervisor, records.REQUEST.domain)] if asked else [])
+
+
+@pytest.mark.parametrize(("of", "upto", "stops"), [(2, 2, True), (1, 2, True), (3, 2, False), (3, None, True)])
+async def test_who_was_deposed_does_not_stop_his_successors_copy(
+    monkeypatch: pytest.MonkeyPatch, of: int, upto: int | None, stops: bool
+) -> None:
+    running = names.request_name(records.INSTALLATION, UID, of, "slow", ())
+    seen: list[bool] = []
+
+    class Stopped:
+        def backups(self, _ref: object) -> Stopped:
+            return self
+
+        async def stop(self, is_ours: Callable[[str], bool]) -> None:
+            assert is_ours(f"/p/{running}-member") == is_ours(f"/p/{running}.raw") == is_ours(f"/p/{running}")
+            seen.append(is_ours(f"/p/{running}"))
+
+    async def find(*_: object) -> tuple[Any, None]:
+        return Stopped(), None
+
+    monkeypatch.setattr(backups, "find", find)
+    world = fakes.world(installation=records.INSTALLATION)
+    await (backups.stop(world, "lab", "demo", UID) if upto is None else backups.stop(world, "lab", "demo", UID, upto))
+    assert seen == [stops]
