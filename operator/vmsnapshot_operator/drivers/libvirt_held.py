@@ -178,7 +178,7 @@ class HeldInPools:
     def _copy(self, connection: Any, pool: Any, request: SnapshotRequest) -> None:
         """Copy all volumes of a request that are not copied yet, from disks that stand still."""
         bases = {v.id: self._source(connection, v) for v in request.volumes}
-        with self._copying(pool, [b for b in bases.values() if b is not None]) as begin:
+        with self._copying(pool, [b for b in bases.values() if b is not None], 0) as begin:
             for volume in request.volumes:
                 name, base = naming.cut_name(request.name, volume.id), bases[volume.id]
                 if base is None:
@@ -192,9 +192,12 @@ class HeldInPools:
         return None if home is None else storage.find_source(home, volume.writable)
 
     @contextmanager
-    def _copying(self, pool: Any, sources: Iterable[Any]) -> Iterator[Callable[[str, Any], None]]:
-        """Let others ask how far copies into a pool are, over a connection of its own; the caller says what comes next."""
-        if self._flags():  # nothing is copied
+    def _copying(self, pool: Any, sources: Iterable[Any], flags: int) -> Iterator[Callable[[str, Any], None]]:
+        """Let others ask how far copies into a pool are, over a connection of its own; the caller says what comes next.
+
+        `flags`: those that the copies are made with.
+        """
+        if flags:  # nothing is copied
             yield lambda _name, _source: None
             return
         before = 0
