@@ -126,12 +126,17 @@ class HeldInPools:
             raise DriverError(f"deleting {name} left {'; '.join(left)}", retryable=True)
 
     def list(self, prefix: str) -> Sequence[str]:
-        """Name requests and clones by what is held for them."""
+        """Name requests and clones by what is held for them.
+
+        Where only the disks lie that is a mark at most: the cuts there are of classes whose pool it is.
+        """
         found: set[str | None] = set()
         with self._open() as connection, told(f"listing the pool {self._held}"):
             for pool in self._places(connection):
                 self._reread(pool)
-                found |= {naming.holder(v.name()) for v in pool.listAllVolumes(0)}
+                there = [v.name() for v in pool.listAllVolumes(0)]
+                ours = there if pool.name() == self._held else filter(naming.says_revert, there)
+                found |= set(map(naming.holder, ours))
         return sorted(n for n in found if n and n.startswith(prefix))
 
     def missing(self, cuts: Sequence[CutResult]) -> Sequence[Handle]:

@@ -63,6 +63,9 @@ class Pool:
             raise error
         return self.known[name]
 
+    def listAllVolumes(self, _flags: int) -> list[StandIn]:  # noqa: N802 - libvirt's name
+        return list(self.known.values())
+
     def createXML(self, text: str, _flags: int) -> StandIn:  # noqa: N802 - libvirt's name
         name = ET.fromstring(text).findtext("name") or ""  # noqa: S314 - our own
         self.known[name] = self.on_disk[name] = StandIn(name, 0)
@@ -132,3 +135,14 @@ def test_how_far_a_copy_is_can_be_asked_whatever_the_pool_could_share(
         done = driver.progress()
         assert done == (Progress(done_bytes=1 << 20, total_bytes=1 << 20) if not flags else None)
     assert driver.progress() is None
+
+
+def test_cuts_of_another_class_are_not_listed(
+    driver: LibvirtBackupDriver, pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any pool may be the home of a disk, and of another class's copies; a disk that is being set back is marked there."""
+    other = Pool("other")
+    theirs, reverted = naming.cut_name("vms-2", VOLUME.id), naming.revert_mark(naming.cut_name("vms-3", VOLUME.id))
+    other.known = {n: StandIn(n, 0) for n in (theirs, naming.whole_mark(theirs), reverted)}
+    monkeypatch.setattr(LibvirtBackupDriver, "_homes", lambda *_: (other, pool))
+    assert driver.list("vms-") == ["vms-1", "vms-3"]
