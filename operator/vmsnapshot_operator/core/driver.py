@@ -115,8 +115,8 @@ class StorageDriver(Protocol):
     long is taken to hang, and its process is killed. A driver without it has to be done within that time.
 
     A driver whose cut is HYPERVISOR has a method `targets(request) -> Mapping[VolumeId, Layer]`, asked after `prepare`: the volumes
-    made there, one for each disk and of its size, that the hypervisor is told to copy into; the handle of each is the source of
-    its layer. Its `cut` is called for a VM that is off only. It never learns of a domain. A volume of which `wait_ready` was not
+    made there, one for each disk and of its size, that the hypervisor is told to copy into: files whose names begin with that of the
+    request, by which it is seen whose copy it is. The handle of each is the source of its layer. Its `cut` is called for a VM that is off only. It never learns of a domain. A volume of which `wait_ready` was not
     called is half a copy, which `missing` names.
 
     The volumes of a clone have an owner at any time: until `keep` they are held under the clone's name, `list` names it and

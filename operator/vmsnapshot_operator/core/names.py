@@ -18,6 +18,9 @@ from vmsnapshot_operator.core.volumes import VolumeId
 OVERLAYS = "ovl-"
 """What the names of all overlays begin with."""
 
+LENGTH = 31
+"""Characters of a request's name."""
+
 MAX_ATTEMPT = 36 * 36 - 1
 _NAME = re.compile(r"^vms-([a-z0-9]{6})-([a-z2-7]{10})-([0-9a-z]{2})-([a-z2-7]{6})$")
 _OVERLAY = re.compile(r"^ovl-([a-z0-9]{6})-([a-z2-7]{10})-([0-9a-z]{2})-([a-z2-7]{6})$")

@@ -13,10 +13,11 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from pathlib import PurePosixPath
 from typing import Any
 
 from vmsnapshot_operator.core.driver import Capabilities, CutResult, Fit, Progress, SnapshotRequest
-from vmsnapshot_operator.core.volumes import Handle, Layer, Volume, VolumeId
+from vmsnapshot_operator.core.volumes import Handle, Layer, SourceKind, Volume, VolumeId
 from vmsnapshot_operator.drivers import registry, wire
 from vmsnapshot_operator.drivers.process import DriverProcess, Setup, word
 from vmsnapshot_operator.errors import DriverError, DriverTimeoutError, DriverUnavailableError
@@ -313,11 +314,17 @@ class Slot:
     async def targets(self, request: SnapshotRequest) -> Mapping[VolumeId, Layer]:
         """Ask which volumes of those that it prepared the hypervisor is to copy into, within the request's timeout.
 
-        Raises DriverError if the answer is not about exactly the volumes that were asked for.
+        Raises DriverError if the answer is not about exactly the volumes that were asked for, or does not name a file of its own for
+        each, by the name of which everybody can see whose it is.
         """
         process = self._process
         found: Mapping[VolumeId, Layer] = await process.call("targets", (request,), request.timeout)
         _must_be_about(process, "targets", request, found)
+        sources = {layer.source for layer in found.values()}
+        named = all(PurePosixPath(s).is_absolute() and PurePosixPath(s).name.startswith(request.name) for s in sources)
+        if not named or len(sources) < len(found) or any(f.kind is not SourceKind.FILE for f in found.values()):
+            text = f"the driver did not answer with one file for each volume whose name begins with {request.name}"
+            raise DriverError(process.setup.where("targets") + text)
         return found
 
     async def cut(self, request: SnapshotRequest, until: float | None = None) -> CutResult:

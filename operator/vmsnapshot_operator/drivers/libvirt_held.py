@@ -126,12 +126,17 @@ class HeldInPools:
             raise DriverError(f"deleting {name} left {'; '.join(left)}", retryable=True)
 
     def list(self, prefix: str) -> Sequence[str]:
-        """Name requests and clones by what is held for them."""
+        """Name requests and clones by what is held for them.
+
+        Where only the disks lie that is a mark at most: the cuts there are of classes whose pool it is.
+        """
         found: set[str | None] = set()
         with self._open() as connection, told(f"listing the pool {self._held}"):
             for pool in self._places(connection):
                 self._reread(pool)
-                found |= {naming.holder(v.name()) for v in pool.listAllVolumes(0)}
+                there = [v.name() for v in pool.listAllVolumes(0)]
+                ours = there if pool.name() == self._held else filter(naming.says_revert, there)
+                found |= set(map(naming.holder, ours))
         return sorted(n for n in found if n and n.startswith(prefix))
 
     def missing(self, cuts: Sequence[CutResult]) -> Sequence[Handle]:
@@ -178,7 +183,7 @@ class HeldInPools:
     def _copy(self, connection: Any, pool: Any, request: SnapshotRequest) -> None:
         """Copy all volumes of a request that are not copied yet, from disks that stand still."""
         bases = {v.id: self._source(connection, v) for v in request.volumes}
-        with self._copying(pool, [b for b in bases.values() if b is not None]) as begin:
+        with self._copying(pool, [b for b in bases.values() if b is not None], 0) as begin:
             for volume in request.volumes:
                 name, base = naming.cut_name(request.name, volume.id), bases[volume.id]
                 if base is None:
@@ -192,9 +197,12 @@ class HeldInPools:
         return None if home is None else storage.find_source(home, volume.writable)
 
     @contextmanager
-    def _copying(self, pool: Any, sources: Iterable[Any]) -> Iterator[Callable[[str, Any], None]]:
-        """Let others ask how far copies into a pool are, over a connection of its own; the caller says what comes next."""
-        if self._flags():  # nothing is copied
+    def _copying(self, pool: Any, sources: Iterable[Any], flags: int) -> Iterator[Callable[[str, Any], None]]:
+        """Let others ask how far copies into a pool are, over a connection of its own; the caller says what comes next.
+
+        `flags`: those that the copies are made with.
+        """
+        if flags:  # nothing is copied
             yield lambda _name, _source: None
             return
         before = 0

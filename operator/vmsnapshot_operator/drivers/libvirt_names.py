@@ -51,6 +51,11 @@ def is_revert_mark(volume_name: str, volume: VolumeId) -> bool:
     return volume_name.endswith(f"-{names.member(volume)}{_REVERT}")
 
 
+def says_revert(volume_name: str) -> bool:
+    """Tell whether a name says that some disk is being set back."""
+    return volume_name.endswith(_REVERT)
+
+
 def new_mark(clone: str) -> str:
     """Return the name of what says that clones are not kept yet."""
     return f"{clone}{_NEW}"

@@ -18,8 +18,8 @@ from vmsnapshot_operator.drivers import libvirt_names as naming
 from vmsnapshot_operator.drivers import libvirt_storage as storage
 from vmsnapshot_operator.errors import AlreadyCutError, DriverError
 
-Copying = Callable[[Any, Iterable[Any]], AbstractContextManager[Callable[[str, Any], None]]]
-"""Given a pool and the sources of all copies into it: holds a function to be told of each copy before it begins."""
+Copying = Callable[[Any, Iterable[Any], int], AbstractContextManager[Callable[[str, Any], None]]]
+"""Given a pool, the sources of all copies into it, and their flags: holds a function to be told of each copy before it begins."""
 
 _SERVED = frozenset({SourceKind.FILE, SourceKind.VOLUME})
 
@@ -72,7 +72,7 @@ def revert(
 ) -> None:
     """Put a clone of the cut in the place of each disk. What was begun is marked, so that a missing disk is explained."""
     sources = {v.id: source_of(held, cut, v.id) for v in onto}
-    with copying(home, sources.values()) as begin:
+    with copying(home, sources.values(), flags) as begin:
         for volume in onto:
             name, source = PurePosixPath(volume.writable.source).name, sources[volume.id]
             begin(name, source)
@@ -98,7 +98,7 @@ def clone(
     missing = [v for v, t in targets.items() if storage.find(held, naming.whole_mark(t)) is None]
     copies.must_have_room(held, 0 if flags else sum(copies.occupied(sources[v]) for v in missing), min_free)
     made = {}
-    with copying(held, sources.values()) as begin:
+    with copying(held, sources.values(), flags) as begin:
         for volume, target in targets.items():
             source = sources[volume]
             begin(target, source)

@@ -14,12 +14,13 @@ from typing import Any
 from vmsnapshot_operator.core import names
 from vmsnapshot_operator.core.effects import Record
 from vmsnapshot_operator.core.volumes import Seconds
-from vmsnapshot_operator.errors import ConflictError, DriverError, SnapshotError
+from vmsnapshot_operator.errors import ConflictError, DriverError, HypervisorError, SnapshotError
 from vmsnapshot_operator.kube import conditions, contents
 from vmsnapshot_operator.kube.contents import Owner
 from vmsnapshot_operator.plan import unbound
 from vmsnapshot_operator.plan.orphans import Kept
 from vmsnapshot_operator.plan.unbound import Ask, Decision, Drop, Nothing, Remove, Seen, Told
+from vmsnapshot_operator.strategies import backups
 from vmsnapshot_operator.strategies.world import World, now
 
 log = logging.getLogger(__name__)
@@ -184,7 +185,8 @@ class Contents:
                         case Ask():
                             seen = await self._ask(seen)
                         case Remove(held):
-                            seen = replace(seen, held=None, trouble=await self._remove(held, seen.record))
+                            trouble = await self._stop(body, seen) or await self._remove(held, seen.record)
+                            seen = replace(seen, held=None, trouble=trouble)
                             if seen.trouble:
                                 seen = replace(seen, held=held)
                         case Drop():
@@ -210,6 +212,17 @@ class Contents:
 
         await asyncio.gather(*(ask(c) for c in seen.record.groups))
         return replace(seen, held=held, unlisted=unlisted)
+
+    async def _stop(self, body: Mapping[str, Any], seen: Seen) -> str:
+        """Have the hypervisor stop copying for it; return why it may go on, into what would be deleted, or nothing."""
+        if not await backups.may_run(self._world, seen.record):
+            return ""
+        try:
+            record = seen.record
+            await backups.stop(self._world, contents.hypervisor(body), record.plan.vm_uuid, seen.uid, record.attempt)
+        except HypervisorError as error:
+            return f"the hypervisor may still copy into it: {error.message}"
+        return ""
 
     async def _remove(self, held: Mapping[str, frozenset[str]], record: Record) -> str:
         """Delete every name, go on after errors; return what could not be deleted, or nothing."""

@@ -68,6 +68,12 @@ def owner(body: Mapping[str, Any]) -> Owner:
     return Owner(**{k: str(given.get(k, "")) for k in ("namespace", "name", "uid")})
 
 
+def hypervisor(body: Mapping[str, Any]) -> str:
+    """Return the name of the Hypervisor of the VM that a content is of; empty if it names none."""
+    source = (body.get("spec") or {}).get("source")
+    return str(source.get("hypervisorName", "")) if isinstance(source, Mapping) else ""
+
+
 def kept(body: Mapping[str, Any], installation: str) -> Kept:
     """Return what a content proves of what the storage holds; `problem` if it proves nothing."""
     bound = owner(body)

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import PurePosixPath
 
 from vmsnapshot_operator.core import names
-from vmsnapshot_operator.core.driver import CutKind, Hold, Progress
+from vmsnapshot_operator.core.driver import Capabilities, CutKind, Hold, Progress
 from vmsnapshot_operator.core.effects import Record, RecordedGroup
 from vmsnapshot_operator.core.planning import Request
 from vmsnapshot_operator.core.steps import Step, step
@@ -20,7 +20,7 @@ from vmsnapshot_operator.core.volumes import Seconds
 from vmsnapshot_operator.errors import DomainGoneError, DriverError, HypervisorError
 from vmsnapshot_operator.plan import copying
 from vmsnapshot_operator.plan.copying import Copy
-from vmsnapshot_operator.strategies.gather import EARLY_SECONDS, locate
+from vmsnapshot_operator.strategies.gather import EARLY_SECONDS, find, locate
 from vmsnapshot_operator.strategies.world import Memory, World, clock
 
 log = logging.getLogger(__name__)
@@ -30,9 +30,30 @@ HEAR_SECONDS = 5.0
 """So long after a copy is over its end may still be on its way to us."""
 
 
-def is_by_hypervisor(record: Record) -> bool:
-    """Whether the hypervisor may copy, or have copied, for this snapshot."""
-    return any(g.capabilities.cut is CutKind.HYPERVISOR for g in record.plan.groups)
+ASK_TIMEOUT = Seconds(30.0)
+"""So long a storage has to say whether copies are marked as whole."""
+
+
+async def may_run(world: World, record: Record) -> bool:
+    """Whether the hypervisor may still copy for this snapshot: not where all that it copied is marked as whole, or a driver copied."""
+    by_hypervisor = {g.class_name for g in record.plan.groups if _is_by_hypervisor(g.capabilities)}
+    groups = [g for c, g in record.groups.items() if c in by_hypervisor]
+    if any(g.result is None for g in groups):
+        return True
+    try:
+        return not await are_marked(world, by_job(record.groups))
+    except DriverError as error:
+        log.info("whether copies are marked as whole is not known: %s", error.message)
+        return True
+
+
+async def are_marked(world: World, groups: Iterable[RecordedGroup]) -> bool:
+    """Whether all of these copies are marked as whole, so that nothing need be known of the job. Raises DriverError."""
+    for group in groups:
+        host = await world.classes.host_of_record(group)
+        if group.result is not None and await host.missing((group.result,), timeout=ASK_TIMEOUT):
+            return False
+    return True
 
 
 def by_job(groups: Mapping[str, RecordedGroup]) -> tuple[RecordedGroup, ...]:
@@ -75,6 +96,8 @@ async def finish(
     far they are.
     """
     memory, targets = world.memory(request.uid), _targets(record)
+    if memory.whole == record.attempt:
+        return  # proved before, and not all of it could be marked then: what is heard since says nothing of it
     end, quiet, heard = clock() + patience, 0.0, False
     while True:
         listened = _listened_since(memory, record)
@@ -92,6 +115,7 @@ async def finish(
             proved = heard
             heard = found.copy is Copy.WHOLE or (heard and seen.endings is None and found.copy is not Copy.RUNNING)
             if heard and proved:
+                memory.whole = record.attempt
                 return  # it was looked again after its end was heard of: by now its files are closed (`hypervisors.backups.running`)
             quiet = quiet + LOOK_SECONDS if found.copy is Copy.UNHEARD else 0.0
             if not heard and (found.copy is Copy.LOST or quiet > HEAR_SECONDS):
@@ -105,14 +129,39 @@ async def finish(
         await asyncio.sleep(LOOK_SECONDS)
 
 
-async def stop(world: World, record: Record, request: Request) -> None:
-    """Have the hypervisor stop copying for this snapshot, in whatever attempt. Raises HypervisorError while it may go on."""
-    prefix = names.object_prefix(world.installation, request.uid)
-    async with step(Step.ROLL_BACK_JOB, request.uid):
+async def clear_way(world: World, record: Record | None, request: Request, held: Mapping[str, frozenset[str]]) -> None:
+    """Before what is `held` (names by class) of a snapshot is deleted: have the hypervisor stop copying into it.
+
+    Raises HypervisorError while it may go on. A content that is lost, or of which nothing can be used, says nothing of a job.
+    """
+    if record is None or record.problem:
+        if any(held.get(c.name) for c in world.classes.all() if _is_by_hypervisor(c.capabilities)):
+            await stop(world, request.hypervisor, request.domain, request.uid)
+    elif await may_run(world, record):
+        await stop(world, request.hypervisor, record.plan.vm_uuid, request.uid, record.attempt)
+
+
+async def stop(world: World, hypervisor: str, domain: str, uid: str, upto: int = names.MAX_ATTEMPT) -> None:
+    """Have the hypervisor stop copying for the snapshot of this UID, in an attempt `upto` this one: a later one is a successor's.
+
+    Raises HypervisorError while it may go on.
+    """
+    prefix, memory = names.object_prefix(world.installation, uid), world.memories.get(uid)
+
+    def is_ours(path: str) -> bool:
+        name = PurePosixPath(path).name
+        attempt = names.attempt_of(name[: names.LENGTH])
+        return name.startswith(prefix) and attempt is not None and attempt <= upto
+
+    async with step(Step.ROLL_BACK_JOB, uid):
         try:
-            client, ref = await locate(world, request, record)
-            await client.backups(ref).stop(lambda path: PurePosixPath(path).name.startswith(prefix))
+            client, ref = await find(world, hypervisor, domain)
+            await client.backups(ref).stop(is_ours)
         except DomainGoneError as error:
-            if not error.certain and clock() - world.memory(request.uid).since < EARLY_SECONDS:
+            if not error.certain and memory is not None and clock() - memory.since < EARLY_SECONDS:
                 raise  # the Hypervisor object may not have been read yet
-            log.info("nothing copies the disks of snapshot %s, or nobody can be asked: %s", request.uid, error.message)
+            log.info("nothing copies the disks of snapshot %s, or nobody can be asked: %s", uid, error.message)
+
+
+def _is_by_hypervisor(capabilities: Capabilities | None) -> bool:
+    return capabilities is not None and capabilities.cut is CutKind.HYPERVISOR

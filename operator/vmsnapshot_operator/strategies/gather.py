@@ -121,19 +121,20 @@ async def _restored_by(world: World, request: Request, record: Record | None) ->
 
 
 async def locate(world: World, request: Request, record: Record | None) -> tuple[Hypervisor, Ref]:
-    """Find the VM: by its pinned UUID once there is a plan on record.
+    """Find the VM: by its pinned UUID once there is a plan on record. Raises as `find`."""
+    return await find(world, request.hypervisor, record.plan.vm_uuid if record is not None else request.domain)
 
-    Raises HypervisorError when it is not there or cannot be asked.
-    """
-    live = world.hypervisors.get(request.hypervisor)
+
+async def find(world: World, hypervisor: str, domain: str) -> tuple[Hypervisor, Ref]:
+    """Find a VM by its UUID or name. Raises HypervisorError when it is not there or cannot be asked."""
+    live = world.hypervisors.get(hypervisor)
     if live is None:
-        raise DomainGoneError(f'there is no Hypervisor "{request.hypervisor}"', reason="HypervisorNotFound")
+        raise DomainGoneError(f'there is no Hypervisor "{hypervisor}"', reason="HypervisorNotFound")
     if live.client is None:
         raise HypervisorError(
             f'hypervisor "{live.name}" cannot be used: {live.problem}', reason="HypervisorUnreachable", retryable=True
         )
-    wanted = record.plan.vm_uuid if record is not None else request.domain
-    return live.client, await live.client.find(wanted)
+    return live.client, await live.client.find(domain)
 
 
 def _undecided(record: Record | None) -> bool:

@@ -28,7 +28,6 @@ STALL_TIMEOUT = Seconds(300.0)
 """A driver that says nothing of its progress for so long is called again, until the ready deadline: so a lost connection does not hold a
 process until then.
 """
-ASK_TIMEOUT = Seconds(30.0)
 ROOM_SECONDS = 2.0
 """How often it is looked how much room is left to overlays."""
 
@@ -58,11 +57,7 @@ async def settle(world: World, record: Record, groups: Mapping[str, RecordedGrou
     async def finish_job() -> None:
         """The one job of all groups that the hypervisor copies; nothing is asked of it where all its copies are marked as whole."""
         mine = backups.by_job(groups)
-        for group in mine:
-            host = await world.classes.host_of_record(group)
-            if group.result is not None and await host.missing((group.result,), timeout=ASK_TIMEOUT):
-                break
-        else:
+        if await backups.are_marked(world, mine):
             return
         async with step(Step.SETTLE_JOB, request.uid):
             await backups.finish(world, record, request, left, note(mine[0].class_name))

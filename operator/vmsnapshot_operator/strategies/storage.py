@@ -333,8 +333,8 @@ class StorageStrategy:
             if found is None or found["metadata"]["resourceVersion"] != record.version:
                 raise ConflictError(f"VMSnapshotContent {record.name} was changed since it was decided to roll back")
 
-        if record is not None and not record.foreign and backups.is_by_hypervisor(record):
-            await backups.stop(self._world, record, seen.request)
+        if record is None or not record.foreign:
+            await backups.clear_way(self._world, record, seen.request, held)
 
         async def delete(class_name: str, name: str) -> None:
             if class_name == overlays.CLASS:

@@ -83,7 +83,8 @@ class Prepared:
 class Memory:
     """What this process remembers of one VMSnapshot between two looks, while it is the leader (`term`, see `kube.lease`).
 
-    `listening`: for which attempt this process hears how the hypervisor's copy ends, and since when. `copied` by class and `committed` by disk: bytes done and to do of what is under way.
+    `listening`: for which attempt this process hears how the hypervisor's copy ends, and since when. `whole`: the attempt of which that was
+    proved. `copied` by class and `committed` by disk: bytes done and to do of what is under way.
     """
 
     since: Seconds
@@ -92,6 +93,7 @@ class Memory:
     broken: Failure | None = None
     agent_failed: str = ""
     listening: tuple[int, Seconds] | None = None
+    whole: int | None = None
     copied: dict[str, tuple[int, int]] = field(default_factory=dict)
     committed: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     trouble: str = ""

@@ -590,3 +590,18 @@ async def test_a_stopped_operator_cannot_have_a_cut_finished_late(tmp_path):
         assert runs(pids[1])
 
     assert held(tmp_path) == []
+
+
+@pytest.mark.parametrize("how", ["well", "kind", "name", "folder", "same"])
+async def test_the_hypervisor_copies_only_into_files_that_show_whose_they_are(tmp_path, how):
+    host = make(tmp_path, "Copied")
+    try:
+        async with host.reserve() as slot:
+            if how == "well":
+                found = await slot.targets(order("well-1", count=2))
+                assert {layer.source for layer in found.values()} == {"/held/well-1-v0", "/held/well-1-v1"}
+                return
+            with pytest.raises(DriverError, match="one file for each volume"):
+                await slot.targets(order(f"{how}-1", count=2))
+    finally:
+        await host.close()

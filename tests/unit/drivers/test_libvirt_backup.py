@@ -9,7 +9,7 @@ from xml.etree import ElementTree as ET
 import libvirt
 import pytest
 
-from vmsnapshot_operator.core.driver import CutResult, Hold, SnapshotRequest
+from vmsnapshot_operator.core.driver import CutResult, Hold, Progress, SnapshotRequest
 from vmsnapshot_operator.core.volumes import Handle, Layer, Seconds, SourceKind, Volume, volume_id
 from vmsnapshot_operator.drivers import libvirt_names as naming
 from vmsnapshot_operator.drivers.libvirt_backup import LibvirtBackupDriver, LibvirtBackupParameters
@@ -63,6 +63,9 @@ class Pool:
             raise error
         return self.known[name]
 
+    def listAllVolumes(self, _flags: int) -> list[StandIn]:  # noqa: N802 - libvirt's name
+        return list(self.known.values())
+
     def createXML(self, text: str, _flags: int) -> StandIn:  # noqa: N802 - libvirt's name
         name = ET.fromstring(text).findtext("name") or ""  # noqa: S314 - our own
         self.known[name] = self.on_disk[name] = StandIn(name, 0)
@@ -115,3 +118,31 @@ def test_what_cannot_be_the_copy_is_never_marked(
         driver.wait_ready(REQUEST, CUT)
     assert caught.value.reason == "SnapshotLost"
     assert naming.whole_mark(COPY) not in pool.known
+
+
+@pytest.mark.parametrize("flags", [0, 1])
+def test_how_far_a_copy_is_can_be_asked_whatever_the_pool_could_share(
+    driver: LibvirtBackupDriver, pool: Pool, monkeypatch: pytest.MonkeyPatch, flags: int
+) -> None:
+    """What counts is how it is copied: a pool that is probed in the middle of a copy may answer otherwise, or not at all."""
+
+    def probe(_self: object) -> int:
+        raise DriverError("the probe failed")
+
+    monkeypatch.setattr(LibvirtBackupDriver, "_flags", probe)
+    with driver._copying(pool, [pool.known[COPY]], flags) as begin:
+        begin(COPY, pool.known[COPY])
+        done = driver.progress()
+        assert done == (Progress(done_bytes=1 << 20, total_bytes=1 << 20) if not flags else None)
+    assert driver.progress() is None
+
+
+def test_cuts_of_another_class_are_not_listed(
+    driver: LibvirtBackupDriver, pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any pool may be the home of a disk, and of another class's copies; a disk that is being set back is marked there."""
+    other = Pool("other")
+    theirs, reverted = naming.cut_name("vms-2", VOLUME.id), naming.revert_mark(naming.cut_name("vms-3", VOLUME.id))
+    other.known = {n: StandIn(n, 0) for n in (theirs, naming.whole_mark(theirs), reverted)}
+    monkeypatch.setattr(LibvirtBackupDriver, "_homes", lambda *_: (other, pool))
+    assert driver.list("vms-") == ["vms-1", "vms-3"]

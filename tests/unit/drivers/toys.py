@@ -7,12 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
 from vmsnapshot_operator.core.driver import Capabilities, CutKind, CutResult, Fit, Progress
-from vmsnapshot_operator.core.volumes import Handle, Layer, SourceKind
+from vmsnapshot_operator.core.volumes import Handle, Layer, SourceKind, VolumeId
 from vmsnapshot_operator.drivers import wire
 from vmsnapshot_operator.errors import AlreadyCutError, DriverError
 
@@ -125,6 +126,24 @@ class Toy:
         if prefix == "foreign":
             return ["other-name"]
         return sorted(p.name for p in self.held.iterdir() if p.name.startswith(prefix))
+
+
+class Copied(Toy):
+    """Names the files that the hypervisor is to copy into, of which one is wrong as the request's name says."""
+
+    def targets(self, request):
+        found = {
+            v.id: Layer(kind=SourceKind.FILE, source=f"/held/{request.name}-{v.id}", format="raw")
+            for v in request.volumes
+        }
+        wrong = {
+            "kind": {"kind": SourceKind.BLOCK},
+            "name": {"source": "/held/other-v1"},
+            "folder": {"source": f"{request.name}-v1"},
+            "same": {"source": f"/held/{request.name}-v0"},
+        }
+        found[VolumeId("v1")] = replace(found[VolumeId("v1")], **wrong.get(request.name.partition("-")[0], {}))
+        return found
 
 
 class Lacking:

@@ -12,6 +12,7 @@ from vmsnapshot_operator.core.chains import OverlayFile
 from vmsnapshot_operator.core.driver import CutResult
 from vmsnapshot_operator.core.effects import RecordedGroup
 from vmsnapshot_operator.core.journal import Journal
+from vmsnapshot_operator.core.planning import StorageClass
 from vmsnapshot_operator.errors import ConflictError, DriverError, GuardianError, KubeUnavailableError, SnapshotError
 from vmsnapshot_operator.hypervisors.domains import Ref, Sighting
 from vmsnapshot_operator.strategies.world import World
@@ -136,6 +137,10 @@ class FakeClasses:
 
     by_name: dict[str, FakeHost] = field(default_factory=dict)
     found: dict[str, Any] = field(default_factory=dict)
+    known: tuple[StorageClass, ...] = ()
+
+    def all(self) -> tuple[StorageClass, ...]:
+        return self.known
 
     def hosts(self) -> dict[str, FakeHost]:
         return dict(self.by_name)

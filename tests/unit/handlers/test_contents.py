@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from tests.unit.handlers import fakes
 from tests.unit.kube import records
+from vmsnapshot_operator.core.driver import Capabilities, CutKind
+from vmsnapshot_operator.errors import HypervisorError
 from vmsnapshot_operator.handlers.contents import RETRY_SECONDS, STANDBY_SECONDS, TELL_AFTER, VERIFY_EVERY, Contents
 from vmsnapshot_operator.kube import contents as kube_contents
 from vmsnapshot_operator.plan.unbound import GRACE
+from vmsnapshot_operator.strategies import backups
+from vmsnapshot_operator.strategies.world import World
 
 pytestmark = pytest.mark.looptime
 
@@ -148,6 +153,33 @@ async def test_what_cannot_be_deleted_is_said_and_tried_again() -> None:
     lab.hosts["fast"].undeletable = set()
     await lab.look()
     assert lab.cluster.deleted
+
+
+@pytest.mark.parametrize("stops", [True, False])
+async def test_nothing_is_deleted_while_the_hypervisor_copies_into_it(
+    monkeypatch: pytest.MonkeyPatch, stops: bool
+) -> None:
+    lab = Lab()
+    record = records.example()
+    kind = Capabilities(cut=CutKind.HYPERVISOR, atomic=True, revert=True)
+    planned = tuple(replace(g, capabilities=kind) if g.class_name == "slow" else g for g in record.plan.groups)
+    groups = {**record.groups, "slow": replace(record.groups["slow"], result=None)}
+    record = replace(record, plan=replace(record.plan, groups=planned), groups=groups, outcome=None)
+    body = kube_contents.to_body(record, records.REQUEST, records.INSTALLATION)
+    lab.change(**body["spec"])
+    stopped: list[tuple[object, ...]] = []
+
+    async def stop(_world: World, *what: object) -> None:
+        assert lab.left == OWN
+        stopped.append(what)
+        if not stops:
+            raise HypervisorError("it does not answer", retryable=True)
+
+    monkeypatch.setattr(backups, "stop", stop)
+    await lab.look_twice()
+    assert set(stopped) == {(records.REQUEST.hypervisor, record.plan.vm_uuid, records.REQUEST.uid, record.attempt)}
+    assert lab.left == ([] if stops else OWN)
+    assert (lab.cluster.deleted == [(NAME, "c")]) is stops
 
 
 async def test_a_window_of_this_process_and_a_standby_hold_it_back() -> None:

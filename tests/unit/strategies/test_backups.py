@@ -12,9 +12,11 @@ import pytest
 from tests.unit.handlers import fakes
 from tests.unit.kube import records
 from tests.unit.strategies.test_storage import Lab
+from vmsnapshot_operator.core import names
 from vmsnapshot_operator.core.backups import BackupSeen, Ending, RunningBackup
 from vmsnapshot_operator.core.driver import Capabilities, CutKind, CutResult, Hold, Progress
 from vmsnapshot_operator.core.effects import Record, RollBack, Settle
+from vmsnapshot_operator.core.planning import StorageClass
 from vmsnapshot_operator.core.volumes import Handle, Seconds
 from vmsnapshot_operator.errors import DomainGoneError, DriverError, HypervisorError
 from vmsnapshot_operator.strategies import backups
@@ -105,6 +107,16 @@ async def test_its_files_are_closed_when_it_is_called_whole(monkeypatch: pytest.
     client = Client(RUNNING, GOOD_END, silent, again)
     await finish(monkeypatch, client, fakes.world(installation=records.INSTALLATION))
     assert len(client.asked) == 4
+
+
+async def test_what_was_proved_once_stays_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The storage of another class could not mark its copies then."""
+    world = fakes.world(installation=records.INSTALLATION)
+    await finish(monkeypatch, Client(RUNNING, GOOD_END), world)
+    await finish(monkeypatch, Client(replace(OVER, endings=None)), world)
+    world.memory(UID).whole = copied().attempt - 1
+    with pytest.raises(DriverError, match="nobody was listening"):
+        await finish(monkeypatch, Client(replace(OVER, endings=None)), world)
 
 
 async def test_what_is_heard_until_its_files_are_closed_counts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,15 +229,15 @@ async def test_what_copies_is_stopped_also_early(
     async def locate(*_: object) -> tuple[Any, None]:
         raise DomainGoneError("it is not there", reason=None if certain else "HypervisorNotFound")
 
-    monkeypatch.setattr(backups, "locate", locate)
+    monkeypatch.setattr(backups, "find", locate)
     world = fakes.world(installation=records.INSTALLATION)
     since = world.memory(UID).since
     monkeypatch.setattr(backups, "clock", lambda: Seconds(since + after))
     if passes:
-        await backups.stop(world, copied(), records.REQUEST)
+        await backups.stop(world, "lab", "demo", UID)
     else:
         with pytest.raises(HypervisorError, match="not there"):
-            await backups.stop(world, copied(), records.REQUEST)
+            await backups.stop(world, "lab", "demo", UID)
 
 
 async def test_patience_ends(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,7 +258,9 @@ class Job:
         self.log: list[str] = []
         self.seconds, self.error = seconds, error
         monkeypatch.setattr(backups, "finish", self.finish)
+        self.found: list[tuple[object, ...]] = []
         monkeypatch.setattr(backups, "locate", self.locate)
+        monkeypatch.setattr(backups, "find", self.find)
 
     async def finish(self, *_: object) -> None:
         self.log.append("finish")
@@ -257,6 +271,10 @@ class Job:
 
     async def locate(self, *_: object) -> tuple[Any, None]:
         return type("Client", (), {"backups": lambda _self, _ref: self})(), None
+
+    async def find(self, _world: object, *what: object) -> tuple[Any, None]:
+        self.found.append(what)
+        return await self.locate()
 
     async def look(self, _since: Seconds) -> BackupSeen:
         return OVER
@@ -310,22 +328,93 @@ async def test_settling_that_is_cancelled_waits_for_no_job(monkeypatch: pytest.M
     assert (job.log, lab.hosts["slow"].log, lab.written) == (["finish"], [], [])
 
 
-@pytest.mark.parametrize("fails", [False, True])
-async def test_a_copy_is_stopped_before_its_volumes_are_deleted(monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+def by_hypervisor(hold: Hold | None) -> Record:
+    """A record whose class `slow` is one that the hypervisor copies for, with this result or none."""
     record = copied()
     kind = Capabilities(cut=CutKind.HYPERVISOR, atomic=True, revert=True)
-    groups = tuple(replace(g, capabilities=kind) if g.class_name == "slow" else g for g in record.plan.groups)
-    record = replace(record, plan=replace(record.plan, groups=groups), version="1")
+    planned = tuple(replace(g, capabilities=kind) if g.class_name == "slow" else g for g in record.plan.groups)
+    group = record.groups["slow"]
+    assert group.result is not None
+    group = replace(group, result=replace(group.result, hold=hold) if hold is not None else None)
+    return replace(
+        record, plan=replace(record.plan, groups=planned), groups={**record.groups, "slow": group}, version="1"
+    )
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize(
+    ("hold", "unmarked", "broken", "asked"),
+    [
+        (Hold.JOB, True, "", True),
+        (Hold.JOB, False, "", False),
+        (Hold.JOB, False, "its pool is gone", True),
+        (Hold.BASE, True, "", False),
+        (None, False, "", True),
+    ],
+)
+async def test_a_copy_is_stopped_before_its_volumes_are_deleted_if_it_may_run(
+    monkeypatch: pytest.MonkeyPatch, hold: Hold | None, unmarked: bool, broken: str, asked: bool, fails: bool
+) -> None:
+    """Without need nobody asks the hypervisor: it may be gone for long, and the snapshot is to be deleted all the same."""
+    record = by_hypervisor(hold)
     lab = Lab(record)
-    error = DriverError("it may go on", retryable=True) if fails else None
-    job = Job(monkeypatch, error=error)
+    lab.hosts["slow"].gone = {"/p/slow"} if unmarked else set()
+    lab.hosts["slow"].broken = broken
+    job = Job(monkeypatch, error=DriverError("it may go on", retryable=True) if fails else None)
     cast("fakes.FakeCluster", lab.world.cluster).contents_by_name[record.name] = {"metadata": {"resourceVersion": "1"}}
     name = record.groups["slow"].request.name
     effect = RollBack({"slow": frozenset({name})})
-    if fails:
-        with pytest.raises(DriverError, match="it may go on"):
+    kept = (asked and fails) or bool(broken)
+    if kept:
+        with pytest.raises(DriverError, match="it may go on" if asked and fails else broken):
             await lab.strategy.apply(effect, lab.seen, {})
     else:
         await lab.strategy.apply(effect, lab.seen, {})
-    assert job.log == ["stop"]
-    assert lab.hosts["slow"].deleted == ([] if fails else [name])
+    assert job.log == (["stop"] if asked else [])
+    assert lab.hosts["slow"].deleted == ([] if kept else [name])
+
+
+@pytest.mark.parametrize(
+    ("held", "problem", "asked"),
+    [("slow", "", True), ("fast", "", False), ("", "", False), ("slow", "it cannot be trusted", True)],
+)
+async def test_a_copy_is_stopped_though_its_content_is_lost(
+    monkeypatch: pytest.MonkeyPatch, held: str, problem: str, asked: bool
+) -> None:
+    lab, job = Lab(by_hypervisor(None)), Job(monkeypatch)
+    kind = Capabilities(cut=CutKind.HYPERVISOR, atomic=True, revert=True)
+    cast("fakes.FakeClasses", lab.world.classes).known = (
+        StorageClass(name="slow", driver="libvirt-backup", capabilities=kind),
+        StorageClass(name="fast", driver="ceph-rbd", capabilities=replace(kind, cut=CutKind.INSTANT)),
+        StorageClass(name="new", driver="ceph-rbd"),
+    )
+    record = replace(lab.seen.record, problem=problem) if problem and lab.seen.record else None
+    name = copied().groups["slow"].request.name
+    there = {held: frozenset({name})} if held else {"slow": frozenset[str]()}
+    await backups.clear_way(lab.world, record, records.REQUEST, there)
+    assert job.log == (["stop"] if asked else [])
+    assert job.found == ([(records.REQUEST.hypervisor, records.REQUEST.domain)] if asked else [])
+
+
+@pytest.mark.parametrize(("of", "upto", "stops"), [(2, 2, True), (1, 2, True), (3, 2, False), (3, None, True)])
+async def test_who_was_deposed_does_not_stop_his_successors_copy(
+    monkeypatch: pytest.MonkeyPatch, of: int, upto: int | None, stops: bool
+) -> None:
+    running = names.request_name(records.INSTALLATION, UID, of, "slow", ())
+    seen: list[bool] = []
+
+    class Stopped:
+        def backups(self, _ref: object) -> Stopped:
+            return self
+
+        async def stop(self, is_ours: Callable[[str], bool]) -> None:
+            assert is_ours(f"/p/{running}-member") == is_ours(f"/p/{running}.raw") == is_ours(f"/p/{running}")
+            seen.append(is_ours(f"/p/{running}"))
+
+    async def find(*_: object) -> tuple[Any, None]:
+        return Stopped(), None
+
+    monkeypatch.setattr(backups, "find", find)
+    world = fakes.world(installation=records.INSTALLATION)
+    await (backups.stop(world, "lab", "demo", UID) if upto is None else backups.stop(world, "lab", "demo", UID, upto))
+    assert seen == [stops]
