@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from vmsnapshot_operator.api.meta import content_name
 from vmsnapshot_operator.core.chains import Move
 from vmsnapshot_operator.core.effects import Condition
 from vmsnapshot_operator.core.journal import Journal
@@ -276,6 +277,10 @@ class Hypervisors:
         if journal.holds:
             await release(client, ref, journal)
             return
+        uid = journal.owner_uid
+        if uid in world.uids() and await world.cluster.content(content_name(uid)) is not None:
+            # A snapshot is not given up for a content that a watch has not shown.
+            raise HypervisorError(f"its VMSnapshot {uid} is on record after all", reason="OverlayInUse")
         rulings = await overlays.collapse(client, ref, journal, None, lambda _: None)
         world.kept.update({r.overlay: r.why for r in rulings if r.move is Move.KEEP})
         if stays := [r for r in rulings if r.move in (Move.WAIT, Move.KEEP)]:

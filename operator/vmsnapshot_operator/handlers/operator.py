@@ -136,7 +136,7 @@ class Operator:
             exists=lambda o: Key(SNAPSHOTS, o.namespace, o.name, o.uid) in self._snapshots,
             wake=lambda n: self._add(Key(CONTENTS, "", n, "")),
         )
-        self._world.known = lambda uid: any(k.uid == uid for k in self._snapshots)
+        self._world.known = self._is_known
         self._world.uids = lambda: frozenset(k.uid for k in self._snapshots)
         self._world.strategies = registry.load(self._world)
         await asyncio.to_thread(quiesce.load)
@@ -217,6 +217,11 @@ class Operator:
         """Everything that is looked at again now and then, whether anything happened to it or not."""
         kept = self._contents.names() if self._contents is not None else ()
         return [*self._snapshots, *self._restoring, *(Key(CONTENTS, "", n, "") for n in kept)]
+
+    def _is_known(self, uid: str) -> bool:
+        """Whether a VMSnapshot of this UID exists, and what is on record of it: without its content nobody goes on with it."""
+        kept = self._contents.names() if self._contents is not None else ()
+        return any(k.uid == uid for k in self._snapshots) and content_name(uid) in kept
 
     def _known(self) -> Known:
         kept = self._contents.kept() if self._contents is not None else ()

@@ -35,6 +35,7 @@ from vmsnapshot_operator.plan import report
 from vmsnapshot_operator.plan.conditions import RECONCILING, STALLED
 from vmsnapshot_operator.strategies.gather import gather
 from vmsnapshot_operator.strategies.registry import choose
+from vmsnapshot_operator.strategies.window import LEASE_MARGIN
 from vmsnapshot_operator.strategies.world import World, clock
 
 log = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ class Reconciler:
 
     async def reconcile(self, namespace: str, name: str, uid: str) -> float | None:
         """Do what can be done now; return seconds until the next look, or None for the next event."""
-        if not self._world.leadership.is_leader():
+        if not self._world.leadership.is_leader(LEASE_MARGIN):
             return STANDBY_SECONDS
         for _ in range(MAX_STEPS):
             body: Mapping[str, Any] | None = await self._world.cluster.snapshot(namespace, name)
@@ -92,7 +93,7 @@ class Reconciler:
                 # Whoever waits holds no driver process that others need, and freezes nobody for one that went cold.
                 await self._world.memory(uid).drop_prepared()
                 return decision.effect.seconds
-            if not self._world.leadership.is_leader():
+            if not self._world.leadership.is_leader(LEASE_MARGIN):
                 return STANDBY_SECONDS
             log.info("VMSnapshot %s/%s: %s", namespace, name, type(decision.effect).__name__)
             if isinstance(decision.effect, _LONG):

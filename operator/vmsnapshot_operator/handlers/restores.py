@@ -31,6 +31,7 @@ from vmsnapshot_operator.plan import restore_report
 from vmsnapshot_operator.plan.next_restore import decide
 from vmsnapshot_operator.strategies import restore_apply, restore_gather
 from vmsnapshot_operator.strategies.restore_gather import Memory
+from vmsnapshot_operator.strategies.window import LEASE_MARGIN
 from vmsnapshot_operator.strategies.world import World, clock
 
 log = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ class Restores:
 
     async def reconcile(self, namespace: str, name: str, uid: str) -> float | None:
         """Do what can be done now; return seconds until the next look, or None for the next event."""
-        if not self._world.leadership.is_leader():
+        if not self._world.leadership.is_leader(LEASE_MARGIN):
             return STANDBY_SECONDS
         for _ in range(MAX_STEPS):
             body: Mapping[str, Any] | None = await self._world.cluster.restore(namespace, name)
@@ -74,7 +75,7 @@ class Restores:
             body = await self._tell(seen, decision, body)
             if isinstance(decision.effect, Rest):
                 return decision.effect.seconds
-            if not self._world.leadership.is_leader():
+            if not self._world.leadership.is_leader(LEASE_MARGIN):
                 return STANDBY_SECONDS
             log.info("VMRestore %s/%s: %s", namespace, name, type(decision.effect).__name__)
             if isinstance(decision.effect, _LONG):

@@ -236,11 +236,32 @@ def _remove(connection: Any, volume: Any | None) -> None:
         return
     if str(volume.path()) in _used(connection):
         raise HypervisorError(f"overlay {volume.path()} is used by a VM, and not removed", reason="OverlayInUse")
+    if above := _above(connection, str(volume.path())):
+        text = f"overlay {volume.path()} lies beneath {above}, which would be lost with it, and is not removed"
+        raise HypervisorError(text, reason="OverlayInUse")
     try:
         volume.delete(0)
     except libvirt.libvirtError as error:
         if error.get_error_code() not in _MISSING:
             raise
+
+
+def _above(connection: Any, path: str) -> str:
+    """Return an image of the same pool that lies on this one, or nothing: a domain that is off names the top of its chain only.
+
+    Where a snapshot that somebody else makes is put if he says no other place. All pools would take too long to read.
+    """
+    pool = connection.storagePoolLookupByTargetPath(str(PurePosixPath(path).parent))
+    with contextlib.suppress(libvirt.libvirtError):  # a volume is being copied there: what is known will do
+        pool.refresh(0)
+    for volume in pool.listAllVolumes():
+        try:
+            if domain_xml.element(volume.XMLDesc()).findtext("backingStore/path") == path:
+                return str(volume.path())
+        except libvirt.libvirtError as error:
+            if error.get_error_code() not in _MISSING:
+                raise
+    return ""
 
 
 def _used(connection: Any) -> set[str]:

@@ -207,8 +207,8 @@ def lost(seen: Observation) -> tuple[Condition, ...]:
         " VMSnapshot: what the storage systems still hold under its names is removed then"
     )
     return (
-        *(_unknown(kind, reason) for kind in (PLANNED, QUIESCED, VOLUMES_SNAPSHOTTED)),
-        Condition(type=UNQUIESCED, status=True, reason="Free", message="no journal of it is in its VM"),
+        # Nobody looks for a journal of it but the sweep, which frees the VM and brings it back onto its own disks.
+        *(_unknown(kind, reason) for kind in (PLANNED, QUIESCED, VOLUMES_SNAPSHOTTED, UNQUIESCED)),
         Condition(type=READY, status=False, reason=reason, message=message),
         Condition(type=RECONCILING, status=False, reason="Stalled"),
         Condition(type=STALLED, status=True, reason=reason, message=message),

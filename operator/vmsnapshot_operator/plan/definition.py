@@ -35,14 +35,17 @@ def gated(text: str, gate: Gate) -> str:
 
     `text` is the definition of the inactive domain with its secrets (VIR_DOMAIN_XML_SECURE): libvirt leaves a display's
     password out without a trace otherwise, and defined so the VM would have none. Twice equals once. Raises RefusedError for a
-    definition that cannot be worked with or does not have these disks, ForeignJournalError if another VMRestore's gate is
-    there.
+    definition that cannot be worked with or does not have these disks, or if this restore is done already; ForeignJournalError if
+    another VMRestore's gate is there.
     """
     root = tree.parse(text)
     there = _gate(root)
     if there is not None:
         _same(there[0].marker, gate.marker)
         return text
+    if done(text) == gate.marker:
+        # Decided before it was done, and carried out by one who stood still meanwhile: all would be set back again.
+        raise refusal(f"VMRestore {gate.marker.restore} is done already: the gate is not closed again")
     if not gate.targets:
         raise refusal("a gate that takes no disk away keeps nobody from starting the VM")
     found = tree.disks(root)

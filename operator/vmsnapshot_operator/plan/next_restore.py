@@ -71,7 +71,11 @@ def _to_the_end(seen: RestoreSeen) -> RestoreEffect:
     """An end that we told leaves nothing to do; one that somebody else wrote into the status may, and leaves nothing behind."""
     if not seen.finalizer:
         return Rest()
-    if seen.request.in_place or not seen.held:
+    if seen.request.in_place:
+        return LetGo()
+    if seen.held is None and seen.record is not None:
+        return Rest(_LATER)  # a storage that does not answer has not said that there are none
+    if not seen.held:
         return LetGo()
     return HandOver(seen.held) if seen.is_done else RemoveClones(seen.held)
 

@@ -35,7 +35,7 @@ class Found:
 
     `journal` is None if it cannot be read, for the reason in `problem`. `owner`: the VMSnapshot that this process works on
     this VM for, or empty. `leader`: whether this instance holds the lease. `seen_for`: how long this process has seen this
-    very journal (its nonce), by a clock that is never set. `known`: its VMSnapshot exists, as far as this process knows.
+    very journal (its nonce), by a clock that is never set. `known`: its VMSnapshot and its content exist, as far as this process knows.
     """
 
     journal: Journal | None
@@ -74,7 +74,7 @@ def judge(found: Found) -> Ruling:
             return Ruling(Action.WAIT, "the VM is on overlays of a snapshot that is not known (yet)")
         return Ruling(
             Action.COLLAPSE,
-            f"on overlays of attempt {journal.attempt} of VMSnapshot {journal.owner_uid}, which is gone",
+            f"on overlays of attempt {journal.attempt} of VMSnapshot {journal.owner_uid}, which is gone, or what was on record of it",
         )
     if found.seen_for > journal.budget + OVERDUE:
         return Ruling(

@@ -182,7 +182,8 @@ async def run(
         return await _tell(effect, progress, ref, client, plan)
     try:
         job = await _prepare_job(client, ref, effect.requests, prepared.targets)
-        told = world.metrics.window(lambda: journal.holds and not progress.is_free(), hypervisor=client.name)
+        held = plan.quiesce.holds_vm and journal.holds  # else nothing is, however long the VM is looked at
+        told = world.metrics.window(lambda: held and not progress.is_free(), hypervisor=client.name)
         async with _held(world, plan, journal, ref, client, progress) as limit:
             quiescer = factory(Context(hypervisor=client, ref=ref, plan=plan, permit=limit.refusal))
             with told:

@@ -129,7 +129,7 @@ def now() -> datetime:
 class World:
     """The surroundings of all workflows of one process.
 
-    `known` tells whether a VMSnapshot of this UID exists, `uids` those of all; `lost`, by class and UID, what was not found on
+    `known` tells whether a VMSnapshot of this UID exists and its content, `uids` those of all VMSnapshots; `lost`, by class and UID, what was not found on
     storage although it is on record; `kept`, by path, why an overlay is never committed.
     """
 

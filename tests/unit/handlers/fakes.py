@@ -33,9 +33,10 @@ class FakeEvents:
 class FakeLeadership:
     leader: bool = True
     term: int = 1
+    left: float = 10.0
 
-    def is_leader(self, _margin_seconds: float = 0.0) -> bool:
-        return self.leader
+    def is_leader(self, margin_seconds: float = 0.0) -> bool:
+        return self.leader and margin_seconds < self.left
 
 
 @dataclass

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from tests.unit.handlers import fakes
-from vmsnapshot_operator.core.journal import Journal
-from vmsnapshot_operator.errors import HypervisorUnreachableError, KubeError, QuiesceError
+from vmsnapshot_operator.api.meta import content_name
+from vmsnapshot_operator.core.journal import Journal, Phase
+from vmsnapshot_operator.errors import HypervisorError, HypervisorUnreachableError, KubeError, QuiesceError
 from vmsnapshot_operator.handlers import hypervisors
 from vmsnapshot_operator.handlers.hypervisors import LOOK_EVERY, RETRY_EVERY, Hypervisors
 from vmsnapshot_operator.hypervisors.domains import Hypervisor, Ref, Sighting
@@ -282,3 +283,29 @@ async def test_one_that_is_replaced_is_never_taken_for_one_that_is_gone(
     await lab.look({**BODY, "spec": spec})
     await lab.hypervisors.remove("lab")
     assert seen == [True, False]
+
+
+@pytest.mark.parametrize(("exists", "on_record"), [(True, True), (True, False), (False, True)])
+async def test_overlays_of_a_snapshot_whose_content_the_api_server_has_are_not_committed(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, exists: bool, on_record: bool
+) -> None:
+    committed: list[str] = []
+    client: Any = lab.client
+
+    async def collapse(_client: Any, _ref: Any, journal: Journal, *_: object) -> tuple[()]:
+        committed.append(journal.nonce)
+        return ()
+
+    monkeypatch.setattr(hypervisors.overlays, "collapse", collapse)
+    left = sighting(overlays={"v": "/pool/ovl"}, phase=Phase.OVERLAID)
+    assert left.journal is not None
+    journal, world = left.journal, lab.world
+    world.uids = lambda: frozenset({journal.owner_uid} if exists else ())
+    if on_record:
+        lab.cluster.contents_by_name[content_name(journal.owner_uid)] = {}
+    if exists and on_record:
+        with pytest.raises(HypervisorError, match="on record after all"):
+            await lab.hypervisors._release(client, left.ref, journal, world)
+    else:
+        await lab.hypervisors._release(client, left.ref, journal, world)
+    assert bool(committed) is not (exists and on_record)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from vmsnapshot_operator.api.meta import LABEL_SAFETY_OF, label_of
+from tests.unit.handlers import fakes
+from vmsnapshot_operator.api.meta import LABEL_SAFETY_OF, content_name, label_of
+from vmsnapshot_operator.handlers.contents import Contents
 from vmsnapshot_operator.handlers.operator import RESTORES, SNAPSHOTS, Operator, Options
 
 
@@ -32,3 +34,15 @@ def test_a_restore_is_looked_at_when_its_safety_snapshot_changes(monkeypatch: An
     looked.clear()
     operator.seen(SNAPSHOTS, event("plain"))
     assert looked == [(SNAPSHOTS, "team-a", "plain")]
+
+
+def test_a_snapshot_whose_content_is_lost_is_not_known_so_that_its_overlays_are_committed() -> None:
+    operator = Operator(Options(namespace="ns"))
+    operator.seen(SNAPSHOTS, event("s"))
+    operator._contents = contents = Contents(
+        fakes.world(installation="abc123"), exists=lambda _: True, wake=lambda _: None
+    )
+    assert not operator._is_known("uid-s")
+    contents._known[content_name("uid-s")] = None  # type: ignore[assignment]  # its name alone counts
+    assert operator._is_known("uid-s")
+    assert not operator._is_known("uid-other")

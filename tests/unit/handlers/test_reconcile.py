@@ -16,6 +16,8 @@ from vmsnapshot_operator.core.effects import Condition, Decision, Effect, Observ
 from vmsnapshot_operator.core.planning import Request
 from vmsnapshot_operator.handlers import reconcile
 from vmsnapshot_operator.handlers.reconcile import TELL_EVERY, Reconciler
+from vmsnapshot_operator.handlers.restores import Restores
+from vmsnapshot_operator.strategies.window import LEASE_MARGIN
 from vmsnapshot_operator.strategies.world import World
 
 pytestmark = pytest.mark.looptime
@@ -107,6 +109,19 @@ async def test_what_was_to_end_at_once_and_does_not_is_told_once(monkeypatch: py
     assert stage.told == ["Settling"]
     await stage.look()
     assert stage.told == ["Settling", "Ready"]
+
+
+async def test_nothing_is_begun_once_another_instance_may_be_about_to_take_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    script = Script([(Settle({}, True), "Settling")])
+    stage = Stage(monkeypatch, script)
+    leadership = cast("fakes.FakeLeadership", stage.world.leadership)
+    leadership.left = LEASE_MARGIN
+    assert await stage.reconciler.reconcile(REQUEST.namespace, REQUEST.name, REQUEST.uid) == reconcile.STANDBY_SECONDS
+    restores = Restores(stage.world, lambda *_: None)
+    assert await restores.reconcile("ns", "back", "uid") == reconcile.STANDBY_SECONDS
+    assert (script.done, stage.told) == ([], [])
 
 
 async def test_a_refusal_is_an_event_once(monkeypatch: pytest.MonkeyPatch) -> None:

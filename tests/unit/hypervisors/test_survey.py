@@ -32,6 +32,7 @@ class Volume:
     label: str
     content: bytes | None
     deleted: bool = False
+    backing: str = ""
 
     def name(self) -> str:
         return self.label
@@ -44,7 +45,9 @@ class Volume:
             raise error(libvirt.VIR_ERR_NO_STORAGE_VOL)
         return (
             f"<volume><capacity>{64 << 20}</capacity><allocation>{len(self.content)}</allocation>"
-            f"<physical>{len(self.content)}</physical></volume>"
+            f"<physical>{len(self.content)}</physical>"
+            + (f"<backingStore><path>{self.backing}</path></backingStore>" if self.backing else "")
+            + "</volume>"
         )
 
     def download(self, stream: Stream, *_: int) -> None:
@@ -201,3 +204,14 @@ async def test_a_pool_that_hangs_takes_one_worker_of_libvirtd_and_no_more(monkey
     finally:
         end.set()
         await client.close()
+
+
+def test_one_on_which_another_image_lies_is_not_removed() -> None:
+    """A VM that is off names only the top of its chain: the snapshot that somebody else made of it."""
+    host = Connection(
+        [Volume("ovl-abcdef-a", NEW), Volume("theirs", b"", backing="/pool/ovl-abcdef-a"), Volume("vanished", None)],
+        [Domain("vm", saved="/pool/theirs")],
+    )
+    with pytest.raises(HypervisorError, match="beneath /pool/theirs"):
+        overlays.remove_pristine(host, "/pool/ovl-abcdef-a")
+    assert not host.volumes[0].deleted

@@ -367,6 +367,7 @@ def test_a_content_that_is_lost_is_said_and_nothing_is_taken_again() -> None:
         told = {c.type: c for c in decision.conditions}
         assert told["Ready"].reason == "ContentLost"
         assert "vmsnapcontent-u" in told["Ready"].message
+        assert told["Unquiesced"].status is None, "the VM may bear a journal, and nobody has looked"
         assert "nothing was touched" not in {c.message for c in decision.conditions}
         said = report.status(lost, decision.conditions)
         assert (said["contentName"], said["phase"], "consistency" in said) == ("vmsnapcontent-u", "Failed", False)

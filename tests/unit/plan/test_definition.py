@@ -140,6 +140,12 @@ def test_a_new_restore_replaces_the_marker_of_the_last() -> None:
     assert definition.done(second) == OTHER
 
 
+def test_the_gate_of_a_restore_that_is_done_is_not_closed_again() -> None:
+    done = definition.restored(definition.gated(SAMPLES["rbd"], gate("rbd")), MARKER, genid=GENID)
+    with pytest.raises(RefusedError, match="done already"):
+        definition.gated(done, gate("rbd"))
+
+
 def test_what_was_changed_meanwhile_stays_but_for_the_disks() -> None:
     made = definition.gated(SAMPLES["rbd"], gate("rbd")).replace("131072</memory>", "262144</memory>")
     done = definition.restored(made, MARKER, genid=GENID)

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.unit.kube import records
 from tests.unit.plan import builders as b
 from vmsnapshot_operator.core.driver import CutResult
 from vmsnapshot_operator.core.effects import Condition, Failure
@@ -361,6 +362,17 @@ def test_a_vm_that_was_started_after_its_safety_snapshot_is_not_stopped_again() 
     assert set(world.disks.values()) == {"later"}
     assert {c.type: c.reason for c in world.said[-1]}["Stalled"] == "SafetySnapshotFailed"
     assert not world.finalizer
+
+
+@pytest.mark.parametrize("on_record", [True, False])
+def test_an_end_that_somebody_else_wrote_waits_for_a_storage_that_does_not_answer(on_record: bool) -> None:
+    told = World(request=request(new_name="copy"))
+    told.settle()
+    world = World(request=request(new_name="copy"), finalizer=True, clones={"clone"}, ended=told.ended)
+    seen = replace(world.see(), held=None, record=records.example() if on_record else None)
+    effect = next_restore.decide(seen, b.CREATED).effect
+    assert isinstance(effect, Rest if on_record else LetGo)
+    assert effect != Rest(), "it looks again"
 
 
 @pytest.mark.parametrize("defined", [True, False])

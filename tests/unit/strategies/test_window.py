@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from vmsnapshot_operator.core.effects import TakeWindow
 from vmsnapshot_operator.core.evidence import Evidence, Window, WindowOutcome
 from vmsnapshot_operator.core.journal import Journal
 from vmsnapshot_operator.core.machine import Disk, Machine, not_at
+from vmsnapshot_operator.core.planning import Policy
 from vmsnapshot_operator.core.volumes import Handle, Layer, Seconds, VolumeId
 from vmsnapshot_operator.errors import (
     CallTimeoutError,
@@ -161,12 +162,19 @@ def scene(monkeypatch: pytest.MonkeyPatch) -> Scene:
     return made
 
 
-async def take(scene: Scene, *, max_frozen_seconds: int = 3, **slots: dict[str, Any]) -> WindowOutcome:
+async def take(
+    scene: Scene,
+    policy: Policy = Policy.PREFER,
+    metrics: object = None,
+    max_frozen_seconds: int = 3,
+    **slots: dict[str, Any],
+) -> WindowOutcome:
     """Take the window of a VM of which `files` and `ceph` serve the disks."""
-    plan = b.plan(b.request(max_frozen_seconds=max_frozen_seconds))
+    plan = b.plan(b.request(max_frozen_seconds=max_frozen_seconds, policy=policy))
     effect = TakeWindow(1, plan, next_effect.requests_for(plan, b.INSTALLATION, b.UID, 1))
     world = fakes.world(installation=b.INSTALLATION)
     world.leadership = world.guardian = as_any(scene)
+    world.metrics = as_any(metrics or world.metrics)
     made = {name: as_any(Slot(name, scene, **slots.get(name, {}))) for name in effect.requests}
     try:
         prepared = Prepared(attempt=1, slots=made, stack=AsyncExitStack(), targets=scene.targets(effect))
@@ -180,6 +188,30 @@ async def test_all_goes_well(scene: Scene) -> None:
     assert scene.log == [*HOLD, "cut ceph", "cut files", *LET_GO, "told"]
     assert outcome.ok
     assert outcome.free
+
+
+class Counted:
+    """Metrics that ask, while a window is open, whether its VM is held."""
+
+    def __init__(self) -> None:
+        self.held: bool | None = None
+
+    @contextmanager
+    def window(self, held: Callable[[], bool], *, hypervisor: str) -> Iterator[None]:
+        async def ask() -> None:
+            await asyncio.sleep(0.005)
+            self.held = held()
+
+        asking = asyncio.create_task(ask())
+        yield
+        assert (asking.done(), hypervisor) == (True, "lab")
+
+
+@pytest.mark.parametrize(("policy", "held"), [(Policy.PREFER, True), (Policy.NEVER, False)])
+async def test_a_vm_that_nothing_holds_is_not_counted_as_held(scene: Scene, policy: Policy, held: bool) -> None:
+    metrics = Counted()
+    await take(scene, policy, metrics)
+    assert metrics.held is held
 
 
 @pytest.mark.parametrize(
