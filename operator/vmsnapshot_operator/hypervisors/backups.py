@@ -39,7 +39,7 @@ class Backups:
         self._ref = ref
 
     async def look(self, since: Seconds) -> BackupSeen:
-        """See whether one runs, and which have ended since then, by the clock of this process."""
+        """See whether one runs, wherever the VM is, and which have ended on the endpoint of `ref` since then, by this process's clock."""
         running = await self._look()
         return BackupSeen(running=running, endings=self._hypervisor.endings(self._ref, since))
 

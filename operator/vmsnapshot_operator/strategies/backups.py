@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import PurePosixPath
 
 from vmsnapshot_operator.core import names
@@ -21,7 +22,7 @@ from vmsnapshot_operator.errors import DomainGoneError, DriverError, HypervisorE
 from vmsnapshot_operator.plan import copying
 from vmsnapshot_operator.plan.copying import Copy
 from vmsnapshot_operator.strategies.gather import EARLY_SECONDS, find, locate
-from vmsnapshot_operator.strategies.world import Memory, World, clock
+from vmsnapshot_operator.strategies.world import Listening, Memory, World, clock
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ def by_job(groups: Mapping[str, RecordedGroup]) -> tuple[RecordedGroup, ...]:
 async def listen(world: World, record: Record, request: Request) -> None:
     """Listen for the end of this snapshot's copy from now on, if it runs: before anything else that may take long or fail."""
     memory = world.memory(request.uid)
-    if not by_job(record.groups) or _listened_since(memory, record) is not None:
+    if not by_job(record.groups) or _listening(memory, record) is not None:
         return
     try:
         client, ref = await locate(world, request, record)
@@ -74,12 +75,12 @@ async def listen(world: World, record: Record, request: Request) -> None:
         log.info("the copy of snapshot %s cannot be looked at yet: %s", request.uid, error.message)
         return
     if copying.judge(_targets(record), seen, listened=False).copy is Copy.RUNNING:
-        memory.listening = (record.attempt, since)
+        memory.listening = Listening(record.attempt, since, ref.endpoint)
 
 
-def _listened_since(memory: Memory, record: Record) -> Seconds | None:
-    attempt, since = memory.listening or (None, None)
-    return since if attempt == record.attempt else None
+def _listening(memory: Memory, record: Record) -> Listening | None:
+    found = memory.listening
+    return found if found is not None and found.attempt == record.attempt else None
 
 
 def _targets(record: Record) -> frozenset[str]:
@@ -100,11 +101,13 @@ async def finish(
         return  # proved before, and not all of it could be marked then: what is heard since says nothing of it
     end, quiet, heard = clock() + patience, 0.0, False
     while True:
-        listened = _listened_since(memory, record)
+        listened = _listening(memory, record)
         try:
             client, ref = await locate(world, request, record)
             asked = clock()
-            seen = await client.backups(ref).look(listened if listened is not None else asked)
+            # Where it was begun it ends: the VM migrates only afterwards, and what ends where it is then is another one.
+            where = replace(ref, endpoint=listened.endpoint) if listened is not None else ref
+            seen = await client.backups(where).look(listened.since if listened is not None else asked)
         except HypervisorError as error:
             if isinstance(error, DomainGoneError) and error.certain:
                 text = f"{error.message}, and with it the copy of its disks"
@@ -122,7 +125,7 @@ async def finish(
                 raise DriverError(f"it is not whole: {found.why}", reason="SnapshotLost")
             if found.copy is Copy.RUNNING and seen.running is not None:
                 # It ran after it was asked, so its end comes later: a connection that broke before has cost nothing.
-                memory.listening = (record.attempt, asked)
+                memory.listening = Listening(record.attempt, asked, ref.endpoint)
                 told(Progress(done_bytes=seen.running.done_bytes, total_bytes=seen.running.total_bytes))
         if clock() > end:
             raise DriverError("the hypervisor copies for too long", retryable=True)

@@ -55,7 +55,7 @@ from vmsnapshot_operator.plan import next_effect, verdict
 from vmsnapshot_operator.quiesce.base import release, undisturbed
 from vmsnapshot_operator.strategies import backups, overlays, settling, window
 from vmsnapshot_operator.strategies.gather import locate
-from vmsnapshot_operator.strategies.world import Memory, Prepared, World, clock, now
+from vmsnapshot_operator.strategies.world import Listening, Memory, Prepared, World, clock, now
 
 log = logging.getLogger(__name__)
 
@@ -268,7 +268,7 @@ class StorageStrategy:
             outcome = await window.run(self._world, effect, seen.request.uid, ref, client, prepared)
         memory.outcome = outcome
         begun = [g.bracket.start for c, g in outcome.groups.items() if c in prepared.targets and g.bracket is not None]
-        memory.listening = (effect.attempt, min(begun)) if begun else None
+        memory.listening = Listening(effect.attempt, min(begun), ref.endpoint) if begun else None
         if outcome.fallback:
             memory.agent_failed = outcome.message
         self._measure(outcome, seen)

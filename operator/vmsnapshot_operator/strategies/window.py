@@ -208,7 +208,10 @@ async def _held(
         # Counted from before the journal: the guardian's own timer starts when it sees it, and ours must not end later.
         limit = Limit(world.leadership, plan.quiesce.budget)
         if not plan.quiesce.holds_vm:
-            yield limit
+            try:
+                yield limit
+            finally:
+                limit.end()
             return
         guardian = _guardian(world)
         try:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from vmsnapshot_operator.core.effects import Failure, RecordedGroup, SnapshotStrategy
 from vmsnapshot_operator.core.evidence import WindowOutcome
@@ -79,12 +79,20 @@ class Prepared:
     targets: Mapping[str, Mapping[VolumeId, Layer]] = field(default_factory=dict)
 
 
+class Listening(NamedTuple):
+    """For which attempt this process hears how the hypervisor's copy ends, since when, and on which endpoint the copy was begun."""
+
+    attempt: int
+    since: Seconds
+    endpoint: str
+
+
 @dataclass(slots=True)
 class Memory:
     """What this process remembers of one VMSnapshot between two looks, while it is the leader (`term`, see `kube.lease`).
 
-    `listening`: for which attempt this process hears how the hypervisor's copy ends, and since when. `whole`: the attempt of which that was
-    proved. `copied` by class and `committed` by disk: bytes done and to do of what is under way.
+    `whole`: the attempt whose copy by the hypervisor was proved whole. `copied` by class and `committed` by disk: bytes done and to do of
+    what is under way.
     """
 
     since: Seconds
@@ -92,7 +100,7 @@ class Memory:
     outcome: WindowOutcome | None = None
     broken: Failure | None = None
     agent_failed: str = ""
-    listening: tuple[int, Seconds] | None = None
+    listening: Listening | None = None
     whole: int | None = None
     copied: dict[str, tuple[int, int]] = field(default_factory=dict)
     committed: Mapping[str, tuple[int, int]] = field(default_factory=dict)

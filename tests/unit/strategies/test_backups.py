@@ -19,12 +19,14 @@ from vmsnapshot_operator.core.effects import Record, RollBack, Settle
 from vmsnapshot_operator.core.planning import StorageClass
 from vmsnapshot_operator.core.volumes import Handle, Seconds
 from vmsnapshot_operator.errors import DomainGoneError, DriverError, HypervisorError
+from vmsnapshot_operator.hypervisors.domains import Ref
 from vmsnapshot_operator.strategies import backups
-from vmsnapshot_operator.strategies.world import World
+from vmsnapshot_operator.strategies.world import Listening, World
 
 pytestmark = pytest.mark.looptime
 
 UID = records.REQUEST.uid
+REF = Ref(uuid="6dd6ed9d-0000-4000-8000-000000000002", name="demo", endpoint="host")
 GOOD, BAD = Ending(True, "", Seconds(1.0)), Ending(False, "Operation canceled", Seconds(1.0))
 RUNNING = BackupSeen(
     running=RunningBackup(targets=frozenset({"/p/slow"}), done_bytes=1, total_bytes=4),
@@ -47,9 +49,10 @@ class Client:
     """Answers with one thing after the other, the last one again and again; `asked`: since when endings were wanted."""
 
     def __init__(self, *answers: BackupSeen | HypervisorError) -> None:
-        self.answers, self.asked = list(answers), list[float]()
+        self.answers, self.asked, self.where = list(answers), list[float](), list[str]()
 
-    def backups(self, _ref: object) -> Client:
+    def backups(self, ref: Ref) -> Client:
+        self.where.append(ref.endpoint)
         return self
 
     async def look(self, since: Seconds) -> BackupSeen:
@@ -63,8 +66,8 @@ class Client:
 async def finish(
     monkeypatch: pytest.MonkeyPatch, client: Client, world: World, patience: float = 60.0
 ) -> list[Progress]:
-    async def locate(*_: object) -> tuple[Any, None]:
-        return client, None
+    async def locate(*_: object) -> tuple[Any, Ref]:
+        return client, REF
 
     monkeypatch.setattr(backups, "locate", locate)
     told: list[Progress] = []
@@ -96,7 +99,7 @@ async def test_a_connection_that_broke_while_it_ran_costs_nothing(monkeypatch: p
 
     client = Reconnecting(RUNNING, RUNNING, RUNNING, OVER, GOOD_END)
     world = fakes.world(installation=records.INSTALLATION)
-    world.memory(UID).listening = (copied().attempt, backups.clock())
+    world.memory(UID).listening = Listening(copied().attempt, backups.clock(), "host")
     await finish(monkeypatch, client, world)
 
 
@@ -127,16 +130,28 @@ async def test_what_is_heard_until_its_files_are_closed_counts(monkeypatch: pyte
 
 async def test_who_began_it_listens_from_before(monkeypatch: pytest.MonkeyPatch) -> None:
     world, client = fakes.world(installation=records.INSTALLATION), Client(replace(OVER, endings=(GOOD,)))
-    world.memory(UID).listening = (copied().attempt, Seconds(5.0))
+    world.memory(UID).listening = Listening(copied().attempt, Seconds(5.0), "host")
     await finish(monkeypatch, client, world)
     assert set(client.asked) == {5.0}
+
+
+async def test_its_end_is_told_where_it_was_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The VM may have migrated since, and another program's copy may end where it is now."""
+    world, client, places = fakes.world(installation=records.INSTALLATION), Client(RUNNING, OVER, GOOD_END), iter("aab")
+
+    async def locate(*_: object) -> tuple[Any, Ref]:
+        return client, replace(REF, endpoint=next(places, "b"))
+
+    monkeypatch.setattr(backups, "locate", locate)
+    await backups.finish(world, copied(), records.REQUEST, Seconds(60.0), lambda _: None)
+    assert client.where == ["a", "a", "a", "a"]
 
 
 @pytest.mark.parametrize("attempt", [None, 0])
 async def test_who_comes_when_it_is_over_believes_nothing(monkeypatch: pytest.MonkeyPatch, attempt: int | None) -> None:
     world, client = fakes.world(installation=records.INSTALLATION), Client(replace(OVER, endings=(GOOD,)))
     if attempt is not None:  # what was heard of another attempt
-        world.memory(UID).listening = (attempt, Seconds(5.0))
+        world.memory(UID).listening = Listening(attempt, Seconds(5.0), "host")
     with pytest.raises(DriverError, match="nobody was listening") as caught:
         await finish(monkeypatch, client, world)
     assert caught.value.reason == "SnapshotLost"
@@ -163,8 +178,8 @@ async def test_who_comes_while_it_runs_listens_before_anything_else(monkeypatch:
     """The drivers may not have started yet: what is heard of meanwhile is not lost."""
     world, client = fakes.world(installation=records.INSTALLATION), Client(RUNNING)
 
-    async def locate(*_: object) -> tuple[Any, None]:
-        return client, None
+    async def locate(*_: object) -> tuple[Any, Ref]:
+        return client, REF
 
     monkeypatch.setattr(backups, "locate", locate)
     await backups.listen(world, copied(), records.REQUEST)
@@ -178,23 +193,24 @@ async def test_who_comes_while_it_runs_listens_before_anything_else(monkeypatch:
 async def test_who_comes_while_it_runs_listens_when_the_connection_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     world, opened = fakes.world(installation=records.INSTALLATION), Seconds(0.0)
 
-    async def locate(*_: object) -> tuple[Any, None]:
+    async def locate(*_: object) -> tuple[Any, Ref]:
         nonlocal opened
         opened = backups.clock()
-        return Client(RUNNING), None
+        return Client(RUNNING), REF
 
     monkeypatch.setattr(backups, "locate", locate)
     await backups.listen(world, copied(), records.REQUEST)
-    assert world.memory(UID).listening is not None
-    assert cast("tuple[int, float]", world.memory(UID).listening)[1] >= opened
+    heard = world.memory(UID).listening
+    assert heard is not None
+    assert heard.since >= opened
 
 
 @pytest.mark.parametrize("answer", [OVER, replace(OVER, endings=(GOOD,)), HypervisorError("it does not answer")])
 async def test_who_saw_nothing_run_does_not_listen(monkeypatch: pytest.MonkeyPatch, answer: Any) -> None:
     world = fakes.world(installation=records.INSTALLATION)
 
-    async def locate(*_: object) -> tuple[Any, None]:
-        return Client(answer), None
+    async def locate(*_: object) -> tuple[Any, Ref]:
+        return Client(answer), REF
 
     monkeypatch.setattr(backups, "locate", locate)
     await backups.listen(world, copied(), records.REQUEST)
@@ -208,7 +224,9 @@ async def test_a_hypervisor_that_does_not_answer_is_asked_again(monkeypatch: pyt
         Client(RUNNING, silent, silent, replace(OVER, endings=(GOOD,))),
     )
     await finish(monkeypatch, client, world)
-    assert cast("tuple[int, float]", world.memory(UID).listening)[1] == client.asked[0] == client.asked[-1]
+    heard = world.memory(UID).listening
+    assert heard is not None
+    assert heard.since == client.asked[0] == client.asked[-1]
 
 
 @pytest.mark.parametrize("ambiguous", [False, True])
@@ -226,7 +244,7 @@ async def test_what_copies_is_stopped_also_early(
 ) -> None:
     """So soon after the start a hypervisor that is not there may not have been read yet."""
 
-    async def locate(*_: object) -> tuple[Any, None]:
+    async def locate(*_: object) -> tuple[Any, Ref]:
         raise DomainGoneError("it is not there", reason=None if certain else "HypervisorNotFound")
 
     monkeypatch.setattr(backups, "find", locate)
@@ -269,10 +287,10 @@ class Job:
             raise self.error
         self.log.append("whole")
 
-    async def locate(self, *_: object) -> tuple[Any, None]:
-        return type("Client", (), {"backups": lambda _self, _ref: self})(), None
+    async def locate(self, *_: object) -> tuple[Any, Ref]:
+        return type("Client", (), {"backups": lambda _self, _ref: self})(), REF
 
-    async def find(self, _world: object, *what: object) -> tuple[Any, None]:
+    async def find(self, _world: object, *what: object) -> tuple[Any, Ref]:
         self.found.append(what)
         return await self.locate()
 
@@ -411,8 +429,8 @@ async def test_who_was_deposed_does_not_stop_his_successors_copy(
             assert is_ours(f"/p/{running}-member") == is_ours(f"/p/{running}.raw") == is_ours(f"/p/{running}")
             seen.append(is_ours(f"/p/{running}"))
 
-    async def find(*_: object) -> tuple[Any, None]:
-        return Stopped(), None
+    async def find(*_: object) -> tuple[Any, Ref]:
+        return Stopped(), REF
 
     monkeypatch.setattr(backups, "find", find)
     world = fakes.world(installation=records.INSTALLATION)

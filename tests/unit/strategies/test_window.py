@@ -55,6 +55,7 @@ class Scene:
     job_error: HypervisorError | None = None
     begin_takes: float = 0.2
     disks_after: tuple[Disk, ...] = b.DISKS
+    permit: Callable[[], str] = str
     busy: bool = False
 
     def targets(self, effect: TakeWindow) -> dict[str, dict[VolumeId, Layer]]:
@@ -74,6 +75,7 @@ class Scene:
 
     async def begin_backup(self, described: str, timeout: Seconds, permit: Callable[[], str]) -> None:  # noqa: ASYNC109
         assert (permit(), timeout > 0) == ("", True)
+        self.permit = permit
         await asyncio.sleep(min(timeout, self.begin_takes))
         if self.begin_takes > timeout:
             raise CallTimeoutError("it did not return")
@@ -164,6 +166,7 @@ def scene(monkeypatch: pytest.MonkeyPatch) -> Scene:
 
 async def take(
     scene: Scene,
+    *,
     policy: Policy = Policy.PREFER,
     metrics: object = None,
     max_frozen_seconds: int = 3,
@@ -299,6 +302,14 @@ async def test_one_copy_is_begun_for_all_classes(scene: Scene) -> None:
     assert scene.log == ["describe", *HOLD, begun, *LET_GO, "told"]
     assert outcome.ok
     assert outcome.groups["ceph"].bracket == outcome.groups["files"].bracket
+
+
+@pytest.mark.parametrize("policy", [Policy.PREFER, Policy.NEVER])
+async def test_nothing_is_begun_when_the_window_is_over(scene: Scene, policy: Policy) -> None:
+    """A call may reach its thread only then."""
+    scene.by_job = ("files",)
+    assert (await take(scene, policy=policy)).ok
+    assert scene.permit() == "the window was over before it was sent"
 
 
 async def test_a_copy_that_does_not_begin_frees_the_vm_and_is_tried_again(scene: Scene) -> None:
