@@ -213,7 +213,7 @@ class Counted:
 @pytest.mark.parametrize(("policy", "held"), [(Policy.PREFER, True), (Policy.NEVER, False)])
 async def test_a_vm_that_nothing_holds_is_not_counted_as_held(scene: Scene, policy: Policy, held: bool) -> None:
     metrics = Counted()
-    await take(scene, policy, metrics)
+    await take(scene, policy=policy, metrics=metrics)
     assert metrics.held is held
 
 
