@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import libvirt
+
 from tests.lab import Lab
 from vmsnapshot_operator.core import names
 from vmsnapshot_operator.core.driver import Progress, SnapshotRequest
@@ -291,13 +293,12 @@ class LibvirtStorage(Storage):
 
     def everything(self) -> set[str]:
         files = {p.name for pool in {self.pool, self.destination} for p in self.lab.pool_path(pool).iterdir()}
-        connection = self.lab.libvirt()
+        connection, known = self.lab.libvirt(), set()
         try:
-            known = {
-                v.name()
-                for pool in {self.pool, self.destination}
-                for v in connection.storagePoolLookupByName(pool).listAllVolumes(0)
-            }
+            for pool in map(connection.storagePoolLookupByName, {self.pool, self.destination}):
+                with contextlib.suppress(libvirt.libvirtError):  # while something is copied it cannot be read again
+                    pool.refresh(0)  # the laboratory deletes a guest's files without a word to libvirt
+                known |= {v.name() for v in pool.listAllVolumes(0)}
         finally:
             connection.close()
         return (files | known) - set(self.made) - {"lost+found"}

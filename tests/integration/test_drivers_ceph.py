@@ -440,8 +440,13 @@ async def test_a_process_whose_client_was_fenced_connects_again(storage: CephSto
             (other,) = {w["addr"] for w in opened.watchers_list()} - {mine}
         cluster.blocklist_add(other, 60)
         cluster.wait_for_latest_osdmap()
+
+    async def list_until_shut_out() -> None:
+        while True:  # the OSD learns of it in its own time
+            await host.list("vms-", timeout=LONG)
+
     with pytest.raises(DriverUnavailableError) as caught:
-        await host.list("vms-", timeout=LONG)
+        await asyncio.wait_for(list_until_shut_out(), LONG)
     assert caught.value.retryable
     assert await host.list("vms-", timeout=LONG)
 
