@@ -30,6 +30,7 @@ TOYS = "tests.unit.drivers.toys"
 SECRET = "hunter2"  # noqa: S105 - made up
 ROOT = Path(__file__).parents[3]
 LONG = 60.0  # seconds: a guard, never reached
+ARRIVES = 2.0  # seconds in which an order reaches its process on a busy machine, too
 
 
 def volume(name):
@@ -278,7 +279,7 @@ async def test_one_that_was_begun_in_time_goes_on(host, tmp_path, monkeypatch):
     # The lease as it is known when the order is sent is renewed meanwhile, and the driver does not know of it.
     async with host.reserve() as slot:
         await slot.prepare(order("sleep"))
-        begin = wire.boottime() + 2.0
+        begin = wire.boottime() + ARRIVES
         assert await slot.cut(order("sleep"), until=begin)
     assert wire.boottime() > begin
     assert held(tmp_path) == ["sleep"]
@@ -290,7 +291,7 @@ async def test_what_makes_something_ends_by_itself_and_does_not_begin_when_anoth
     held = CutResult(handles={VolumeId("v0"): Handle("h")}, atomic=True)
     try:
         await host.start()
-        fence.tell(wire.boottime() + 0.5)
+        fence.tell(wire.boottime() + ARRIVES)
         with pytest.raises(DriverCrashedError):
             await host.wait_ready(order("stall"), held, timeout=LONG)
         for name, operation in (("late", "cut"), ("late", "prepare")):
@@ -301,12 +302,12 @@ async def test_what_makes_something_ends_by_itself_and_does_not_begin_when_anoth
             await host.wait_ready(order("stall"), held, timeout=LONG)
         assert list(tmp_path.iterdir()) == []
         assert await host.list("", timeout=LONG) == (), "who only looks may do so"
-        for name, operation in (("sleep", "cut"), ("slow-prepare", "prepare")):
-            fence.tell(wire.boottime() + 0.5)
+        for name, operation in (("wait", "cut"), ("slow-prepare", "prepare")):
             async with host.reserve() as slot:
+                fence.tell(wire.boottime() + ARRIVES)
                 with pytest.raises(DriverCrashedError):
                     await getattr(slot, operation)(order(name))
-        fence.tell(wire.boottime() + 1.0)
+        fence.tell(wire.boottime() + ARRIVES)
         with pytest.raises(DriverCrashedError):
             await host.wait_ready(order("child"), held, timeout=LONG)
         await gone(int((tmp_path / ".child").read_text()))  # who copies may be a program that the driver started

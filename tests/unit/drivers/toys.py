@@ -61,6 +61,8 @@ class Toy:
             ctypes.PyDLL(None).sleep(3600)
         if how == "sleep":
             time.sleep(2.2)
+        if how == "wait":
+            time.sleep(3600)
         if how == "abort":
             os.abort()
         if how == "stop":
