@@ -80,7 +80,7 @@ def happened(status: Mapping[str, Any], step: str) -> datetime | None:
     """When the operator did a step, by its own word: the window is told of when it is over, all at once."""
     quiesce = status.get("quiesce", {})
     told = {
-        "Quiesced": quiesce.get("frozenTime"),
+        "Quiesced": quiesce.get("frozenTime") or status.get("creationTime"),  # nothing was asked of it: it was cut
         "VolumesSnapshotted": status.get("creationTime"),
         "Unquiesced": quiesce.get("thawedTime"),
     }.get(step)
