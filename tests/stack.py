@@ -360,6 +360,11 @@ class Stack:
         """All objects of a resource."""
         return self.lab.api.items(api.path(resource))
 
+    def events(self, name: str, reason: str, namespace: str = TENANT) -> list[dict[str, Any]]:
+        """The events about an object with this reason; those about cluster-scoped ones are in `default`."""
+        found = self.lab.api.items(f"/apis/events.k8s.io/v1/namespaces/{namespace}/events")
+        return [e for e in found if e["regarding"]["name"] == name and e["reason"] == reason]
+
     def wait(
         self,
         name: str,

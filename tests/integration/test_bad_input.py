@@ -40,12 +40,6 @@ def _nothing_is_left(lab: Lab) -> Iterator[None]:
     )
 
 
-def _events(lab: Lab, name: str, reason: str) -> list[dict[str, Any]]:
-    """The events about a VMSnapshot with this reason."""
-    found = json.loads(lab.kubectl("-n", "team-a", "get", "events.events.k8s.io", "-o", "json"))["items"]
-    return [e for e in found if e["regarding"]["name"] == name and e["reason"] == reason]
-
-
 # --- who and where ----------------------------------------------------------------------------------------------------
 
 
@@ -53,8 +47,8 @@ def test_unknown_hypervisor(stack: Stack, lab: Lab, vmsnapshot: Callable[..., st
     name = vmsnapshot("nohost", source={"hypervisorName": "nowhere", "domain": "demo"})
     message = refused(stack, name, "HypervisorNotFound")
     assert "nowhere" in message
-    until("an event says so", lambda: bool(_events(lab, name, "HypervisorNotFound")))
-    assert [(e["type"], e["note"]) for e in _events(lab, name, "HypervisorNotFound")] == [("Warning", message)]
+    until("an event says so", lambda: bool(stack.events(name, "HypervisorNotFound")))
+    assert [(e["type"], e["note"]) for e in stack.events(name, "HypervisorNotFound")] == [("Warning", message)]
 
 
 def test_a_domain_that_is_not_there_and_one_that_is_forbidden_look_the_same(
@@ -267,7 +261,7 @@ def test_a_freeze_that_fails_is_thawed_and_then_by_policy(
         assert prefer["consistency"] == "Crash"
         assert prefer["quiesce"]["method"] == "Pause"
         assert "frozen" in prefer["quiesce"]["reason"]
-        warnings = [e["note"] for e in _events(lab, name, "FreezeFailed") if e["type"] == "Warning"]
+        warnings = [e["note"] for e in stack.events(name, "FreezeFailed") if e["type"] == "Warning"]
         assert len(warnings) == 1
         assert "goes on with Pause" in warnings[0]
     finally:

@@ -292,7 +292,7 @@ async def test_one_that_is_kept_while_the_vm_runs_on_it_stays_visible(
         stack.start_operator()
         until("it is told again", lambda: 'vmsnapshot_kept_overlays{hypervisor="lab"} 1.0' in stack.http("/metrics")[1])
         assert kept() == [entry], "since when and why, as before"
-        assert any(overlay in e["note"] for e in stack.all("events.events.k8s.io") if e["reason"] == "OverlayKept")
+        assert any(overlay in e["note"] for e in stack.events("lab", "OverlayKept", "default"))
     stack.programs.pop("operator").stop()
     stack.start_operator()
     until("it is forgotten", lambda: not kept())
