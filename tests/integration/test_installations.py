@@ -109,7 +109,9 @@ def test_what_a_killed_one_left_is_not_the_others_to_clean_up(stack: Stack, othe
     while not journals():
         assert time.monotonic() < end, "the window was not reached"
     for program in ("guardian", "operator"):
-        other.programs[program].kill()
+        other.programs[program].process.kill()  # both at once: the window is over soon
+    for program in ("guardian", "operator"):
+        other.programs[program].process.wait()
     assert journals(), "it was killed while its journal was there"
     left = held(stack.lab, prefix(other))
     try:
