@@ -60,7 +60,7 @@ class Toy:
             # Inside of C and deaf to Python: signals that Python would handle do not interrupt it.
             ctypes.PyDLL(None).sleep(3600)
         if how == "sleep":
-            time.sleep(2.2)
+            time.sleep(1.2)
         if how == "wait":
             time.sleep(3600)
         if how == "abort":
