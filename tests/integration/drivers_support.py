@@ -23,6 +23,7 @@ from vmsnapshot_operator.drivers import probes
 from vmsnapshot_operator.drivers.ceph_cluster import binding
 from vmsnapshot_operator.drivers.ceph_snapshots import snapshot_id
 from vmsnapshot_operator.drivers.host import DriverHost
+from vmsnapshot_operator.errors import DriverError
 
 LONG = 60.0  # seconds: a guard, never reached
 SIZE = 12 << 20  # bytes: three objects of an RBD image
@@ -52,6 +53,16 @@ async def watch(driver: Any, call: Callable[..., Any], *arguments: Any) -> list[
         await asyncio.sleep(0.002)
     await work
     return seen
+
+
+async def delete(host: DriverHost, name: str) -> None:
+    """Delete as the workflow does: again for as long as it is worth it."""
+    async with asyncio.timeout(LONG):
+        while True:
+            try:
+                return await host.delete(name, timeout=LONG)
+            except DriverError as error:
+                assert error.retryable, error  # noqa: PT017 - something is still being made
 
 
 class Storage(Protocol):

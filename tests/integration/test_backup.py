@@ -19,7 +19,7 @@ from tests.lab.guests import Guest
 from tests.stack import Stack, conditions, until
 
 BIG = {
-    "vda": GuestDisk(kind="file", size_mib=512),
+    "vda": GuestDisk(kind="file", size_mib=1024),
     "vdb": GuestDisk(kind="file", pool="plain"),
     "vdc": GuestDisk(kind="rbd"),
 }
@@ -54,9 +54,12 @@ def classes(lab: Lab, stack: Stack) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def backed(lab: Lab) -> Iterator[Guest]:
-    """A guest with two files and an image on Ceph; the first file holds enough to take a while."""
+    """A guest with two files and an image on Ceph; the first holds enough that the brake is pressed before it is copied.
+
+    A copy has made some 200 MB by then, where nothing else is at work.
+    """
     made = lab.guest("demo-backed", BIG, memory_mib=96)
-    made.control(["sh", "-c", "dd if=/dev/urandom of=/mnt/vda/much bs=1M count=200 && sync"], timeout=120)
+    made.control(["sh", "-c", "dd if=/dev/urandom of=/mnt/vda/much bs=1M count=640 && sync"], timeout=120)
     yield made
     made.remove()
 

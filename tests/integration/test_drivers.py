@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Coroutine, Iterator
 
 import pytest
 
-from tests.integration.drivers_support import LONG, CephStorage, LibvirtStorage, Storage, order
+from tests.integration.drivers_support import LONG, CephStorage, LibvirtStorage, Storage, delete, order
 from tests.lab import Lab
 from tests.stack import until
 from vmsnapshot_operator.core import names
@@ -426,16 +426,6 @@ async def kill_after(call: Coroutine[object, object, object], milliseconds: int)
     await asyncio.sleep(milliseconds / 1000)
     task.cancel()
     await asyncio.wait([task])
-
-
-async def delete(host: DriverHost, name: str) -> None:
-    """Delete as the workflow does: again for as long as it is worth it."""
-    async with asyncio.timeout(LONG):
-        while True:
-            try:
-                return await host.delete(name, timeout=LONG)
-            except DriverError as error:
-                assert error.retryable, error  # noqa: PT017 - something is still being made
 
 
 async def test_an_unknown_volume_does_not_fit(storage: Storage, host: DriverHost) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 
-from tests.integration.drivers_support import LONG, CephStorage, order, watch
+from tests.integration.drivers_support import LONG, CephStorage, delete, order, watch
 from tests.lab import Lab
 from tests.stack import until
 from vmsnapshot_operator.core.driver import CutResult, SnapshotRequest
@@ -525,3 +525,40 @@ def in_sight(storage: CephStorage, volume: Volume) -> bool:
 def blocked(storage: CephStorage) -> set[str]:
     with storage.lab.ceph.connect() as (cluster, _):
         return {*cluster.mon_command('{"prefix": "osd blocklist ls"}', b"")[1].decode().splitlines()}
+
+
+@pytest.mark.parametrize("how", ["listed alone", "not listed yet", "renamed by half"])
+async def test_names_that_a_killed_clone_left_are_completed_and_deleted(
+    storage: CephStorage, host: DriverHost, how: str
+) -> None:
+    """An image is made and renamed in steps; here its maker was killed between two of them."""
+    images = [storage.volume(b"1"), storage.volume(b"2")]
+    cut = await take(host, order(*images))
+    before = storage.held()
+    for is_completed in (True, False):
+        if how == "not listed yet" and not is_completed:
+            continue  # nothing says its name any more: an object of 16 bytes stays
+        name = order(*images).name
+        made = await host.clone(cut, name, timeout=LONG)
+        with storage.pool() as (rbd, io):
+            target = made[images[0].id].source.rpartition("/")[2]
+            partial = f"{target}.partial"
+            rbd.RBD().rename(io, target, partial)
+            leads = io.read(f"rbd_id.{partial}")
+            if how == "renamed by half":
+                io.write_full(f"rbd_id.{target}", leads)
+            else:
+                image = leads[4:].decode()
+                if how == "not listed yet":
+                    rbd.RBD().remove(io, partial)
+                    io.write_full(f"rbd_id.{partial}", leads)
+                else:
+                    for part in ("rbd_header", "rbd_object_map"):
+                        io.remove_object(f"{part}.{image}")
+        if is_completed:
+            made = await host.clone(cut, name, timeout=LONG)
+            assert [storage.whole(made[i.id])[:1] for i in images] == [b"1", b"2"]
+        await delete(host, name)
+        assert storage.held() == before
+        with storage.pool() as (_, io):
+            assert [o.key for o in io.list_objects() if target in o.key] == []

@@ -7,6 +7,10 @@ Facts it rests on, seen on Ceph 16.2:
   until the last clone is gone or flattened; until then the image itself cannot be removed, only moved to the trash.
 - The part of a group snapshot cannot be cloned, nor one image of it be rolled back alone: its content is copied. Newer bindings
   take the id of a part for a clone; they are asked first.
+- An image is made and renamed in steps: an object `rbd_id.<name>` leads to it, then the name is listed, then it can be opened.
+  Who is killed in between leaves a listed name that every `open` says does not exist, which `remove` takes away; or the object
+  of a name that is not listed, which neither `create` nor `rename` pass, and which `remove` would follow to the image. Should
+  an image that was not even listed be deleted instead of completed, that object (16 bytes) stays: nothing tells its name.
 - The watch of a client that was killed stays for the OSDs' watch timeout (30 s by default). Hence the record `N.c-<address>`:
   who is recorded and is not us is dead, and is fenced off instead of being taken for a user of the image.
 
@@ -20,12 +24,13 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from vmsnapshot_operator.drivers import ceph_copies, ceph_snapshots
+from vmsnapshot_operator.drivers.ceph_cluster import binding
 from vmsnapshot_operator.errors import AlreadyCutError, DriverError
 
 _NEW, _PARTIAL, _CLONING = ".new", ".partial", ".cloning"
@@ -116,10 +121,9 @@ def clone(rbd: Any, io: Any, targets: Mapping[str, Source], fence: Callable[[Any
     copied = {}
     for target, source in targets.items():
         cloning = f"{target}{_CLONING}"
+        _forget(io, target, existing)
         if cloning in existing:  # who was at it was killed: it may have no parent yet, and so no content
-            with rbd.Image(io, cloning, read_only=True) as image:
-                fence(image)
-            rbd.RBD().remove(io, cloning)
+            _remove(rbd, io, cloning, fence)
         if target in existing:
             continue
         if f"{target}{_PARTIAL}" in existing or not _cloned(rbd, io, source, cloning):
@@ -130,6 +134,9 @@ def clone(rbd: Any, io: Any, targets: Mapping[str, Source], fence: Callable[[Any
     for target, source in copied.items():
         partial = f"{target}{_PARTIAL}"
         with opened_at(rbd, io, source) as snapshot:
+            if partial in existing and not _is_made(rbd, io, partial):
+                _remove(rbd, io, partial, fence)
+                existing.remove(partial)
             if partial not in existing:
                 features, order = snapshot.features() & _FEATURES, snapshot.stat()["order"]
                 rbd.RBD().create(io, partial, snapshot.size(), order=order, features=features, old_format=False)
@@ -137,6 +144,30 @@ def clone(rbd: Any, io: Any, targets: Mapping[str, Source], fence: Callable[[Any
                 fence(image)
                 ceph_copies.complete(snapshot, image, work.step)
         rbd.RBD().rename(io, partial, target)
+
+
+def _is_made(rbd: Any, io: Any, image: str) -> bool:
+    """Return False for an image that is listed and no more: who made it was killed."""
+    try:
+        with rbd.Image(io, image, read_only=True):
+            return True
+    except rbd.ImageNotFound:
+        return False
+
+
+def _remove(rbd: Any, io: Any, image: str, fence: Callable[[Any], None]) -> None:
+    """Remove a listed image, also one that was only begun; no error if it is gone."""
+    with contextlib.suppress(rbd.ImageNotFound), rbd.Image(io, image, read_only=True) as opened:
+        fence(opened)
+    with contextlib.suppress(rbd.ImageNotFound):
+        rbd.RBD().remove(io, image)
+
+
+def _forget(io: Any, target: str, listed: Iterable[str]) -> None:
+    """Take away what leads from the names of a clone to images, where a name is not listed; no image is touched."""
+    for name in {target, f"{target}{_CLONING}", f"{target}{_PARTIAL}"}.difference(listed):
+        with contextlib.suppress(binding("rados").ObjectNotFound):
+            io.remove_object(f"rbd_id.{name}")
 
 
 def _bytes_in(rbd: Any, io: Any, sources: Sequence[Source]) -> int:
@@ -170,16 +201,11 @@ def delete_clones(rbd: Any, io: Any, name: str, fence: Callable[[Any], None]) ->
     if f"{name}{_NEW}" not in rbd.RBD().group_list(io):
         return
     ours = re.compile(rf"{re.escape(name)}-[a-z2-7]{{8}}({re.escape(_PARTIAL)}|{re.escape(_CLONING)})?")
-    left = []
-    for image in rbd.RBD().list(io):
-        if not ours.fullmatch(image):
-            continue
+    left, listed = [], rbd.RBD().list(io)
+    for image in filter(ours.fullmatch, listed):
+        _forget(io, image.removesuffix(_PARTIAL).removesuffix(_CLONING), listed)
         try:
-            with rbd.Image(io, image, read_only=True) as opened:
-                fence(opened)
-            rbd.RBD().remove(io, image)
-        except rbd.ImageNotFound:
-            continue
+            _remove(rbd, io, image, fence)
         except rbd.Error as error:  # told below; the other images go all the same
             left.append(f"{image}: {error}")
     if left:
