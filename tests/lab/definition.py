@@ -13,8 +13,8 @@ from tests.lab.ceph import POOL
 from tests.lab.hypervisor import SECRET
 
 AGENT, OWN = "org.qemu.guest_agent.0", "org.vmsnapshot.lab.0"
-WRITER_MICROSECONDS = 20_000
-"""Pause of the writer between two rounds: an emulated guest that writes faster takes half of a processor from all others."""
+WRITER_MICROSECONDS = 50_000
+"""Pause of the writer between two rounds: an emulated guest that writes faster takes much of a processor from all others."""
 
 _FIELDS = ("console=ttyS0", "quiet", "panic=-1", "mitigations=off", "nokaslr", "no_timer_check")
 

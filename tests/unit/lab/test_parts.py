@@ -112,7 +112,7 @@ def test_a_stub_boots_nothing_and_has_no_agent() -> None:
 
 
 def test_what_the_guest_reads_on_its_command_line() -> None:
-    assert "writer_us=20000" in spec().command_line()
+    assert "writer_us=50000" in spec().command_line()
     assert "writer_us" not in spec(writer=False).command_line()
     assert "hook=off" in spec(hook=False).command_line()
 
