@@ -65,9 +65,10 @@ def main(
             results.append(result, seed, BUILD / "chaos.jsonl")
             results.write(suite.results, seed, BUILD / "chaos.json")
             for finding in result.findings:
-                bar.console.print(f"[red]✘ {result.case}: {finding.kind}: {finding.subject}: {finding.what}[/red]")
+                said = f"✘ {result.case}: {finding.kind}: {finding.subject}: {finding.what}"
+                bar.console.print(said, style="red", markup=False, soft_wrap=True)
                 if not result.case.endswith("@fleet"):
-                    bar.console.print(f"  replay: make chaos SEED={seed} CASE={result.case}", markup=False)
+                    bar.console.print(f"  replay: make chaos SEED={seed} CASE={result.case}", markup=False, soft_wrap=True)
             if result.reached:
                 bar.advance(task)
             if not console.is_terminal:
