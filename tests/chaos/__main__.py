@@ -68,7 +68,9 @@ def main(
                 said = f"✘ {result.case}: {finding.kind}: {finding.subject}: {finding.what}"
                 bar.console.print(said, style="red", markup=False, soft_wrap=True)
                 if not result.case.endswith("@fleet"):
-                    bar.console.print(f"  replay: make chaos SEED={seed} CASE={result.case}", markup=False, soft_wrap=True)
+                    bar.console.print(
+                        f"  replay: make chaos SEED={seed} CASE={result.case}", markup=False, soft_wrap=True
+                    )
             if result.reached:
                 bar.advance(task)
             if not console.is_terminal:
