@@ -126,6 +126,35 @@ async def test_the_holder_is_stopped(
 
 
 @both
+async def test_an_order_of_a_dead_holder_that_comes_when_its_journal_is_removed_is_undone(
+    hypervisor: Hypervisor, ref: Ref, guest: Guest, guardian: Guardian, hold: Hold, method: str
+) -> None:
+    """libvirtd had it in its line; an operator that was started meanwhile has found the VM free and removed the journal."""
+    held = journal(method)
+    hold(held).signal(signal.SIGKILL)
+    await eventually("it is freed", lambda: _said(guardian, "released", held))
+    await hypervisor.clear_journal(ref, held.nonce)
+    if method == "Pause":
+        guest.domain().suspend()
+    else:
+        assert guest.agent("guest-fsfreeze-freeze") == len(TWO_DISKS)
+    await eventually("it is free again", lambda: is_state(hypervisor, ref, FREE[method]))
+
+
+@both
+async def test_a_window_of_another_attempt_is_not_disturbed_by_who_looks_on(
+    hypervisor: Hypervisor, ref: Ref, guardian: Guardian, hold: Hold, method: str
+) -> None:
+    first, second = journal(method), journal(method)
+    hold(first).signal(signal.SIGKILL)
+    await eventually("it is freed", lambda: _said(guardian, "released", first))
+    await hypervisor.clear_journal(ref, first.nonce)
+    hold(second)
+    await asyncio.sleep(3.0)
+    assert await is_state(hypervisor, ref, HELD[method])
+
+
+@both
 async def test_holder_stopped_and_guardian_killed_and_restarted(
     hypervisor: Hypervisor, ref: Ref, guardian: Guardian, hold: Hold, method: str
 ) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import enum
 import json
 import socket
+from collections.abc import Callable
+from functools import partial
 from urllib.parse import urlsplit
 
 import libvirt
@@ -72,8 +74,8 @@ def attempt(uri: str, domain: str, method: str, nonce: str, *, again: bool, arme
     """Free the VM once, on a connection of its own. Raises libvirtError, OSError.
 
     `again`: it was free already, look whether it still is. `armed`: its holder asked for it, so it is freed also if its journal
-    cannot be read any more; a VM whose journal was only seen is not touched then. `gone`: also if it is there no more; but one
-    that was paused is resumed only with its journal: without one nothing says that it was us.
+    cannot be read any more; a VM whose journal was only seen is not touched then. `gone`: also if it is there no more, as long as
+    an order of its holder may come; one that was paused only `again`: whoever removed the journal before saw it run.
     """
     reach(uri)
     connection = connect(uri)
@@ -86,12 +88,13 @@ def attempt(uri: str, domain: str, method: str, nonce: str, *, again: bool, arme
             raise
         if not found.isActive():
             return Outcome.ELSEWHERE
-        if not _ours(found, nonce, unreadable=armed, gone=gone and method != "Pause"):
+        ours = partial(_ours, found, nonce, unreadable=armed, gone=gone and (again or method != "Pause"))
+        if not ours():
             return Outcome.OVER
         if method == "Pause":
             return _resume(found)
         # Any other method may have frozen the guest; thawing one that is not frozen does nothing.
-        return _thaw(found, again=again)
+        return _thaw(found, ours if again else None)
     finally:
         connection.close()
 
@@ -112,9 +115,10 @@ def _resume(domain: libvirt.virDomain) -> Outcome:
     return Outcome.FREE
 
 
-def _thaw(domain: libvirt.virDomain, *, again: bool) -> Outcome:
+def _thaw(domain: libvirt.virDomain, ours: Callable[[], bool] | None) -> Outcome:
+    """`ours`: given if it was free already: whether it is for us to free one that is frozen now; another one may hold it by then."""
     domain.agentSetResponseTimeout(AGENT_SECONDS, 0)
-    if again and _status(domain) == "thawed":
+    if ours is not None and (_status(domain) == "thawed" or not ours()):
         return Outcome.FREE
     try:
         domain.fsThaw(None, 0)

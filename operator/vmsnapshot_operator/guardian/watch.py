@@ -27,8 +27,8 @@ TURN_SECONDS = 1.0
 ATTEMPT_SECONDS = 20.0
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 1.0
 SETTLE_SECONDS = 35.0
-"""How long a VM that was freed is looked at again: libvirtd keeps a freeze of a holder that died in line for up to 30 s, and
-carries it out then."""
+"""How long a VM that was freed is looked at again, its journal gone or not: libvirtd keeps the order of a holder that died in line
+for up to 30 s (`QEMU_JOB_WAIT_TIME` of libvirt 9.0), and carries it out then."""
 
 WATCHFUL_SECONDS = 10.0
 """How often it is looked at after that, as long as its journal is there: whoever wrote it may have been stopped, not dead."""
@@ -222,13 +222,15 @@ class Watch:
         return TURN_SECONDS if next_ is None else min(TURN_SECONDS, max(0.01, next_ - self._clock()))
 
     def _release(self, held: Held, why: str) -> None:
-        """Try until it is free, then look whether it stays so, for as long as its journal is there."""
+        """Try until it is free, then look whether it stays so: for as long as its journal is there, or an order of its holder may come."""
         facts = {"domain": held.domain, "nonce": held.journal.nonce}
         say("releasing", method=held.journal.method, why=why, **facts)
         attempts, tries = Attempts(), 0
         while not held.over.is_set():
             tries += 1
-            outcome = self._in_turn(held, attempts, tries, again=False)
+            # Somebody else (`thaw`, say) may have removed its journal before a freeze that was under way came.
+            gone = held.armed and self._clock() < held.until + SETTLE_SECONDS
+            outcome = self._in_turn(held, attempts, tries, again=False, gone=gone)
             if outcome is Outcome.ELSEWHERE:
                 self._lose(held)
                 say("not found", tries=tries, outcome=outcome.value, **facts)
@@ -240,16 +242,19 @@ class Watch:
             held.over.wait(min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** min(tries, 8)))
         end, tries = time.monotonic() + SETTLE_SECONDS, 0
         while True:
+            settling = time.monotonic() < end
             # One that is held again, or of which nobody can say that it is not, is looked at without delay.
-            time.sleep(LONGEST_PAUSE if tries or time.monotonic() < end else WATCHFUL_SECONDS)
+            time.sleep(LONGEST_PAUSE if tries or settling else WATCHFUL_SECONDS)
             tries += 1
-            outcome = self._in_turn(held, attempts, tries, again=True)
-            if outcome is Outcome.OVER:
+            # An operator that was started again may have found it free and removed the journal: that keeps no order from coming.
+            may_come = held.armed and settling
+            outcome = self._in_turn(held, attempts, tries, again=True, gone=may_come)
+            if outcome is Outcome.OVER and not may_come:
                 return
             if outcome is Outcome.ELSEWHERE:
                 self._lose(held)
                 return
-            if outcome is Outcome.FREE:
+            if outcome is not Outcome.HELD:
                 tries = 0
 
     def _lose(self, held: Held) -> None:
@@ -258,18 +263,16 @@ class Watch:
             held.lost, held.releasing = self._clock(), False
             held.over.set()
 
-    def _in_turn(self, held: Held, attempts: Attempts, tries: int, *, again: bool) -> Outcome:
+    def _in_turn(self, held: Held, attempts: Attempts, tries: int, *, again: bool, gone: bool) -> Outcome:
         """Try; after many tries in vain only when it is its turn."""
         if tries <= HOPELESS_TRIES:
-            return self._try(held, attempts, again=again)
+            return self._try(held, attempts, again=again, gone=gone)
         with self._hopeless[again]:
-            return self._try(held, attempts, again=again)
+            return self._try(held, attempts, again=again, gone=gone)
 
-    def _try(self, held: Held, attempts: Attempts, *, again: bool) -> Outcome:
+    def _try(self, held: Held, attempts: Attempts, *, again: bool, gone: bool) -> Outcome:
         """Try where the VM was last seen, then on all the others: it may have migrated. Says every failure once, raises none."""
         silent = False
-        # Somebody else (`thaw`, say) may have removed its journal before a freeze that was under way came.
-        gone = held.armed and not again and self._clock() < held.until + SETTLE_SECONDS
         domain, method, nonce = held.domain, held.journal.method, held.journal.nonce
         for uri in dict.fromkeys((held.uri, *self.followed())):
             try:

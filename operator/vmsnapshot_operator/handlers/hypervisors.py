@@ -262,7 +262,7 @@ class Hypervisors:
                 await world.events.emit(body, "Warning", reason, f"domain {ref.name}: {why}; {error.message}")
                 return
             if world.guardian is not None:
-                await world.guardian.disarm(journal.nonce)
+                await world.guardian.disarm(journal.nonce, late=client.order_may_come(ref))
             self._freed.add(key)
             world.metrics.swept(hypervisor=name)
             log.warning("hypervisor %s: domain %s was %s; freed", name, ref.name, why)

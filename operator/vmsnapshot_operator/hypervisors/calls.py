@@ -72,6 +72,12 @@ def sanitised(text: str) -> str:
     return " ".join(plain.split())[:TEXT_LIMIT]
 
 
+def is_unreachable(error: libvirt.libvirtError) -> bool:
+    """Whether nobody answered: what was asked may have been done, or be done later."""
+    # A client whose connection broke says "internal error", and only the error's domain tells that it is the connection.
+    return error.get_error_code() in _UNREACHABLE or error.get_error_domain() == libvirt.VIR_FROM_RPC
+
+
 def translate(error: libvirt.libvirtError, what: str) -> HypervisorError:
     """Turn libvirt's error into ours."""
     code = error.get_error_code()
@@ -80,8 +86,7 @@ def translate(error: libvirt.libvirtError, what: str) -> HypervisorError:
         return DomainGoneError(text)
     if code in _AGENT:
         return AgentError(text)
-    # A client whose connection broke says "internal error", and only the error's domain tells that it is the connection.
-    if code in _UNREACHABLE or error.get_error_domain() == libvirt.VIR_FROM_RPC:
+    if is_unreachable(error):
         return HypervisorUnreachableError(text)
     return HypervisorError(text, retryable=code in _RETRYABLE)
 

@@ -232,6 +232,10 @@ class Hypervisor:
         await made.open()
         return made
 
+    def order_may_come(self, ref: Ref) -> bool:
+        """Whether libvirtd may still carry out an order of ours to hold this VM: the connection broke before it was answered."""
+        return self._outstanding.lost(ref.uuid)
+
     def overlays(self, ref: Ref) -> Overlays:
         """The overlays of a domain."""
         return Overlays(self, ref)

@@ -81,8 +81,12 @@ class GuardianLink:
         self._armed[nonce] = armed
         armed.keeper = asyncio.create_task(self._keep(armed), name=f"guardian of {domain}")
 
-    async def disarm(self, nonce: str) -> None:
-        """Tell that the VM is free. Never raises: a guardian that misses it thaws a thawed guest, which harms nobody."""
+    async def disarm(self, nonce: str, *, late: bool = False) -> None:
+        """Tell that the VM is free. Never raises: a guardian that misses it thaws a thawed guest, which harms nobody.
+
+        `late`: an order of ours may still come and hold it. Then the guardian is left as if we had died: it frees the VM itself, and
+        goes on looking for as long as such an order can come.
+        """
         armed = self._armed.pop(nonce, None)
         if armed is None:
             return
@@ -91,7 +95,8 @@ class GuardianLink:
             log.warning("the guardian went away, so it was not told that the VM is free")
             return
         try:
-            await self._ask(armed.talk, {"op": "disarm", "nonce": nonce})
+            if not late:
+                await self._ask(armed.talk, {"op": "disarm", "nonce": nonce})
         except GuardianError as error:
             log.warning("the guardian was not told that the VM is free: %s", error.message)
         finally:

@@ -25,7 +25,7 @@ from vmsnapshot_operator.errors import (
     NotPermittedError,
 )
 from vmsnapshot_operator.hypervisors import agent, backups, description, domain_xml, journals, overlays
-from vmsnapshot_operator.hypervisors.calls import Calls
+from vmsnapshot_operator.hypervisors.calls import Calls, is_unreachable
 
 ACT_TIMEOUT = Seconds(10.0)
 GRACE = Seconds(2.0)
@@ -85,20 +85,28 @@ class Handles(NamedTuple):
 class Outstanding:
     """Calls that hold a VM and have not returned: as long as there is one, no answer says that the VM is free for good.
 
-    Kept per domain and beyond the window that made them: a freeze that was left behind may still be executed later.
+    Kept per domain and beyond the window that made them: a freeze that was left behind may still be executed later. One whose
+    connection broke has returned, and libvirtd may have it in its line all the same: it hung, or the network was away.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._counts: dict[str, int] = {}
+        self._lost: set[str] = set()
 
     @contextmanager
     def holding(self, uuid: str) -> Iterator[None]:
         """Count a call while it is under way; used in its thread."""
         with self._lock:
             self._counts[uuid] = self._counts.get(uuid, 0) + 1
+            self._lost.discard(uuid)
         try:
             yield
+        except libvirt.libvirtError as error:
+            if is_unreachable(error):
+                with self._lock:
+                    self._lost.add(uuid)
+            raise
         finally:
             with self._lock:
                 self._counts[uuid] -= 1
@@ -108,6 +116,10 @@ class Outstanding:
     def any(self, uuid: str) -> bool:
         """Whether one is under way."""
         return uuid in self._counts
+
+    def lost(self, uuid: str) -> bool:
+        """Whether the last one lost its connection before it was answered."""
+        return uuid in self._lost
 
 
 class DomainWindow:

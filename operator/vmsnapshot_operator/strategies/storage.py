@@ -121,18 +121,19 @@ class StorageStrategy:
         return self._world.memory(seen.request.uid)
 
     async def _recover(self, journal: Journal, seen: Observation) -> None:
-        memory = self._memory(seen)
+        memory, late = self._memory(seen), False
         await memory.drop_prepared()
         try:
             client, ref = await locate(self._world, seen.request, seen.record)
             await release(client, ref, journal)
+            late = client.order_may_come(ref)
         except DomainGoneError:
             log.info("domain of snapshot %s is gone: nothing is left to free", seen.request.uid)
         except SnapshotError:
             await asyncio.sleep(RECOVER_PAUSE)  # what fails at once is tried again without end, but not without rest
             raise
         if self._world.guardian is not None:
-            await self._world.guardian.disarm(journal.nonce)
+            await self._world.guardian.disarm(journal.nonce, late=late)
         if memory.outcome is not None and not memory.outcome.free:
             memory.outcome = _freed(memory.outcome)
             self._measure_hold(memory.outcome.evidence, seen)

@@ -238,7 +238,7 @@ def _guardian(world: World) -> GuardianLink:
 
 async def _unhold(guardian: GuardianLink, journal: Journal, ref: Ref, client: Hypervisor, *, rest: bool) -> None:
     async with step(Step.WINDOW_DISARM, journal.owner_uid):
-        await guardian.disarm(journal.nonce)
+        await guardian.disarm(journal.nonce, late=client.order_may_come(ref))
     if rest:
         return  # the journal tells what is left to be done
     try:

@@ -106,15 +106,37 @@ def test_one_that_was_freed_and_then_migrates_is_freed_again_where_it_is_seen(wo
     ("armed", "late", "gone"), [(True, 0.0, True), (False, 0.0, False), (True, 30.0 + watch.SETTLE_SECONDS, False)]
 )
 def test_one_whose_journal_is_gone_is_freed_if_its_holder_asked_as_long_as_its_freeze_may_come(
-    world: World, armed: bool, late: float, gone: bool
+    world: World, monkeypatch: pytest.MonkeyPatch, armed: bool, late: float, gone: bool
 ) -> None:
+    monkeypatch.setattr(watch, "SETTLE_SECONDS", 0.0)
     world.where = "a"
     made = Watch(clock=lambda: world.now)
     made._see("a", "vm", JOURNAL, armed=armed)
     world.now += late
+    monkeypatch.setattr(watch, "WATCHFUL_SECONDS", 0.0)
     made.release("n", "the process that armed it is gone")
     eventually(lambda: len(world.gone) == 2)
     assert world.gone == [gone, False], "and once only"
+
+
+@pytest.mark.parametrize("armed", [True, False])
+def test_one_that_was_freed_is_looked_at_without_its_journal_as_long_as_an_order_of_its_holder_may_come(
+    world: World, monkeypatch: pytest.MonkeyPatch, armed: bool
+) -> None:
+    """The operator is started again, finds the VM free and removes the journal; then libvirtd carries out what was in its line."""
+    monkeypatch.setattr(watch, "SETTLE_SECONDS", 1.0)
+    monkeypatch.setattr(watch, "WATCHFUL_SECONDS", 0.0)
+    world.where, world.again = "a", [Outcome.OVER] * 3 + [Outcome.FREE]
+    made = Watch(clock=lambda: world.now)
+    made._see("a", "vm", JOURNAL, armed=armed)
+    made.release("n", "the process that armed it is gone")
+    eventually(lambda: not [t for t in threading.enumerate() if t.name.startswith("free ")])
+    if armed:
+        assert world.again == [], "it was looked at on"
+        assert world.gone[1:5] == [True] * 4
+        assert world.gone[-1] is False, "and no longer than that"
+    else:
+        assert len(world.again) == 3, "it was not ours to look at without its journal"
 
 
 def test_one_that_is_held_waits_for_no_turn_of_those_that_were_free_once(

@@ -159,23 +159,40 @@ def test_what_was_seen_and_then_armed_is_kept(clock: Clock, monkeypatch: pytest.
     assert watch.due() == []
 
 
+@pytest.mark.parametrize("again", [True, False])
 @pytest.mark.parametrize("gone", [True, False])
 @pytest.mark.parametrize("method", ["GuestAgent", "Pause"])
 @pytest.mark.parametrize("found", [None, journal()], ids=["gone", "another"])
 def test_a_vm_without_this_journal_is_not_touched_but_a_guest_may_be_thawed(
-    monkeypatch: pytest.MonkeyPatch, found: Journal | None, method: str, gone: bool
+    monkeypatch: pytest.MonkeyPatch, found: Journal | None, method: str, gone: bool, again: bool
 ) -> None:
-    """`thaw` by hand removes the journal of a window that is open: its freeze may come after that, and its holder die."""
+    """`thaw` by hand removes the journal of a window that is open: its freeze may come after that, and its holder die.
+
+    One that was free already may be paused only by the order of a holder that died, as long as that may come.
+    """
     shown(monkeypatch, found)
-    monkeypatch.setattr(release, "_thaw", lambda _domain, *, again: Outcome.FREE)
-    touched = found is None and gone and method == "GuestAgent"
-    outcome = release.attempt(HERE, VM, method, journal().nonce, again=False, armed=True, gone=gone)
+    monkeypatch.setattr(release, "_resume", lambda _domain: Outcome.FREE)
+    monkeypatch.setattr(release, "_thaw", lambda _domain, _ours: Outcome.FREE)
+    touched = found is None and gone and (again or method == "GuestAgent")
+    outcome = release.attempt(HERE, VM, method, journal().nonce, again=again, armed=True, gone=gone)
     assert outcome is (Outcome.FREE if touched else Outcome.OVER)
+
+
+@pytest.mark.parametrize("theirs", [True, False])
+def test_one_that_another_window_holds_by_now_is_not_thawed(monkeypatch: pytest.MonkeyPatch, theirs: bool) -> None:
+    """It is frozen when it is looked at again: by a late order, or by the window of another attempt that has just begun."""
+    thawed: list[str] = []
+    frozen = SimpleNamespace(
+        agentSetResponseTimeout=lambda *_: None, fsThaw=lambda *_: thawed.append("thaw"), UUIDString=lambda: VM
+    )
+    monkeypatch.setattr(release, "_status", lambda _domain: "thawed" if thawed else "frozen")
+    assert release._thaw(frozen, lambda: not theirs) is Outcome.FREE
+    assert bool(thawed) is not theirs
 
 
 def test_a_journal_that_cannot_be_read_is_obeyed_only_if_its_holder_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     shown(monkeypatch, journals.UnreadableJournalError("of version 9"))
-    monkeypatch.setattr(release, "_thaw", lambda _domain, *, again: Outcome.FREE)
+    monkeypatch.setattr(release, "_thaw", lambda _domain, _ours: Outcome.FREE)
     assert (
         release.attempt(HERE, VM, "GuestAgent", journal().nonce, again=False, armed=False, gone=False) is Outcome.OVER
     )

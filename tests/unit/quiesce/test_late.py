@@ -162,3 +162,23 @@ async def test_what_libvirt_holds_for_a_job_is_waited_for(pauses: Pauses) -> Non
     await PauseQuiescer(Context(hypervisor=as_any(FakeHypervisor(domain)), ref=REF)).let_go(OURS)
     assert len(pauses) == 3
     assert domain.calls == ["resume"]
+
+
+@pytest.mark.parametrize(("code", "may_come"), [(libvirt.VIR_ERR_RPC, True), (libvirt.VIR_ERR_OPERATION_FAILED, False)])
+async def test_an_order_whose_connection_broke_may_still_come_and_one_that_was_refused_may_not(
+    code: int, may_come: bool
+) -> None:
+    """libvirtd hangs, the connection is given up; when it goes on, it may carry out what it had in its line by then."""
+
+    def broken() -> None:
+        raise error(code)
+
+    domain = FakeDomain(journal=OURS, before={"freeze": broken})
+    hypervisor = FakeHypervisor(domain)
+    with pytest.raises(QuiesceError) as caught:
+        async with GuestAgentQuiescer(Context(hypervisor=as_any(hypervisor), ref=REF)).still(OURS):
+            pass
+    assert caught.value.free
+    assert hypervisor.outstanding.lost(REF.uuid) is may_come
+    async with GuestAgentQuiescer(Context(hypervisor=as_any(hypervisor), ref=REF)).still(THEIRS):
+        assert not hypervisor.outstanding.lost(REF.uuid), "it is an order of the next window that counts then"

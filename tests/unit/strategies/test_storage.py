@@ -263,10 +263,13 @@ def held(*, free: bool, stood: bool = True) -> WindowOutcome:
 
 @pytest.mark.parametrize("stood", [True, False], ids=["frozen", "freeze failed"])
 async def test_a_hold_is_measured_once_it_is_over(monkeypatch: pytest.MonkeyPatch, stood: bool) -> None:
-    async def nothing(*_: object) -> tuple[None, None]:
-        return None, None
+    async def located(*_: object) -> tuple[Any, None]:
+        return type("Client", (), {"order_may_come": lambda _self, _ref: False})(), None
 
-    monkeypatch.setattr(storage, "locate", nothing)
+    async def nothing(*_: object) -> None:
+        return
+
+    monkeypatch.setattr(storage, "locate", located)
     monkeypatch.setattr(storage, "release", nothing)
     lab = Lab(records.intent(records.example().plan, 1))
     lab.strategy._measure(held(free=True, stood=stood), lab.seen)

@@ -57,6 +57,7 @@ class Scene:
     disks_after: tuple[Disk, ...] = b.DISKS
     permit: Callable[[], str] = str
     busy: bool = False
+    late: bool = False
 
     def targets(self, effect: TakeWindow) -> dict[str, dict[VolumeId, Layer]]:
         """The files of the classes whose disks the hypervisor copies."""
@@ -111,8 +112,11 @@ class Scene:
             raise GuardianError("it does not answer")
         self.log.append("arm")
 
-    async def disarm(self, _nonce: str) -> None:
-        self.log.append("disarm")
+    async def disarm(self, _nonce: str, *, late: bool) -> None:
+        self.log.append("left to look on" if late else "disarm")
+
+    def order_may_come(self, _ref: object) -> bool:
+        return self.late
 
     @asynccontextmanager
     async def still(self, _journal: Journal) -> AsyncIterator[Window]:
@@ -247,6 +251,12 @@ async def test_a_vm_that_nobody_can_free_keeps_its_journal_and_its_guardian(scen
     outcome = await take(scene, ceph={"error": DriverError("the pool is full")}, files={"takes": 1.0})
     assert scene.log == [*HOLD, "killed files", "thaw", "told"]
     assert not outcome.free
+
+
+async def test_a_vm_that_an_order_of_ours_may_still_hold_is_left_to_the_guardian_to_look_at(scene: Scene) -> None:
+    scene.late = True
+    await take(scene)
+    assert scene.log[-4:-1] == ["thaw", "left to look on", "clear"]
 
 
 async def test_a_freeze_that_is_refused_lets_nobody_cut(scene: Scene) -> None:
