@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
@@ -36,12 +37,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Context:
-    """Which VM, where, what was planned for it, and who is asked right before it is held whether that is still allowed."""
+    """Which VM, where, what was planned for it, and who is asked right before it is held whether that is still allowed.
+
+    `remaining`: seconds of the budget that are left; whoever does something while the VM is held waits no longer for it.
+    """
 
     hypervisor: Hypervisor
     ref: Ref
     plan: Plan | None = None
     permit: Permit = always
+    remaining: Callable[[], Seconds] = lambda: Seconds(math.inf)
 
 
 QuiescerFactory = Callable[[Context], Quiescer]

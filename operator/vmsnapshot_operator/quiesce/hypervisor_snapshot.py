@@ -69,7 +69,8 @@ class HypervisorSnapshotQuiescer:
                 await self._freeze(domain, window, journal, plan)
             async with step(Step.WINDOW_SWITCH, journal.owner_uid):
                 window.rest = True
-                await domain.switch(described, timeout=SWITCH_TIMEOUT, permit=self._context.permit)
+                patience = min(SWITCH_TIMEOUT, self._context.remaining()) if frozen else SWITCH_TIMEOUT
+                await domain.switch(described, timeout=patience, permit=self._context.permit)
                 window.stands()
         except NotPermittedError as error:
             window.rest = False  # nothing was switched

@@ -185,7 +185,9 @@ async def run(
         held = plan.quiesce.holds_vm and journal.holds  # else nothing is, however long the VM is looked at
         told = world.metrics.window(lambda: held and not progress.is_free(), hypervisor=client.name)
         async with _held(world, plan, journal, ref, client, progress) as limit:
-            quiescer = factory(Context(hypervisor=client, ref=ref, plan=plan, permit=limit.refusal))
+            quiescer = factory(
+                Context(hypervisor=client, ref=ref, plan=plan, permit=limit.refusal, remaining=lambda: limit.remaining)
+            )
             with told:
                 await _still(quiescer, journal, _Cuts(effect.requests, slots, job), progress, limit)
     except QuiesceError as error:
