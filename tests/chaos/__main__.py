@@ -91,7 +91,10 @@ def main(
         found = results.write(suite.results, seed, BUILD / "chaos.json")
     console.print(_table(found))
     console.print("written to build/chaos.json, and one line for each injection added to build/chaos.jsonl")
-    sys.exit(1 if any(found[kind] for kind in results.KINDS.values()) else 0)
+    if any(found[kind] for kind in results.KINDS.values()):
+        sys.exit(1)
+    if len(chosen) + fleet > (met := sum(r.reached for r in suite.results)):
+        sys.exit(f"only {met} of {len(chosen) + fleet} injections had an effect")
 
 
 def _progress() -> Progress:

@@ -29,6 +29,8 @@ def _create(scene: Scene, **spec: Any) -> None:
     hasty = scene.random.random() < HASTY_SHARE
     if hasty if scene.hasty is None else scene.hasty:
         spec["quiesce"] = {"maxFrozenSeconds": round(HASTY_SECONDS), **spec.get("quiesce", {})}
+    if scene.method:
+        spec["quiesce"] = {"method": scene.method, **spec.get("quiesce", {})}
     scene.stack.snapshot(scene.name, scene.guest.name, namespace=TENANT, **spec)
 
 

@@ -54,7 +54,7 @@ class Scene:
     `late`: the step comes only when the snapshot has long been at rest. `started`: somebody has had the new VM run.
 
     `step` and `detail` are where the operator was met, `before` how often it had been at each step when the trap was set.
-    `hasty`: the budget is one that the fault outlasts; None: by chance. `findings` is what a fault itself saw that must not be;
+    `hasty`: the budget is one that the fault outlasts; None: by chance. `method`: how the VM is to be held; empty: as is best. `findings` is what a fault itself saw that must not be;
     `planted` what it has to take away again.
     """
 
@@ -75,6 +75,7 @@ class Scene:
     redefined: bool = False
     definition: str = ""
     hasty: bool | None = None
+    method: str = ""
     restores: list[str] = field(default_factory=list)
     new_vms: dict[str, str] = field(default_factory=dict)
     held: Truth | None = None

@@ -291,6 +291,13 @@ _MADE = at([Step.HAND_OVER, Step.CLONE_KEEP, Step.START]) | {(Step.CLONE_DEFINE,
 """Where the new VM is defined. Nobody undefines it here: its disks would be his to delete then."""
 
 FAULTS = (
+    Fault(
+        name="libvirtd-hangs-for-long",
+        strike=send("libvirtd", signal.SIGSTOP),
+        heal=send("libvirtd", signal.SIGCONT),
+        hold=40.0,
+        slow=True,
+    ),
     Fault(name="libvirtd-killed", strike=kill("libvirtd"), heal=start("libvirtd"), hold=1.0),
     Fault(
         name="libvirtd-hangs",
@@ -299,7 +306,9 @@ FAULTS = (
         hold=6.0,
     ),
     Fault(name="agent-hangs", strike=_while_it_runs(_hang_agent), heal=_unhang_agent, hold=4.0),
-    Fault(name="agent-answers-late", strike=_while_it_runs(_hang_agent), heal=_unhang_agent, hold=LATE_SECONDS),
+    Fault(
+        name="agent-answers-late", strike=_while_it_runs(_hang_agent), heal=_unhang_agent, hold=LATE_SECONDS, hasty=True
+    ),
     Fault(name="agent-ended", strike=_while_it_runs(_end_agent), heal=_mended(_start_agent), hold=2.0),
     Fault(name="agent-hook-fails", strike=_while_it_runs(_fail_hook), heal=_mended(_mend_hook), hold=3.0),
     Fault(

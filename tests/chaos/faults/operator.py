@@ -8,10 +8,27 @@ import signal
 import time
 from collections.abc import Callable
 
-from tests.chaos.faults.base import At, Fault, Scene, at
+from tests.chaos.faults.base import At, Fault, Scene, at, nothing, send
+from tests.chaos.faults.storage import workers
+from tests.chaos.seen import Finding
 from tests.lab import LabError
 from tests.stack import until
 from vmsnapshot_operator.core.steps import Step
+
+STOPPED_SECONDS = 20.0
+"""Longer than a hasty window's budget, its freeze and its thaw may take: an operator that was stopped for so long finds all of them over."""
+_HELD = at(
+    [
+        Step.TAKE_WINDOW,
+        Step.WINDOW_JOURNAL,
+        Step.WINDOW_ARM,
+        Step.WINDOW_QUIESCE,
+        Step.WINDOW_CUT,
+        Step.WINDOW_FREE,
+        Step.WINDOW_DISARM,
+        Step.WINDOW_CLEAR,
+    ]
+)
 
 
 def _kill_operator(scene: Scene) -> None:
@@ -19,8 +36,12 @@ def _kill_operator(scene: Scene) -> None:
 
 
 def _kill_group(scene: Scene) -> None:
-    program = scene.stack.programs["operator"]
+    """All that a container's end takes with it: drivers have sessions of their own."""
+    program, drivers = scene.stack.programs["operator"], workers(scene)
     os.killpg(program.pid, signal.SIGKILL)
+    for pid in drivers:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     program.process.wait(30)
 
 
@@ -49,8 +70,12 @@ def _stop_until_another_took_over(scene: Scene) -> None:
 
 
 def _go_on_beside_another(scene: Scene) -> None:
-    with contextlib.suppress(LabError):
+    end = time.monotonic() + STOPPED_SECONDS
+    try:
         until("another instance took over", lambda: _leader(scene) == "standby", 60)
+    except LabError as error:
+        scene.findings.append(Finding("stuck", "the lease", str(error)))
+    time.sleep(max(0.0, end - time.monotonic()))
     scene.stack.programs["operator"].kill(signal.SIGCONT)
     time.sleep(2)
     scene.stack.programs.pop("standby").stop()
@@ -77,6 +102,17 @@ def _kill_guardian(scene: Scene) -> None:
 def _start_guardian(scene: Scene) -> None:
     if scene.stack.programs["guardian"].process.poll() is not None:
         scene.stack.start_guardian()
+
+
+def _pause(scene: Scene) -> None:
+    scene.method = "Pause"
+
+
+def _kill_operator_while_its_order_waits(scene: Scene) -> None:
+    """libvirtd has its order to hold the VM in a socket, and carries it out when nobody waits for it any more."""
+    _kill_operator(scene)
+    send("libvirtd", signal.SIGCONT)(scene)
+    _start_operator(scene)
 
 
 def _kill_both(scene: Scene) -> None:
@@ -110,11 +146,32 @@ FAULTS = (
     Fault(name="operator-killed", strike=_kill_operator, heal=_start_operator, ends_operator=True),
     Fault(name="operator-killed-with-its-group", strike=_kill_group, heal=_start_operator, ends_operator=True),
     Fault(name="operator-killed-twice", strike=_kill_operator, heal=_start_and_kill_again, ends_operator=True),
+    Fault(
+        name="operator-killed-while-it-pauses",
+        prepare=_pause,
+        strike=_kill_operator,
+        heal=_start_operator,
+        ends_operator=True,
+        only=_HELD,
+    ),
+    *(
+        Fault(
+            name=f"order-to-{what}-comes-late",
+            prepare=prepare,
+            strike=send("libvirtd", signal.SIGSTOP),
+            heal=_kill_operator_while_its_order_waits,
+            hold=1.0,
+            only=at([Step.WINDOW_QUIESCE], [At.BEFORE]),
+            sure=(Step.WINDOW_QUIESCE, At.BEFORE),
+        )
+        for what, prepare in (("freeze", nothing), ("pause", _pause))
+    ),
     Fault(name="operator-ended", strike=_end_operator, heal=_start_operator),
     Fault(
         name="operator-stopped-while-another-takes-over",
         strike=_stop_until_another_took_over,
         heal=_go_on_beside_another,
+        hasty=True,
         slow=True,
     ),
     Fault(name="second-operator", strike=_second_operator, heal=_end_second_operator, hold=4.0),
