@@ -74,13 +74,13 @@ test-unit: setup ## Unit tests, on all processors; no laboratory
 .PHONY: test-integration
 test-integration: bindings ## Integration tests on the laboratory
 	$(BIN)/python -m tests.lab up
-	$(BIN)/pytest tests/integration
+	$(BIN)/pytest tests/integration --durations=25
 
 .PHONY: test
 test: bindings ## Everything: unit tests, then integration tests on the laboratory
 	$(BIN)/pytest tests/unit -n auto --cov --cov-report=term:skip-covered
 	$(BIN)/python -m tests.lab up
-	$(BIN)/pytest tests/integration
+	$(BIN)/pytest tests/integration --durations=25
 
 .PHONY: chaos
 chaos: bindings ## Inject faults at every step, judge the world; N, SEED, FIRST, WAY=NAME, FLEET=NUMBER, or CASE=NAME
