@@ -27,6 +27,7 @@ from vmsnapshot_operator.handlers.kept import KeptOverlays
 from vmsnapshot_operator.hypervisors.domains import Hypervisor, Ref, Sighting
 from vmsnapshot_operator.hypervisors.guardian_link import layers
 from vmsnapshot_operator.kube import conditions, distill
+from vmsnapshot_operator.plan.orphans import Place, Proof
 from vmsnapshot_operator.plan.report import clip
 from vmsnapshot_operator.plan.sweep import Action, Found, Ruling, judge
 from vmsnapshot_operator.quiesce.base import clock, release
@@ -69,7 +70,7 @@ class Hypervisors:
         self._told: dict[tuple[str, str], str] = {}
         self._freeing: dict[tuple[str, str, str], asyncio.Task[None]] = {}
         self._freed: set[tuple[str, str, str]] = set()
-        self._proven: dict[str, int] = {}
+        self._proven: dict[str, Proof] = {}
         self._kept = KeptOverlays()
 
     def get(self, name: str) -> LiveHypervisor | None:
@@ -171,8 +172,8 @@ class Hypervisors:
         for name in list(self._live):
             await self.remove(name)
 
-    def proven(self) -> Mapping[str, int]:
-        """By UID of a VMSnapshot: the latest attempt that a left journal of ours named in a VM."""
+    def proven(self) -> Mapping[str, Proof]:
+        """By UID of a VMSnapshot: what the journal of the latest attempt proves that was left in a VM."""
         return self._proven
 
     async def sweep(self, body: Mapping[str, Any], client: Hypervisor, world: World) -> Swept:
@@ -245,7 +246,7 @@ class Hypervisors:
             return
         self._freed.discard(key)
         # Whoever frees it first, with the journal goes the last proof of what its attempt may have cut.
-        self._prove(journal)
+        self._prove(journal, Place(name, ref.uuid))
 
         async def let_go() -> None:
             try:
@@ -287,10 +288,12 @@ class Hypervisors:
             text = "; ".join(f"overlay {r.overlay}: {r.why}" for r in stays)
             raise HypervisorError(text, reason="OverlayInUse")
 
-    def _prove(self, journal: Journal) -> None:
-        """Remember whose journal it was, and the attempt."""
-        before = self._proven.pop(journal.owner_uid, 0)
-        self._proven[journal.owner_uid] = max(before, journal.attempt)
+    def _prove(self, journal: Journal, vm: Place) -> None:
+        """Remember whose journal it was, the attempt, and where."""
+        found = Proof(journal.attempt, vm)
+        self._proven[journal.owner_uid] = max(
+            self._proven.pop(journal.owner_uid, found), found, key=lambda p: p.attempt
+        )
         while len(self._proven) > MOST_PROVEN:
             del self._proven[next(iter(self._proven))]
 

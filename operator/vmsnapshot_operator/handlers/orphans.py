@@ -17,11 +17,12 @@ from typing import cast
 from vmsnapshot_operator.core import names
 from vmsnapshot_operator.core.volumes import Seconds
 from vmsnapshot_operator.drivers.host import DriverHost
-from vmsnapshot_operator.errors import DriverError, SnapshotError
+from vmsnapshot_operator.errors import DriverError, HypervisorError, SnapshotError
 from vmsnapshot_operator.handlers.classes import Classes
 from vmsnapshot_operator.kube import contents
 from vmsnapshot_operator.plan import orphans
-from vmsnapshot_operator.plan.orphans import Findings, Kept, Listing, Orphan
+from vmsnapshot_operator.plan.orphans import Findings, Kept, Listing, Orphan, Proof
+from vmsnapshot_operator.strategies import backups
 from vmsnapshot_operator.strategies.world import World
 
 log = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ class OrphanScan:
         classes: Classes,
         *,
         known: Callable[[], Known],
-        proven: Callable[[], Mapping[str, int]],
+        proven: Callable[[], Mapping[str, Proof]],
         told: Callable[[str], None],
         lost: Callable[[AbstractSet[str]], None] = lambda _: None,
         jitter: Callable[[], float] = random.random,
@@ -172,12 +173,13 @@ class OrphanScan:
         left: list[Orphan] = list(found.reported)
         removed = 0
         for orphan in found.removable:
-            if not self._world.leadership.is_leader():
-                left.append(replace(orphan, removable=False))
-                continue
             try:
+                await self._stop(orphan)
+                if not self._world.leadership.is_leader():
+                    left.append(replace(orphan, removable=False))
+                    continue
                 await host.delete(orphan.name, timeout=DELETE_TIMEOUT)
-            except DriverError as error:
+            except (DriverError, HypervisorError) as error:
                 why = f"{orphan.why}; it could not be removed yet: {error.message}"
                 left.append(replace(orphan, why=why, removable=False))
                 continue
@@ -186,6 +188,21 @@ class OrphanScan:
             self._world.metrics.orphan_removed(class_name=name)
             await self._emit(name, "Normal", "OrphanRemoved", f"{orphan.name} removed: {orphan.why}")
         return Findings(held=found.held - removed, orphans=tuple(sorted(left, key=lambda o: o.name)))
+
+    async def _stop(self, orphan: Orphan) -> None:
+        """Have the hypervisor stop copying into what is to be deleted. Raises HypervisorError while it may go on.
+
+        Whatever class listed it: two classes may show the same storage.
+        """
+        world = self._world
+        if not world.leadership.is_leader() or not backups.may_be_used(world):
+            return
+        if world.hypervisors.get(orphan.vm.hypervisor) is None:
+            text = f'there is no Hypervisor "{orphan.vm.hypervisor}" (yet), so nobody can say whether its VM is still being copied'
+            raise HypervisorError(text, reason="HypervisorNotFound", retryable=True)
+        upto = names.attempt_of(orphan.name)
+        assert upto is not None, "what is no name of ours is not removable"  # noqa: S101 - for the type checker
+        await backups.stop(world, orphan.vm.hypervisor, orphan.vm.domain, orphan.uid, upto)
 
     async def _report(self, name: str, found: Findings) -> None:
         """Tell of orphans when they are other ones than last time."""

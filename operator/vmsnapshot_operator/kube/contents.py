@@ -26,7 +26,7 @@ from vmsnapshot_operator.core.planning import Plan, QuiesceChoice, Request
 from vmsnapshot_operator.core.volumes import Seconds, VolumeId, volume_id
 from vmsnapshot_operator.errors import RefusedError
 from vmsnapshot_operator.kube import content_parts
-from vmsnapshot_operator.plan.orphans import Kept
+from vmsnapshot_operator.plan.orphans import Kept, Place
 from vmsnapshot_operator.plan.report import clip
 
 
@@ -81,6 +81,7 @@ def kept(body: Mapping[str, Any], installation: str) -> Kept:
     return Kept(
         name=record.name,
         uid=bound.uid,
+        vm=Place(hypervisor(body), record.plan.vm_uuid),
         attempt=record.attempt,
         names=frozenset(g.request.name for g in record.groups.values()),
         ready=tuple(record.groups.values()) if record.ready and record.failure is None else (),

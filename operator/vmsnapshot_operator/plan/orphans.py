@@ -9,23 +9,42 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from vmsnapshot_operator.core import names
 from vmsnapshot_operator.core.effects import RecordedGroup
 from vmsnapshot_operator.core.volumes import Handle
 
 
+class Place(NamedTuple):
+    """A VM: the name of its Hypervisor, and its UUID."""
+
+    hypervisor: str
+    domain: str
+
+
+class Proof(NamedTuple):
+    """What a left journal of ours proves: the VM was in this attempt of its VMSnapshot."""
+
+    attempt: int
+    vm: Place
+
+
+NOWHERE = Place("", "")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kept:
     """One VMSnapshotContent, as far as it proves what storage holds.
 
-    `uid` is that of its VMSnapshot; `names` are all request names on record, of whatever class: two classes may show the
+    `uid` is that of its VMSnapshot, of the VM `vm`; `names` are all request names on record, of whatever class: two classes may show the
     same storage. `ready`: the groups that can be restored from storage. `problem`: why nothing of it is believed; the rest then says
     nothing.
     """
 
     name: str
     uid: str
+    vm: Place = NOWHERE
     attempt: int = 1
     names: frozenset[str] = frozenset()
     ready: tuple[RecordedGroup, ...] = ()
@@ -37,8 +56,8 @@ class Listing:
     """What one class's storage named, and all who may know of it.
 
     `contents` and `snapshots` (UIDs) are those that existed right before or right after the storage was asked. `busy`: UIDs
-    of VMSnapshots whose attempt is under way in this process. `journals`: by UID, the latest attempt that a journal of ours
-    named that was left in a VM.
+    of VMSnapshots whose attempt is under way in this process. `journals`: by UID, what the journal of the latest attempt proves
+    that was left in a VM.
     """
 
     installation: str
@@ -46,16 +65,21 @@ class Listing:
     contents: tuple[Kept, ...] = ()
     snapshots: frozenset[str] = frozenset()
     busy: frozenset[str] = frozenset()
-    journals: Mapping[str, int] = field(default_factory=dict)
+    journals: Mapping[str, Proof] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Orphan:
-    """One name that nobody knows. `removable`: it is proved to be ours, and left over; `why` says what is known of it."""
+    """One name that nobody knows. `removable`: it is proved to be ours, and left over; `why` says what is known of it.
+
+    `uid`, `vm`: of which VMSnapshot one that is removable is, and whose disks it was cut from.
+    """
 
     name: str
     why: str
     removable: bool = False
+    uid: str = ""
+    vm: Place = NOWHERE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,10 +146,10 @@ def _judge(name: str, seen: Listing) -> Orphan | None:
     if any(is_of(uid) for uid in seen.snapshots):
         why = "its VMSnapshot exists and the VMSnapshotContent is gone: deleting that VMSnapshot removes this too"
         return Orphan(name=name, why=why)
-    proof = max((a for uid, a in seen.journals.items() if is_of(uid)), default=None)
-    if proof is not None and attempt <= proof:
-        why = f"no VMSnapshot or VMSnapshotContent knows it, and a VM bore our journal of its attempt {proof}"
-        return Orphan(name=name, why=why, removable=True)
+    uid = next((u for u in seen.journals if is_of(u)), "")
+    if uid and attempt <= (proof := seen.journals[uid]).attempt:
+        why = f"no VMSnapshot or VMSnapshotContent knows it, and a VM bore our journal of its attempt {proof.attempt}"
+        return Orphan(name=name, why=why, removable=True, uid=uid, vm=proof.vm)
     return Orphan(name=name, why="no VMSnapshot or VMSnapshotContent knows it")
 
 
@@ -137,5 +161,5 @@ def _by_content(name: str, attempt: int, kept: Kept) -> Orphan | None:
         return None
     if attempt < kept.attempt:
         why = f"it is of attempt {attempt}, and {content} is of attempt {kept.attempt}"
-        return Orphan(name=name, why=why, removable=True)
+        return Orphan(name=name, why=why, removable=True, uid=kept.uid, vm=kept.vm)
     return Orphan(name=name, why=f"it is of attempt {attempt}, which {content} does not record")

@@ -132,6 +132,11 @@ async def finish(
         await asyncio.sleep(LOOK_SECONDS)
 
 
+def may_be_used(world: World) -> bool:
+    """Whether the hypervisor copies for any class, as far as is known: one that has not answered yet may be such."""
+    return any(c.capabilities is None or _is_by_hypervisor(c.capabilities) for c in world.classes.all())
+
+
 async def clear_way(world: World, record: Record | None, request: Request, held: Mapping[str, frozenset[str]]) -> None:
     """Before what is `held` (names by class) of a snapshot is deleted: have the hypervisor stop copying into it.
 

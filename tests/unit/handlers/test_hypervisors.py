@@ -15,6 +15,7 @@ from vmsnapshot_operator.errors import HypervisorError, HypervisorUnreachableErr
 from vmsnapshot_operator.handlers import hypervisors
 from vmsnapshot_operator.handlers.hypervisors import LOOK_EVERY, RETRY_EVERY, Hypervisors
 from vmsnapshot_operator.hypervisors.domains import Hypervisor, Ref, Sighting
+from vmsnapshot_operator.plan.orphans import Place, Proof
 from vmsnapshot_operator.strategies.world import World
 
 pytestmark = pytest.mark.looptime
@@ -98,7 +99,7 @@ async def test_what_is_left_is_freed_at_the_first_look(lab: Lab) -> None:
     assert lab.metric("vmsnapshot_swept_vms_total") == 2
     assert lab.metric("vmsnapshot_still_held_vms") == 0
     assert any("VMFreed" in e and "vm1" in e for e in lab.events)
-    assert lab.hypervisors.proven() == {"u": 2}
+    assert lab.hypervisors.proven() == {"u": Proof(2, Place("lab", sighting(2).ref.uuid))}
 
 
 async def test_windows_of_this_process_are_left_to_it_until_they_are_overdue(lab: Lab) -> None:
@@ -137,7 +138,7 @@ async def test_one_that_fails_is_tried_again_and_said(lab: Lab) -> None:
     assert lab.status["heldDomains"] == ["vm1"]
     assert "still held by us: vm1" in lab.status["conditions"][0]["message"]
     assert any("VMStillHeld" in e and "its agent does not answer" in e for e in lab.events)
-    assert lab.hypervisors.proven() == {"u": 1}, "whoever frees it in the end"
+    assert lab.hypervisors.proven()["u"].attempt == 1, "whoever frees it in the end"
     lab.never = {}
     assert await lab.look() == LOOK_EVERY
     assert "heldDomains" not in lab.status
@@ -264,7 +265,7 @@ async def test_overlays_of_ours_are_named(lab: Lab) -> None:
 
 async def test_proofs_are_few(lab: Lab) -> None:
     for number in range(hypervisors.MOST_PROVEN + 10):
-        lab.hypervisors._prove(sighting(1, owner=f"u{number}").journal)  # type: ignore[arg-type]
+        lab.hypervisors._prove(sighting(1, owner=f"u{number}").journal, Place("lab", "vm1"))  # type: ignore[arg-type]
     assert len(lab.hypervisors.proven()) == hypervisors.MOST_PROVEN
     assert "u0" not in lab.hypervisors.proven()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from collections.abc import Set as AbstractSet
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -14,14 +14,19 @@ import pytest
 from tests.unit.handlers import fakes
 from tests.unit.kube import records
 from vmsnapshot_operator.core import names
+from vmsnapshot_operator.core.driver import Capabilities, CutKind
+from vmsnapshot_operator.core.planning import StorageClass
 from vmsnapshot_operator.core.volumes import VolumeId
+from vmsnapshot_operator.errors import HypervisorError
 from vmsnapshot_operator.handlers.orphans import LIST_TIMEOUT, SCAN_EVERY, Known, OrphanScan
 from vmsnapshot_operator.kube import contents
-from vmsnapshot_operator.plan.orphans import Kept
+from vmsnapshot_operator.plan.orphans import Kept, Place, Proof
+from vmsnapshot_operator.strategies import backups
 
 pytestmark = pytest.mark.looptime
 
 UID = records.REQUEST.uid
+VM = Place("lab", "the VM's UUID")
 
 
 def name(attempt: int = 1, uid: str = UID) -> str:
@@ -37,7 +42,7 @@ class Lab:
         self.world = fakes.world(installation=records.INSTALLATION, classes=self.classes)
         self.cluster: fakes.FakeCluster = self.world.cluster  # type: ignore[assignment]  # a stand-in
         self.known = Known()
-        self.journals: dict[str, int] = {}
+        self.journals: dict[str, Proof] = {}
         self.told: list[str] = []
         self.lost: list[AbstractSet[str]] = []
 
@@ -178,6 +183,89 @@ async def test_what_a_content_proves_to_be_older_is_removed() -> None:
     assert any("OrphanRemoved" in e and name(1) in e for e in lab.events)
 
 
+class Job:
+    """A copy of the hypervisor's, in place of the real one. `deleted`: what was deleted when it was to stop."""
+
+    def __init__(self, lab: Lab, monkeypatch: pytest.MonkeyPatch, error: HypervisorError | None = None) -> None:
+        self.lab, self.error = lab, error
+        self.found: list[tuple[object, ...]] = []
+        self.deleted: list[list[str]] = []
+        self.ours: list[tuple[bool, bool, bool]] = []
+        copying = Capabilities(cut=CutKind.HYPERVISOR, atomic=True, revert=True)
+        lab.classes.known = (StorageClass(name="files", driver="libvirt-backup", ready=True, capabilities=copying),)
+        lab.world.hypervisors = {"lab": object()}  # type: ignore[assignment]  # a stand-in
+        monkeypatch.setattr(backups, "find", self.find)
+
+    async def find(self, _world: object, *what: object) -> tuple[object, None]:
+        self.found.append(what)
+        return type("Client", (), {"backups": lambda _self, _ref: self})(), None
+
+    async def stop(self, is_ours: Callable[[str], bool]) -> None:
+        self.deleted.append(list(self.lab.files.deleted))
+        self.ours.append((is_ours(f"/p/{name(2)}-m"), is_ours(f"/p/{name(3)}-m"), is_ours(f"/p/{name(1, 'other')}-m")))
+        if self.error is not None:
+            raise self.error
+
+
+@pytest.mark.parametrize("by", ["content", "journal"])
+async def test_what_the_hypervisor_may_copy_into_is_removed_when_that_has_ended(
+    monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    lab = Lab()
+    job = Job(lab, monkeypatch)
+    if by == "content":
+        current = lab.record(attempt=3)
+        lab.files.held = {name(2), current}
+    else:
+        lab.journals = {UID: Proof(2, VM)}
+        lab.files.held = {name(2)}
+    async with lab.running():
+        assert lab.files.deleted == [name(2)]
+    assert job.found == [("lab", "u" if by == "content" else VM.domain)]
+    assert job.deleted == [[]], "first the copy, then its files"
+    assert job.ours == [(True, False, False)], "a later attempt's copy is a successor's"
+
+
+async def test_what_may_still_be_copied_into_is_left_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    lab = Lab()
+    job = Job(lab, monkeypatch, HypervisorError("the hypervisor does not stop copying its disks", retryable=True))
+    lab.journals, lab.files.held = {UID: Proof(2, VM)}, {name(2)}
+    async with lab.running():
+        assert lab.files.held == {name(2)}
+        (left,) = lab.classes.found["files"].orphans
+        assert "does not stop copying" in left.why
+        job.error = None
+        await asyncio.sleep(2 * SCAN_EVERY)
+        assert lab.files.held == set()
+
+
+async def test_nothing_is_removed_before_the_vm_s_hypervisor_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    lab = Lab()
+    job = Job(lab, monkeypatch)
+    lab.world.hypervisors = {}  # type: ignore[assignment]  # a stand-in
+    lab.journals, lab.files.held = {UID: Proof(2, VM)}, {name(2)}
+    async with lab.running():
+        assert lab.files.held == {name(2)}
+        assert 'no Hypervisor "lab"' in lab.classes.found["files"].orphans[0].why
+    assert job.found == []
+
+
+async def test_where_no_class_has_the_hypervisor_copy_it_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    lab = Lab()
+    job = Job(lab, monkeypatch)
+    instant = Capabilities(cut=CutKind.INSTANT, atomic=True, revert=True)
+    lab.classes.known = (replace(lab.classes.known[0], capabilities=instant),)
+    lab.journals, lab.files.held = {UID: Proof(2, VM)}, {name(2)}
+    async with lab.running():
+        assert lab.files.deleted == [name(2)]
+    assert job.found == []
+    lab.classes.known = (replace(lab.classes.known[0], capabilities=None),)
+    lab.files.held = {name(2)}
+    async with lab.running():
+        assert lab.files.deleted == [name(2)] * 2
+    assert job.found == [VM], "one that has not answered yet may be one that copies"
+
+
 async def test_a_forged_content_proves_nothing() -> None:
     lab = Lab()
     lab.record(attempt=3)
@@ -191,14 +279,14 @@ async def test_a_forged_content_proves_nothing() -> None:
 
 async def test_what_a_journal_proves_is_removed_unless_its_object_is_there_after_all() -> None:
     lab = Lab()
-    lab.journals = {UID: 1}
+    lab.journals = {UID: Proof(1, VM)}
     lab.files.held = {name(1), name(2)}
     lab.ceph.held = {name(1, uid="other")}
     async with lab.running():
         assert lab.files.held == {name(2)}
         assert lab.ceph.held == {name(1, uid="other")}
     again = Lab()
-    again.journals, again.files.held = {UID: 1}, {name(1)}
+    again.journals, again.files.held = {UID: Proof(1, VM)}, {name(1)}
     again.cluster.snapshots[("team-a", "backup")] = {"metadata": {"uid": UID}}
     async with again.running():
         assert again.files.held == {name(1)}
@@ -206,7 +294,7 @@ async def test_what_a_journal_proves_is_removed_unless_its_object_is_there_after
 
 async def test_a_snapshot_that_another_instance_takes_meanwhile_is_left_alone() -> None:
     lab = Lab()
-    lab.journals = {UID: 5}  # the VM was freed after that attempt; the watch knows nothing of it yet
+    lab.journals = {UID: Proof(5, VM)}  # the VM was freed after that attempt; the watch knows nothing of it yet
     lab.files.hangs = 10.0
     async with lab.running():
         taken = lab.record(attempt=5)
@@ -226,7 +314,7 @@ async def test_an_attempt_under_way_and_a_silent_api_server_remove_nothing() -> 
         assert busy.orphans() == []
     silent = Lab()
     silent.files.held = {name(1)}
-    silent.journals = {UID: 1}
+    silent.journals = {UID: Proof(1, VM)}
     silent.cluster.down = True
     async with silent.running():
         assert silent.files.held == {name(1)}

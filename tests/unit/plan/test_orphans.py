@@ -11,8 +11,9 @@ from tests.unit.plan import builders as b
 from vmsnapshot_operator.core import names
 from vmsnapshot_operator.core.volumes import VolumeId
 from vmsnapshot_operator.plan import orphans
-from vmsnapshot_operator.plan.orphans import Findings, Kept, Listing
+from vmsnapshot_operator.plan.orphans import Findings, Kept, Listing, Place, Proof
 
+VM = Place("lab", "the VM's UUID")
 UIDS = tuple(f"0b6f7d1e-0000-4000-8000-00000000000{n}" for n in range(4))
 
 
@@ -61,7 +62,7 @@ def test_what_somebody_else_named_like_ours_is_reported_and_left() -> None:
         f"{prefix}../../etc",
     ):
         # Not even a journal and a content of that object make a name ours that we would not give.
-        found = only(listing(strange, contents=(kept(attempt=9),), journals={b.UID: 9}))
+        found = only(listing(strange, contents=(kept(attempt=9),), journals={b.UID: Proof(9, VM)}))
         assert not found.removable
         assert "somebody else made it" in found.why
 
@@ -96,13 +97,14 @@ def test_a_forged_content_proves_nothing() -> None:
 
 
 def test_a_journal_proves_what_it_names_and_what_came_before() -> None:
-    seen = listing(name(attempt=1), name(attempt=2), name(attempt=3), journals={b.UID: 2})
+    seen = listing(name(attempt=1), name(attempt=2), name(attempt=3), journals={b.UID: Proof(2, VM)})
     found = {o.name: o.removable for o in orphans.judge(seen).orphans}
     assert found == {name(attempt=1): True, name(attempt=2): True, name(attempt=3): False}
+    assert {(o.uid, o.vm) for o in orphans.judge(seen).removable} == {(b.UID, VM)}
 
 
 def test_a_vmsnapshot_that_lost_its_content_keeps_its_cut() -> None:
-    found = only(listing(name(), snapshots=frozenset({b.UID}), journals={b.UID: 1}))
+    found = only(listing(name(), snapshots=frozenset({b.UID}), journals={b.UID: Proof(1, VM)}))
     assert not found.removable
     assert "deleting that VMSnapshot" in found.why
 
@@ -140,7 +142,7 @@ SEEN = st.builds(
     contents=CONTENTS.map(tuple),
     snapshots=st.frozensets(st.sampled_from(UIDS)),
     busy=st.frozensets(st.sampled_from(UIDS)),
-    journals=st.dictionaries(st.sampled_from(UIDS), st.integers(1, 5)),
+    journals=st.dictionaries(st.sampled_from(UIDS), st.builds(Proof, st.integers(1, 5), st.just(VM))),
 )
 
 
@@ -161,7 +163,7 @@ def test_nothing_is_removed_without_proof(seen: Listing) -> None:
             assert orphan.name not in contents[0].names
         else:
             assert uid not in seen.snapshots
-            assert attempt <= seen.journals[uid]
+            assert attempt <= seen.journals[uid].attempt
 
 
 @given(SEEN)
