@@ -19,6 +19,7 @@ import libvirt
 from tests.lab import Lab, truth
 from tests.lab.run import run
 from vmsnapshot_operator.core import names
+from vmsnapshot_operator.core.volumes import NVRAM
 
 OURS = ("vms-", "ovl-")
 JOURNAL = "https://vmsnapshot.io/journal/1"
@@ -50,13 +51,15 @@ class Truth:
 
 
 def read(lab: Lab, content: Mapping[str, Any], into: Path) -> Truth:
-    """Fetch what a VMSnapshotContent says is held, and read it."""
+    """Fetch what a VMSnapshotContent says is held, and read it: the disks, not the variables of the firmware."""
     into.mkdir(parents=True, exist_ok=True)
     drivers = {g["className"]: g["driver"] for g in content["spec"]["groups"]}
     records: dict[str, int] = {}
     fsck: dict[str, str] = {}
     for volume in content["spec"]["volumes"]:
         target, handle = volume["target"], volume["handle"]
+        if target == NVRAM:
+            continue
         raw = into / f"{content['metadata']['name']}-{target}.raw"
         if drivers[volume["className"]] == "ceph-rbd":
             image, snap = handle.rsplit("@", 1)

@@ -23,6 +23,8 @@ _MODULES = (
     "virtio_blk",
     "virtio_console",
 )
+_AT_REQUEST = ("efivarfs",)
+"""Modules that are there for tests to load; in `/m`."""
 _KERNEL, _AGENT = "linux-image-cloud-amd64", "qemu-guest-agent"
 
 
@@ -102,6 +104,6 @@ def _fill(work: Path) -> None:
     for library in re.findall(r"=> (/\S+)", run("ldd", agent)):
         shutil.copy(library, root / "lib" / Path(library).name)
     shutil.copy("/lib64/ld-linux-x86-64.so.2", root / "lib64")
-    for module in _MODULES:
+    for module in (*_MODULES, *_AT_REQUEST):
         shutil.copy(next((work / "kernel").rglob(f"{module}.ko")), root / "m")
     (root / "modules.load").write_text(" ".join(_MODULES))

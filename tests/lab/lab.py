@@ -209,15 +209,16 @@ class Lab:
         hook: bool = True,
         append: str = "",
         devices: str = "",
+        firmware: str = "",
     ) -> Guest:
         """A running guest whose agent answers: made if there is none like it, started if it is off, let go on if it is paused.
 
         `disks` by target; `writer` and `writer_us`: records on all disks, with this pause between two rounds; `hook`: the agent's
-        freeze hook holds the writer; `append`: more words for the kernel; `devices`: more XML. The same name with other options is
+        freeze hook holds the writer; `append`: more words for the kernel; `devices`, `firmware`: more XML. The same name with other options is
         another guest: the one before is removed with its disks.
         """
         options = {"memory_mib": memory_mib, "writer": writer, "writer_us": writer_us, "hook": hook}
-        found = self._guest(name, disks, image.folder(), append=append, devices=devices, **options)
+        found = self._guest(name, disks, image.folder(), append=append, devices=devices, firmware=firmware, **options)
         found.up()
         return found
 

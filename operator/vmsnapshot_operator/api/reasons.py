@@ -86,8 +86,8 @@ class Reason(StrEnum):
     )
     NO_VOLUMES = (
         "NoVolumes",
-        "No disk is left to be snapshotted.",
-        "Exclude fewer disks.",
+        "No disk is left to be snapshotted, or to make a new VM of.",
+        "Exclude fewer disks, or include one.",
     )
     NO_CLASS_FOR_DISK = (
         "NoClassForDisk",

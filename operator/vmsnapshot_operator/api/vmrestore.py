@@ -102,7 +102,7 @@ class RestoredVolumes(Model):
     """Which of the snapshot's disks."""
 
     include: Annotated[tuple[Trimmed, ...], Field(max_length=256, json_schema_extra={LIST_TYPE: "set"})] = ()
-    """Targets of disks (as vda), as the snapshot names them. InPlace leaves the other disks as they are, which are then of another moment; a new VM does not get them. Empty: all disks of the snapshot."""
+    """Targets of disks (as vda), and nvram for the variables of the firmware, as the snapshot names them. InPlace leaves the other disks as they are, which are then of another moment; a new VM does not get them. Empty: all that the snapshot holds."""
 
 
 def _immutable(field: str, *, optional: bool = False) -> dict[str, str]:

@@ -92,7 +92,7 @@ class Volumes(Model):
     """Which of the VM's disks."""
 
     exclude: Annotated[tuple[Trimmed, ...], Field(max_length=256, json_schema_extra={LIST_TYPE: "set"})] = ()
-    """Targets of disks (as vdb), or names of other devices, that are left out on purpose. Whatever else bears state and cannot be snapshotted fails the plan."""
+    """Targets of disks (as vdb), or names of other devices (as nvram, the variables of the firmware), that are left out on purpose. Whatever else bears state and cannot be snapshotted fails the plan."""
 
 
 def _immutable(field: str) -> dict[str, str]:

@@ -235,6 +235,8 @@ class ContentEvidence(Model):
     """How long it stood still, at most."""
     covered_volumes: Annotated[tuple[Name, ...], Field(max_length=256, json_schema_extra={LIST_TYPE: "set"})] = ()
     """Ids of the volumes of which every file system was frozen by us."""
+    unwritten_volumes: Annotated[tuple[Name, ...], Field(max_length=256, json_schema_extra={LIST_TYPE: "set"})] = ()
+    """Ids of the volumes of which their storage says that nobody wrote to them from the plan until after the window."""
     filesystems_frozen: Count
     """How many file systems the agent said that it froze."""
     filesystems_thawed: Count

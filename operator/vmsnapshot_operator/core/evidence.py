@@ -31,7 +31,8 @@ class Evidence:
     `still_from` is when the VM had answered that it stands still, `still_until` when we asked it to go on: a cut whose
     bracket lies between them saw standing volumes, if also nobody freed the VM meanwhile (`freed_by_other`). `covered`
     are the volumes on which every file system that the agent listed was frozen by us. `frozen` and `thawed` are the
-    agent's own counts; for other methods they are zero. `asked`: when the VM was asked to stand still, whether or not it did;
+    agent's own counts; for other methods they are zero. `unwritten`: the volumes of which their storage says that nobody wrote
+    to them from the plan until after the window, whatever held the VM. `asked`: when the VM was asked to stand still, whether or not it did;
     known to this process alone.
     """
 
@@ -48,6 +49,7 @@ class Evidence:
     freed_by_other: bool = False
     same_vm: bool = False
     shut_down_from_within: bool = False
+    unwritten: frozenset[VolumeId] = frozenset()
     notes: tuple[str, ...] = ()
 
     def freed(self, at: Seconds, time: datetime) -> Evidence:

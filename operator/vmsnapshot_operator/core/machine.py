@@ -35,7 +35,10 @@ class DiskDevice(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Disk:
-    """One disk of the domain. `layers` is the backing chain, the writable one first; empty for an empty drive."""
+    """One disk of the domain, or the file of its firmware's variables (target `NVRAM`).
+
+    `layers` is the backing chain, the writable one first; empty for an empty drive.
+    """
 
     target: str
     device: DiskDevice = DiskDevice.DISK
@@ -60,17 +63,22 @@ class DeviceKind(StrEnum):
 
     HOSTDEV = "hostdev"  # a passed-through PCI, USB or SCSI device
     FILESYSTEM = "filesystem"  # virtiofs or 9p: a directory of the host
-    NVRAM = "nvram"  # UEFI variables in a file
+    NVRAM = "nvram"  # the variables of its firmware (UEFI)
     TPM = "tpm"  # an emulated TPM's state
     PMEM = "pmem"  # NVDIMM or virtio-pmem memory backed by a file
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
-    """A device that bears state outside any disk. `name` is what a user would recognise it by."""
+    """A device that bears state outside any disk. `name` is what a user would recognise it by.
+
+    Its state lies in the `file`, or `where` nothing but the hypervisor reaches it, in words; as far as the definition says it.
+    """
 
     kind: DeviceKind
     name: str
+    file: Layer | None = None
+    where: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -190,6 +190,11 @@ class Plan:
     definition: str = ""
 
     @property
+    def disks(self) -> tuple[PlannedVolume, ...]:
+        """The volumes that are disks."""
+        return tuple(v for v in self.volumes if not v.volume.is_nvram)
+
+    @property
     def membership(self) -> tuple[tuple[str, tuple[VolumeId, ...]], ...]:
         """What is cut by whom: if it differs at two moments, they are two plans."""
         return tuple((g.class_name, tuple(v.id for v in g.volumes)) for g in self.groups)

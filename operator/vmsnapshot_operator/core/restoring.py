@@ -55,10 +55,15 @@ class RestoreGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RestorePlan:
-    """All that is restored, by class; `targets` are the disks, as the snapshot names them."""
+    """All that is restored, by class; `targets` are what is restored, as the snapshot names it.
+
+    `gate`: the disks that are taken from the VM meanwhile, so that nobody starts it; also where only the variables of its firmware
+    are set back.
+    """
 
     groups: tuple[RestoreGroup, ...]
     targets: tuple[str, ...]
+    gate: tuple[str, ...]
     notes: tuple[str, ...] = ()
 
 

@@ -13,6 +13,9 @@ VolumeId = NewType("VolumeId", str)
 Handle = NewType("Handle", str)
 """The storage system's own name of one cut volume."""
 
+NVRAM = "nvram"
+"""Label of the volume that holds the variables of a VM's firmware: libvirt takes it for no disk's target."""
+
 Seconds = NewType("Seconds", float)
 """A duration, or a reading of this process's own monotonic clock; such a reading is never sent to another process."""
 
@@ -77,6 +80,11 @@ class Volume:
     writable: Layer
     backing: tuple[Layer, ...] = ()
     size_bytes: int
+
+    @property
+    def is_nvram(self) -> bool:
+        """Whether it is no disk but the variables of the VM's firmware: nothing freezes it, and no overlay is put over it."""
+        return self.label == NVRAM
 
 
 def volume_id(writable: Layer) -> VolumeId:

@@ -6,6 +6,7 @@ out: a QEMU that was ended by a signal looks the same (`events` tells them apart
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Any
@@ -13,8 +14,8 @@ from typing import Any
 import libvirt
 
 from vmsnapshot_operator.core.journal import Journal, UnreadableJournalError
-from vmsnapshot_operator.core.machine import Disk, Machine, PowerState
-from vmsnapshot_operator.core.volumes import Layer, SourceKind
+from vmsnapshot_operator.core.machine import DeviceKind, Disk, Machine, PowerState
+from vmsnapshot_operator.core.volumes import NVRAM, Layer, SourceKind
 from vmsnapshot_operator.hypervisors import backups, domain_xml, journals
 
 _CHAIN_LIMIT = 64
@@ -78,8 +79,11 @@ def describe(connection: Any, uuid: str, endpoint: str) -> Machine:
         persistent=bool(domain.isPersistent()),
         migrating=job in _MIGRATION_JOBS,
         copied_into=_copied_into(domain, job),
-        disks=tuple(_completed(connection, domain, d, power) for d in disks),
-        devices=devices,
+        disks=(
+            *(_completed(connection, domain, d, power) for d in disks),
+            *(_nvram(connection, d.file) for d in devices if d.kind is DeviceKind.NVRAM and d.file is not None),
+        ),
+        devices=tuple(d for d in devices if d.kind is not DeviceKind.NVRAM or d.file is None),
         journal=journal,
         journal_error=journal_error,
         # Without VIR_DOMAIN_XML_SECURE: passwords are left out by libvirt itself.
@@ -136,6 +140,20 @@ def _completed(connection: Any, domain: Any, disk: Disk, power: PowerState) -> D
         size_bytes=_size(domain, disk),
         in_block_job=disk.in_block_job or _has_block_job(domain, disk, power),
     )
+
+
+def _nvram(connection: Any, layer: Layer) -> Disk:
+    """The file of the firmware's variables. It is seldom written to: its fingerprint betrays that also while the VM runs."""
+    placed, size = _placed(connection, layer, fingerprint=False), 0
+    # The pool may be at work, and the file gone that it knows, or not made yet: then nothing is claimed by it.
+    with contextlib.suppress(libvirt.libvirtError):
+        if placed.pool and volume_of(connection, placed) is None:
+            # Made when the VM was started first, by libvirt itself but past its pools.
+            connection.storagePoolLookupByName(placed.pool).refresh(0)
+        if (volume := volume_of(connection, placed)) is not None:
+            size = int(volume.info()[1])
+            placed = replace(placed, fingerprint=_fingerprint(connection, placed))
+    return Disk(target=NVRAM, layers=(placed,), size_bytes=size)
 
 
 def _size(domain: Any, disk: Disk) -> int:

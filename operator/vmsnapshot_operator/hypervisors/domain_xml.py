@@ -5,7 +5,7 @@ from __future__ import annotations
 import xml.etree.ElementTree as ET
 
 from vmsnapshot_operator.core.machine import Device, DeviceKind, Disk, DiskDevice
-from vmsnapshot_operator.core.volumes import Layer, SourceKind
+from vmsnapshot_operator.core.volumes import NVRAM, Layer, SourceKind
 
 _SOURCES = {
     "file": SourceKind.FILE,
@@ -119,10 +119,27 @@ def _host(host: ET.Element) -> str:
     return f"{shown}:{port}" if port else shown
 
 
+def _nvram(root: ET.Element) -> list[Device]:
+    """What keeps the firmware's variables, if anything does."""
+    element = root.find("os/nvram")
+    if element is not None:
+        kind, source = element.get("type", "file"), element.find("source")
+        path = source.get("file", "") if source is not None else (element.text or "").strip()
+        if kind == "file" and path:
+            layer = Layer(kind=SourceKind.FILE, source=path, format=element.get("format", "raw"))
+            return [Device(kind=DeviceKind.NVRAM, name=NVRAM, file=layer)]
+        where = f"on storage of type {kind}" if kind != "file" else "in a file that the definition does not name"
+    elif root.find("os/varstore") is not None:
+        where = "in a file that QEMU writes anew at each change (varstore)"
+    elif any(e.get("readonly") == "no" for e in root.findall("os/loader")):
+        where = "in the file of the firmware itself, which the VM can write to (loader)"
+    else:
+        return []
+    return [Device(kind=DeviceKind.NVRAM, name=NVRAM, where=where)]
+
+
 def _devices(root: ET.Element, devices: ET.Element | None) -> list[Device]:
-    found: list[Device] = []
-    if root.find("os/nvram") is not None or root.find("os/varstore") is not None:
-        found.append(Device(kind=DeviceKind.NVRAM, name="nvram"))
+    found: list[Device] = _nvram(root)
     if devices is None:
         return found
     for number, hostdev in enumerate(devices.findall("hostdev")):

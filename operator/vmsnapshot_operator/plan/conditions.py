@@ -35,7 +35,10 @@ def _planned(seen: Observation) -> Condition:
     if plan is None:
         return _unknown(PLANNED)
     groups = ", ".join(f"{len(g.volumes)} by {g.driver}" for g in plan.groups)
-    message = "; ".join((f"{len(plan.volumes)} disks ({groups}), quiesce {plan.quiesce.method}", *plan.notes))
+    volumes = (
+        f"{len(plan.disks)} disks{' and the variables of the firmware' if len(plan.disks) < len(plan.volumes) else ''}"
+    )
+    message = "; ".join((f"{volumes} ({groups}), quiesce {plan.quiesce.method}", *plan.notes))
     return Condition(type=PLANNED, status=True, reason="Planned", message=message)
 
 
@@ -69,7 +72,7 @@ def _quiesced(seen: Observation, outcome: WindowOutcome) -> Condition:
         return Condition(type=QUIESCED, status=True, reason="Frozen", message=message)
     if evidence.method == Method.HYPERVISOR_SNAPSHOT:
         frozen = f"{evidence.frozen} file systems frozen around the switch" if evidence.frozen else "nothing was frozen"
-        message = f"{len(seen.record.plan.volumes) if seen.record is not None else 0} disks on overlays; {frozen}"
+        message = f"{len(seen.record.plan.disks) if seen.record is not None else 0} disks on overlays; {frozen}"
         return Condition(type=QUIESCED, status=True, reason="Switched", message=message)
     return Condition(type=QUIESCED, status=True, reason="Paused" if evidence.method == Method.PAUSE else "Held")
 

@@ -28,7 +28,7 @@ _DEVICES = {
     DeviceKind.PMEM: "persistent memory is not part of the VM's disks",
 }
 _LESSER_DEVICES = {
-    DeviceKind.NVRAM: "the UEFI variables (NVRAM) are not captured",
+    DeviceKind.NVRAM: "the variables of the firmware are not captured",
     DeviceKind.TPM: "the TPM's state is not captured",
 }
 
@@ -109,8 +109,10 @@ def select(machine: Machine, exclude: Sequence[str]) -> Selection | Refusal:
         if device.name in exclude:
             excluded.append(Excluded(name=device.name, rule="ByRequest", message="named in spec.volumes.exclude"))
         elif device.kind in _LESSER_DEVICES:
-            excluded.append(Excluded(name=device.name, rule=device.kind.upper(), message=_LESSER_DEVICES[device.kind]))
-            notes.append(f"{_LESSER_DEVICES[device.kind]} ({device.name})")
+            said = _LESSER_DEVICES[device.kind]
+            why = f": they are kept {device.where}" if device.where else ""
+            excluded.append(Excluded(name=device.name, rule=device.kind.upper(), message=f"{said}{why}"))
+            notes.append(f"{said} ({device.name})")
         else:
             objections.append(f"device {device.name}: {_DEVICES[device.kind]}")
     if objections:
@@ -122,7 +124,7 @@ def select(machine: Machine, exclude: Sequence[str]) -> Selection | Refusal:
     twice = [t for t, v in volumes if sum(1 for _, o in volumes if o.id == v.id) > 1]
     if twice:
         return Refusal(reason="UnsupportedDisk", message=f"disks {', '.join(twice)} share one source")
-    if not volumes:
+    if all(v.is_nvram for _, v in volumes):
         return Refusal(
             reason="NoVolumes", message="nothing is left to cut: the domain has no writable disk that is not excluded"
         )

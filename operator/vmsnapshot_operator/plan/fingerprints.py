@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from vmsnapshot_operator.core.machine import Disk
 from vmsnapshot_operator.core.planning import PlannedVolume
-from vmsnapshot_operator.core.volumes import Layer, volume_id
+from vmsnapshot_operator.core.volumes import Layer, VolumeId, volume_id
 
 
 def changed(then: Sequence[Layer], now: Sequence[Layer]) -> list[str]:
@@ -20,3 +20,10 @@ def written_to(volumes: Sequence[PlannedVolume], disks: Sequence[Disk]) -> list[
     now = {volume_id(d.layers[0]): d.layers[0] for d in disks if d.layers}
     pairs = [(v, now.get(v.volume.id)) for v in volumes]
     return [v.target for v, layer in pairs if layer is not None and changed([v.volume.writable], [layer])]
+
+
+def unwritten(volumes: Sequence[PlannedVolume], disks: Sequence[Disk]) -> frozenset[VolumeId]:
+    """Return the volumes of which their storage says that nobody has written to them since they were planned."""
+    now = {volume_id(d.layers[0]): d.layers[0].fingerprint for d in disks if d.layers}
+    then = {v.volume.id: v.volume.writable.fingerprint for v in volumes}
+    return frozenset(v for v, fingerprint in then.items() if fingerprint and now.get(v) == fingerprint)

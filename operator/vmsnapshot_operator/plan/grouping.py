@@ -86,6 +86,12 @@ def _choose(found: Sequence[StorageClass], fits: Mapping[str, Fit]) -> Choice | 
     )
 
 
+def unserved(volume: Volume, classes: Sequence[StorageClass], fits: Mapping[str, Fit]) -> str:
+    """Return why no class serves a volume; nothing if one does, or if that cannot be told yet or needs a person."""
+    chosen = _choose(candidates(classes, volume), fits)
+    return chosen.text if isinstance(chosen, _Refused) and chosen.reason == "NoClassForDisk" else ""
+
+
 _WORST = ("ClassTie", "NoClassForDisk", "ClassNotReady")
 
 

@@ -16,7 +16,7 @@ from pathlib import PurePosixPath
 
 from vmsnapshot_operator.core.journal import NAMESPACE as JOURNAL_NAMESPACE
 from vmsnapshot_operator.core.markers import GATE_NAMESPACE, RESTORED_NAMESPACE, Marker
-from vmsnapshot_operator.core.volumes import Layer, SourceKind
+from vmsnapshot_operator.core.volumes import NVRAM, Layer, SourceKind
 from vmsnapshot_operator.plan import definition, new_devices
 from vmsnapshot_operator.plan import domain_tree as tree
 from vmsnapshot_operator.plan.domain_tree import refusal
@@ -75,13 +75,11 @@ def genid(seed: str) -> str:
     return str(uuids.uuid5(_IDENTITIES, f"{seed} genid"))
 
 
-def as_new_vm(
-    text: str, identity: Identity, sources: Mapping[str, Layer], marker: Marker, *, nvram: str = ""
-) -> NewDefinition:
+def as_new_vm(text: str, identity: Identity, sources: Mapping[str, Layer], marker: Marker) -> NewDefinition:
     """Return the definition of a new VM that has copies of the disks `sources` (by target), and no other that it could write.
 
-    `text` is the old VM's definition, with or without secrets. `nvram` is the path of a copy of its firmware's variables;
-    without it they begin anew from the firmware's own. The marker of its VMRestore stands in it from the start. Same input,
+    `text` is the old VM's definition, with or without secrets. Without a copy of its firmware's variables (target `NVRAM`) among the
+    sources they begin anew from the firmware's own. The marker of its VMRestore stands in it from the start. Same input,
     same output. Raises RefusedError for a definition that cannot be worked with, a disk that the VM does not have, and
     devices or arguments of which nobody can tell whether two VMs may have them.
     """
@@ -89,9 +87,9 @@ def as_new_vm(
     _refuse_arguments(root)
     before = new_devices.belongings(root)
     notes = [
-        *_disks(root, sources),
+        *_disks(root, {t: layer for t, layer in sources.items() if t != NVRAM}),
         *new_devices.separate(root, identity.name, identity.mac),
-        *_firmware(root, identity, nvram),
+        *_firmware(root, identity, sources.get(NVRAM)),
     ]
     _identify(root, identity)
     tree.discard(root, "seclabel")
@@ -214,8 +212,12 @@ def _host(address: str) -> ET.Element:
 # --- firmware --------------------------------------------------------------------------------------------------------------
 
 
-def _firmware(root: ET.Element, identity: Identity, given: str) -> list[str]:
+def _firmware(root: ET.Element, identity: Identity, given: Layer | None) -> list[str]:
     notes = []
+    if given is not None and given.kind is not SourceKind.FILE:
+        raise refusal(
+            f"the copy of the firmware's variables is {given.source}, which is no file that the VM could be given"
+        )
     if any(loader.get("readonly") == "no" for loader in root.findall("os/loader")):
         raise refusal("the VM's firmware is a file that it can write to itself: that file is not copied")
     for element in (root.find("os/nvram"), root.find("os/varstore")):
@@ -227,7 +229,7 @@ def _firmware(root: ET.Element, identity: Identity, given: str) -> list[str]:
             raise refusal(f"the firmware's variables of the VM are kept on storage of type {kind}, which is not copied")
         old = source.get("file", "") if source is not None else ""
         old = old or element.get("path", "") or (element.text or "").strip()
-        path = given or (_beside(old, identity) if old else "")
+        path = given.source if given is not None else _beside(old, identity) if old else ""
         tree.discard(element, "source")
         element.attrib.pop("type", None)
         element.text = None
@@ -235,7 +237,7 @@ def _firmware(root: ET.Element, identity: Identity, given: str) -> list[str]:
             element.set("path", path) if path else element.attrib.pop("path", None)
         else:
             element.text = path or None
-        if not given:
+        if given is None:
             notes.append("its firmware's variables (boot entries, keys) begin anew")
     return notes
 

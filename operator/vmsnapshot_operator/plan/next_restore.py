@@ -129,7 +129,7 @@ def _in_place(seen: RestoreSeen) -> RestoreDecision:
         if seen.safety is Safety.FAILED:
             message = f"the safety snapshot failed, so nothing was changed: {seen.safety_message}"
             return _fail(seen, Failure(reason="SafetySnapshotFailed", message=message))
-    return _say(seen, CloseGate(seen.plan.targets), "ClosingGate")
+    return _say(seen, CloseGate(seen.plan.gate), "ClosingGate")
 
 
 def _through_the_gate(seen: RestoreSeen, now: datetime) -> RestoreDecision:

@@ -16,7 +16,7 @@ from vmsnapshot_operator.core.planning import (
     Request,
     StorageClass,
 )
-from vmsnapshot_operator.plan import disks, grouping, quiescing
+from vmsnapshot_operator.plan import disks, grouping, nvram, quiescing
 
 
 def make_plan(
@@ -49,6 +49,8 @@ def make_plan(
     selection = disks.select(machine, request.exclude)
     if isinstance(selection, Refusal):
         return selection
+    fits = nvram.limited(selection, machine, classes, fits)
+    selection = nvram.placed(selection, classes, fits)
     chosen = grouping.assign(selection.volumes, classes, fits)
     if isinstance(chosen, Refusal):
         return chosen
@@ -72,7 +74,7 @@ def make_plan(
     )
     if (refusal := _require(request, machine, volumes)) is not None:
         return refusal
-    uncovered = [v.target for v in volumes if not v.covered]
+    uncovered = [v.target for v in volumes if not v.covered and not v.volume.is_nvram]
     notes = list(selection.notes)
     if quiesce.expected_filesystems and uncovered:
         notes.append(
@@ -109,7 +111,7 @@ def _require(request: Request, machine: Machine, volumes: Sequence[PlannedVolume
             reason="PolicyNotMet",
             message=f"disk {', '.join(unsafe)} has cache=unsafe and ignores flushes: policy Require cannot be kept; use another cache mode",
         )
-    uncovered = [v.target for v in volumes if not v.covered]
+    uncovered = [v.target for v in volumes if not v.covered and not v.volume.is_nvram]
     if machine.power is PowerState.RUNNING and uncovered:
         return Refusal(
             reason="PolicyNotMet",

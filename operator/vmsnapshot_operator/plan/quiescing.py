@@ -223,7 +223,7 @@ def _paused(
     return QuiesceChoice(method=Method.NONE, reason="the VM is paused already: it stands still as it is", budget=budget)
 
 
-def _is_raw_in_a_pool(layer: Layer) -> bool:
+def is_raw_in_a_pool(layer: Layer) -> bool:
     """Whether libvirt's storage API can copy an image."""
     return layer.kind in (SourceKind.FILE, SourceKind.VOLUME) and layer.format == "raw" and bool(layer.pool)
 
@@ -232,7 +232,7 @@ def _shut_off(
     request: Request, machine: Machine, groups: Sequence[PlannedGroup], budget: Seconds
 ) -> QuiesceChoice | Refusal:
     by = _by_hypervisor(groups)
-    if unable := [v.label for g in by for v in g.volumes if not _is_raw_in_a_pool(v.writable)]:
+    if unable := [v.label for g in by for v in g.volumes if not is_raw_in_a_pool(v.writable)]:
         return Refusal(
             reason="BackupNeedsRunningVM",
             message=(

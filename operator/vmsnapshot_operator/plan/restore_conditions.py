@@ -5,6 +5,7 @@ from __future__ import annotations
 from vmsnapshot_operator.core.effects import Condition, Failure
 from vmsnapshot_operator.core.planning import Refusal
 from vmsnapshot_operator.core.restoring import RestoreSeen, Safety
+from vmsnapshot_operator.plan import restore_plan
 
 PLANNED = "Planned"
 SAFETY_SNAPSHOT_TAKEN = "SafetySnapshotTaken"
@@ -27,7 +28,7 @@ def _planned(seen: RestoreSeen) -> Condition:
     if seen.plan is None:
         return Condition(type=PLANNED, status=True, reason="Planned")
     groups = ", ".join(f"{len(g.onto)} by {g.class_name}" for g in seen.plan.groups)
-    message = "; ".join((f"{len(seen.plan.targets)} disks ({groups})", *seen.plan.notes))
+    message = "; ".join((f"{', '.join(seen.plan.targets)} ({groups})", *seen.plan.notes))
     return Condition(type=PLANNED, status=True, reason="Planned", message=message)
 
 
@@ -121,12 +122,19 @@ def failed(seen: RestoreSeen, failure: Failure) -> tuple[Condition, ...]:
     )
 
 
+def _left(seen: RestoreSeen) -> tuple[str, ...]:
+    """What was not restored stays said when all else is done."""
+    if seen.record is None or isinstance(volumes := restore_plan.wanted(seen.request, seen.record), Refusal):
+        return ()
+    return restore_plan.notes(seen.record, volumes, in_place=seen.request.in_place)
+
+
 def ready(seen: RestoreSeen) -> tuple[Condition, ...]:
     """It is done."""
     again = seen.done != seen.marker
     message = "it was done before, by a VMRestore of this name" if again else ""
     return (
-        Condition(type=PLANNED, status=True, reason="Planned"),
+        Condition(type=PLANNED, status=True, reason="Planned", message="" if again else "; ".join(_left(seen))),
         _safety(seen) if not again else Condition(type=SAFETY_SNAPSHOT_TAKEN, status=False, reason="NotRequested"),
         _volumes(seen),
         _defined(seen),

@@ -14,7 +14,7 @@ from vmsnapshot_operator.core.effects import Record
 from vmsnapshot_operator.core.machine import Disk, Machine, PowerState
 from vmsnapshot_operator.core.planning import Patience, PlannedVolume, Refusal
 from vmsnapshot_operator.core.restoring import RestoreGroup, RestorePlan, RestoreRequest
-from vmsnapshot_operator.core.volumes import Volume, volume_id
+from vmsnapshot_operator.core.volumes import NVRAM, Volume, volume_id
 from vmsnapshot_operator.plan import fingerprints
 
 
@@ -98,6 +98,11 @@ def onto(volumes: Sequence[PlannedVolume], disks: Sequence[Disk]) -> Mapping[str
         volume, disk = planned.volume, present.get(planned.volume.id)
         if disk is None:
             problems.append(_elsewhere(planned, disks))
+        elif disk.size_bytes and volume.size_bytes and disk.size_bytes != volume.size_bytes and volume.is_nvram:
+            problems.append(
+                f"the variables of the firmware have {disk.size_bytes} bytes now, and had {volume.size_bytes}: they are those of"
+                " another firmware; leave them out by naming the disks in spec.volumes.include"
+            )
         elif disk.size_bytes and volume.size_bytes and disk.size_bytes != volume.size_bytes:
             problems.append(
                 f"disk {planned.target} has {disk.size_bytes} bytes now, and had {volume.size_bytes}: resize it back"
@@ -133,13 +138,33 @@ def make(record: Record, volumes: Sequence[PlannedVolume], bear: Mapping[str, Vo
         if group.result is not None and mine:
             chosen = tuple(bear.get(v.target, v.volume) for v in mine)
             groups.append(RestoreGroup(class_name=name, cut=group.result, onto=chosen))
-    left = [v.target for v in record.plan.volumes if v not in volumes]
-    notes = [f"disk {', '.join(left)} stays as it is, which is of another moment"] if left and bear else []
-    return RestorePlan(groups=tuple(groups), targets=tuple(v.target for v in volumes), notes=tuple(notes))
+    disks = record.plan.disks
+    return RestorePlan(
+        groups=tuple(groups),
+        targets=tuple(v.target for v in volumes),
+        gate=tuple(v.target for v in disks if v in volumes) or tuple(v.target for v in disks),
+        notes=notes(record, volumes, in_place=bool(bear)),
+    )
+
+
+def notes(record: Record, volumes: Sequence[PlannedVolume], *, in_place: bool) -> tuple[str, ...]:
+    """Return what becomes of what is not restored, in words for the user."""
+    left = [v.target for v in record.plan.disks if v not in volumes]
+    found = [f"disk {', '.join(left)} stays as it is, which is of another moment"] if left and in_place else []
+    held = any(v.volume.is_nvram for v in record.plan.volumes)
+    there = held or any(e.name == NVRAM for e in record.plan.excluded)
+    if there and not any(v.volume.is_nvram for v in volumes):
+        what = "stay as they are" if in_place else "begin anew"
+        why = "they are not asked for" if held else "the snapshot does not hold them"
+        found.append(f"the variables of the firmware ({NVRAM}: boot entries, keys) {what}: {why}")
+    return tuple(found)
 
 
 def refuse_clone(plan: RestorePlan, record: Record) -> Refusal | None:
     """Why these volumes cannot be cloned whatever the storage says, or None."""
+    if not any(v.target in plan.targets for v in record.plan.disks):
+        message = "a new VM without any of the disks would be empty: name one in spec.volumes.include"
+        return Refusal(reason="NoVolumes", message=message)
     can = {g.class_name for g in record.plan.groups if g.capabilities.clone}
     if unable := [g.class_name for g in plan.groups if g.class_name not in can]:
         message = f"class {', '.join(unable)} cannot clone what it has snapshotted; use mode InPlace"

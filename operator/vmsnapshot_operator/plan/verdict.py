@@ -55,13 +55,14 @@ def judge(plan: Plan, outcome: WindowOutcome) -> Mapping[VolumeId, Verdict]:
         for v in g.volumes
         if g.class_name in outcome.groups
     }
-    results = [outcome.groups[g.class_name].result for g in plan.groups if g.class_name in outcome.groups]
-    one_group = len(plan.groups) == 1 and len(results) == 1 and results[0] is not None and results[0].atomic
+    of_disks = [g for g in plan.groups if not all(v.is_nvram for v in g.volumes)]
+    results = [outcome.groups[g.class_name].result for g in of_disks if g.class_name in outcome.groups]
+    one_group = len(of_disks) == 1 and len(results) == 1 and results[0] is not None and results[0].atomic
     one_job = bool(results) and all(r is not None and r.hold is Hold.JOB for r in results)
     one_instant = one_group or one_job
     broken = _broken(plan, evidence)
     verdicts: dict[VolumeId, Verdict] = {}
-    for planned in plan.volumes:
+    for planned in plan.disks:
         vid = planned.volume.id
         if planned.unsafe:
             verdicts[vid] = Verdict(consistency=Consistency.UNKNOWN, why="cache=unsafe ignores flushes")
@@ -78,7 +79,32 @@ def judge(plan: Plan, outcome: WindowOutcome) -> Mapping[VolumeId, Verdict]:
             )
         else:
             verdicts[vid] = _still(plan, evidence, planned.covered and vid in evidence.covered, one_instant)
+    least = overall(verdicts)
+    for vid in (v.volume.id for v in plan.volumes if v.volume.is_nvram):
+        was_cut = any(g.result is not None and vid in g.result.handles for g in outcome.groups.values())
+        inside = not broken and _inside(brackets.get(vid), evidence)
+        verdicts[vid] = _of_nvram(plan, evidence, vid, least, whole=outcome.ok and was_cut, inside=inside)
     return verdicts
+
+
+def _of_nvram(
+    plan: Plan, evidence: Evidence, vid: VolumeId, least: Consistency, *, whole: bool, inside: bool
+) -> Verdict:
+    """What may be claimed of the firmware's variables beside disks of which `least` is claimed.
+
+    A freeze of file systems keeps no guest from writing to them, nor does an overlay; nothing of them waits in the guest's memory.
+    """
+    if not whole:
+        return Verdict(consistency=Consistency.UNKNOWN, why="it was not cut")
+    if not evidence.same_vm:
+        return Verdict(consistency=Consistency.UNKNOWN, why="the VM was not the same before and after")
+    if inside and evidence.method not in (Method.GUEST_AGENT, Method.HYPERVISOR_SNAPSHOT):
+        return _still(plan, evidence, covered=False, one_instant=False)
+    if vid in evidence.unwritten:
+        why = "nobody wrote to it from before the window until after it, so it is of the moment of the disks"
+        return Verdict(consistency=max(least, Consistency.PER_VOLUME), why=why)
+    why = "the VM may have written to it meanwhile, whose file systems alone were held: it is of a moment of its own"
+    return Verdict(consistency=Consistency.PER_VOLUME, why=why)
 
 
 def _still(plan: Plan, evidence: Evidence, covered: bool, one_instant: bool) -> Verdict:

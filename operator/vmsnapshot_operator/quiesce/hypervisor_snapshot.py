@@ -61,7 +61,7 @@ class HypervisorSnapshotQuiescer:
     async def _switch(self, domain: DomainWindow, window: OpenWindow, journal: Journal, plan: Plan) -> None:
         """Freeze, switch and thaw, on every path; the VM is on its overlays when this returns."""
         frozen = False
-        described = await domain.prepare_switch({v.target: journal.overlays[v.volume.id] for v in plan.volumes})
+        described = await domain.prepare_switch({v.target: journal.overlays[v.volume.id] for v in plan.disks})
         try:
             window.ask()
             if journal.holds:
@@ -136,7 +136,7 @@ class HypervisorSnapshotQuiescer:
         hypervisor, ref = self._context.hypervisor, self._context.ref
         try:
             async with step(Step.WINDOW_OVERLAID, journal.owner_uid):
-                layers = {str(v.volume.id): v.volume.writable for v in plan.volumes}
+                layers = {str(v.volume.id): v.volume.writable for v in plan.disks}
                 bases = await hypervisor.overlays(ref).fingerprints(layers)
                 there = await hypervisor.update_journal(ref, replace(journal, phase=Phase.OVERLAID, bases=bases))
                 why = "" if there else "the journal is gone from the VM's metadata: somebody removed it"

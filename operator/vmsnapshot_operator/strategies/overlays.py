@@ -48,7 +48,7 @@ async def make(
     """Make an empty overlay over each volume of the plan, and return their paths. Raises HypervisorError."""
     overlays, made = client.overlays(ref), {}
     async with step(Step.PREPARE_OVERLAYS, uid):
-        for volume in (v.volume for v in plan.volumes):
+        for volume in (v.volume for v in plan.disks):
             name = names.overlay_name(installation, uid, attempt, volume.id)
             made[volume.id] = await overlays.create(plan.quiesce.overlay_pool, name, volume)
     return made

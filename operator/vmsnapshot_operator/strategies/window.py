@@ -37,7 +37,7 @@ from vmsnapshot_operator.errors import (
 from vmsnapshot_operator.hypervisors.domains import DomainWindow, Hypervisor, Ref
 from vmsnapshot_operator.hypervisors.guardian_link import GuardianLink
 from vmsnapshot_operator.kube.lease import Leadership
-from vmsnapshot_operator.plan import disks
+from vmsnapshot_operator.plan import disks, fingerprints
 from vmsnapshot_operator.quiesce.base import Context, clock, find, undisturbed, wall
 from vmsnapshot_operator.strategies.world import Prepared, World
 
@@ -408,7 +408,8 @@ async def _tell(effect: TakeWindow, progress: _Progress, ref: Ref, client: Hyper
     if progress.window is not None:
         after = await _afterwards(ref, client)
         same = after is not None and _same(plan, after, overlaid=progress.has_rest())
-        evidence = replace(evidence, same_vm=same)
+        unwritten = fingerprints.unwritten(plan.volumes, after.disks) if after is not None else frozenset()
+        evidence = replace(evidence, same_vm=same, unwritten=unwritten)
         if after is not None and (new := disks.unplanned(plan, after.disks)):
             text = f"disk {', '.join(new)} was plugged into the VM meanwhile and is not in what was cut"
             progress.fail("DiskPlugged", text, interrupted=True)

@@ -28,7 +28,7 @@ from vmsnapshot_operator.core.planning import (
     PlannedVolume,
     QuiesceChoice,
 )
-from vmsnapshot_operator.core.volumes import Consistency, Handle, Layer, Seconds, SourceKind, Volume, volume_id
+from vmsnapshot_operator.core.volumes import NVRAM, Consistency, Handle, Layer, Seconds, SourceKind, Volume, volume_id
 from vmsnapshot_operator.errors import RefusedError
 from vmsnapshot_operator.kube import contents
 from vmsnapshot_operator.kube.content_parts import MAX_DEFINITION
@@ -68,8 +68,9 @@ def plans(draw: st.DrawFn) -> Plan:
     classes = draw(st.lists(slugs, min_size=1, max_size=3, unique=True).map(sorted))
     writables = draw(st.lists(layers, min_size=len(classes), max_size=6, unique_by=volume_id))
     volumes = []
+    last = len(writables) - 1 if len(writables) > 1 and draw(st.booleans()) else None
     for i, writable in enumerate(writables):
-        target = f"vd{chr(ord('a') + i)}"
+        target = NVRAM if i == last else f"vd{chr(ord('a') + i)}"
         volume = Volume(
             id=volume_id(writable),
             label=target,
@@ -157,6 +158,7 @@ def outcomes(draw: st.DrawFn, record: Record, *, whole: bool) -> WindowOutcome:
         thawed_time=draw(st.none() | moments),
         frozen_milliseconds=draw(milliseconds),
         covered=frozenset(draw(st.lists(st.sampled_from([v.volume.id for v in record.plan.volumes])))),
+        unwritten=frozenset(draw(st.lists(st.sampled_from([v.volume.id for v in record.plan.volumes])))),
         frozen=draw(counts),
         thawed=draw(counts),
         freed_by_other=draw(st.booleans()),

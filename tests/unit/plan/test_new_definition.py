@@ -56,8 +56,8 @@ SOURCES: dict[str, dict[str, Layer]] = {
 }
 
 
-def new(sample: str, sources: Mapping[str, Layer] | None = None, *, nvram: str = "") -> NewDefinition:
-    return as_new_vm(SAMPLES[sample], IDENTITY, SOURCES[sample] if sources is None else sources, MARKER, nvram=nvram)
+def new(sample: str, sources: Mapping[str, Layer] | None = None) -> NewDefinition:
+    return as_new_vm(SAMPLES[sample], IDENTITY, SOURCES[sample] if sources is None else sources, MARKER)
 
 
 def root_of(sample: str) -> ET.Element:
@@ -361,9 +361,9 @@ def test_arguments_past_libvirt_are_refused() -> None:
 # --- firmware ---------------------------------------------------------------------------------------------------------------
 
 
-def firmware(xml: str, nvram: str = "") -> tuple[ET.Element, tuple[str, ...]]:
+def firmware(xml: str, **copied: Layer) -> tuple[ET.Element, tuple[str, ...]]:
     text = with_devices("").replace("<devices>", f"<os>{xml}</os><devices>")
-    made = as_new_vm(text, IDENTITY, {"vda": file("/vm/copy.raw")}, MARKER, nvram=nvram)
+    made = as_new_vm(text, IDENTITY, {"vda": file("/vm/copy.raw"), **copied}, MARKER)
     return tree.required(tree.parse(made.xml), "os"), made.notes
 
 
@@ -372,7 +372,7 @@ def test_firmware_variables_are_its_own() -> None:
     assert found.get("template") == "/usr/share/OVMF/OVMF_VARS_4M.ms.fd"
     assert found.text == f"/var/lib/libvirt/qemu/nvram/copy-1-{IDENTITY.uuid[:8]}_VARS.fd"
     assert any("begin anew" in n for n in new("uefi").notes)
-    copied = new("uefi", nvram="/nvram/copy.fd")
+    copied = new("uefi", {**SOURCES["uefi"], "nvram": file("/nvram/copy.fd")})
     assert tree.required(tree.parse(copied.xml), "os/nvram").text == "/nvram/copy.fd"
     assert not any("begin anew" in n for n in copied.notes)
 
@@ -400,7 +400,7 @@ def test_a_store_of_variables() -> None:
     }
     found, _ = firmware("<varstore template='/usr/t.json'/>")
     assert tree.required(found, "varstore").attrib == {"template": "/usr/t.json"}
-    found, notes = firmware("<varstore/>", nvram="/n/b.json")
+    found, notes = firmware("<varstore/>", nvram=file("/n/b.json"))
     assert tree.required(found, "varstore").attrib == {"path": "/n/b.json"}
     assert notes == ()
 
@@ -416,6 +416,13 @@ def test_a_store_of_variables() -> None:
 def test_firmware_that_cannot_be_copied(xml: str, why: str) -> None:
     with pytest.raises(RefusedError, match=why):
         firmware(xml)
+
+
+def test_a_copy_of_the_variables_that_is_no_file_is_refused_and_one_alone_makes_no_vm() -> None:
+    with pytest.raises(RefusedError, match="no file that the VM could be given"):
+        firmware("<nvram>/n/a.fd</nvram>", nvram=rbd("vms/copy"))
+    with pytest.raises(RefusedError, match="would be empty"):
+        new("uefi", {"nvram": file("/nvram/copy.fd")})
 
 
 # --- whatever comes --------------------------------------------------------------------------------------------------------

@@ -47,6 +47,7 @@ PLAN = RestorePlan(
         RestoreGroup(class_name="files", cut=CutResult(handles={"v": Handle("h")}, atomic=False), onto=()),  # type: ignore[dict-item]
     ),
     targets=DISKS,
+    gate=DISKS,
 )
 
 
