@@ -125,7 +125,7 @@ def _nvram(root: ET.Element) -> list[Device]:
     if element is not None:
         kind, source = element.get("type", "file"), element.find("source")
         path = source.get("file", "") if source is not None else (element.text or "").strip()
-        if kind == "file" and path:
+        if path:
             layer = Layer(kind=SourceKind.FILE, source=path, format=element.get("format", "raw"))
             return [Device(kind=DeviceKind.NVRAM, name=NVRAM, file=layer)]
         where = f"on storage of type {kind}" if kind != "file" else "in a file that the definition does not name"

@@ -57,11 +57,8 @@ def _of(selection: Selection) -> Volume | None:
 
 def _unable(cut: CutKind, volume: Volume, power: PowerState) -> str:
     if power is not PowerState.SHUT_OFF:
-        return (
-            ""
-            if cut is CutKind.INSTANT
-            else "it cannot cut in an instant, and the VM, which is not off, may write to them"
-        )
+        slow = "it cannot cut in an instant, and the VM, which is not off, may write to them"
+        return "" if cut is CutKind.INSTANT else slow
     if cut is CutKind.HYPERVISOR and not is_raw_in_a_pool(volume.writable):
         return "they are no raw volume of a libvirt pool, which could be copied without the hypervisor"
     return ""
