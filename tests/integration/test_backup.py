@@ -13,10 +13,14 @@ import libvirt
 import pytest
 
 from tests import proof
+from tests.integration import test_sweep as sweeps
 from tests.lab import Lab
 from tests.lab.definition import GuestDisk
 from tests.lab.guests import Guest
 from tests.stack import Stack, conditions, until
+from vmsnapshot_operator.core import journal as journals
+from vmsnapshot_operator.core import names
+from vmsnapshot_operator.core.volumes import VolumeId
 
 BIG = {
     "vda": GuestDisk(kind="file", size_mib=1024),
@@ -257,6 +261,32 @@ def test_another_programs_copy_is_waited_for_and_not_touched(
         brake.let_go()
         stack.wait(again)
         assert truth(lab, stack, again, tmp_path).one_instant
+    finally:
+        target.unlink(missing_ok=True)
+
+
+def test_an_orphan_is_not_removed_beneath_a_copy(
+    lab: Lab, stack: Stack, backed: Guest, brake: Brake, extra_class: Callable[..., str]
+) -> None:
+    """A journal of ours proves whose it is; a class that is new is scanned at once. It is not the class that copied."""
+    orphan = names.request_name(stack.installation(), sweeps.NOBODY, 1, "copied-files", [VolumeId("v")])
+    target = lab.pool_path("plain") / f"{orphan}-{names.member(VolumeId('v'))}"
+    domain: Any = backed.domain()
+    domain.backupBegin(
+        "<domainbackup mode='push'><disks><disk name='vda' backup='yes' type='file'><driver type='raw'/>"
+        f"<target file='{target}'/></disk><disk name='vdb' backup='no'/><disk name='vdc' backup='no'/></disks></domainbackup>",
+        None,
+    )
+    try:
+        brake.wait()
+        sweeps.mark(backed, journals.to_xml(sweeps.a_journal(stack.installation())))
+        until("the journal is removed", lambda: not sweeps.marked(backed))
+        assert str(target) in brake.job()
+        assert target.exists()
+        parameters = {"poolName": "plain", "socketPath": str(lab.libvirt_socket)}
+        extra_class("scans-anew", "libvirt-volume", [{"sourcePattern": "/nowhere/*"}], parameters=parameters)
+        until("the orphan is removed", lambda: not target.exists())
+        assert not brake.job(), "its copy was stopped before"
     finally:
         target.unlink(missing_ok=True)
 
