@@ -247,13 +247,21 @@ async def _plan_in_place(world: World, request: RestoreRequest, seen: RestoreSee
             return replace(seen, refusal=refusal)
         if (refusal := restore_plan.refuse_fits(answers, plan)) is not None:
             return replace(seen, refusal=refusal)
-    return replace(_judge_safety(seen, machine), plan=plan)
+    return _judge_safety(replace(seen, plan=plan), machine)
 
 
 def _judge_safety(seen: RestoreSeen, machine: Machine) -> RestoreSeen:
-    """A safety snapshot is none any more once the VM, which is off, ran after it. Network disks do not betray that."""
+    """A safety snapshot is none that lacks what is set back, nor any more once the VM, which is off, ran after it.
+
+    Network disks do not betray that.
+    """
     if machine.power is not PowerState.SHUT_OFF or seen.safety_record is None:
         return seen
+    holds = {v.volume.id for v in seen.safety_record.plan.volumes}
+    wanted = (v for g in seen.plan.groups for v in g.onto) if seen.plan is not None else ()
+    if lacks := [v.label for v in wanted if v.id not in holds]:
+        message = f"it does not hold {', '.join(lacks)} (see its status.excluded), so nobody could go back to that"
+        return replace(seen, safety=Safety.FAILED, safety_message=message)
     if not (ran := fingerprints.written_to(seen.safety_record.plan.volumes, machine.disks)):
         return seen
     return replace(seen, safety=Safety.FAILED, safety_message=f"disk {', '.join(ran)} was written to after it")
