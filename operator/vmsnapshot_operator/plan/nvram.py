@@ -28,8 +28,8 @@ def limited(selection: Selection, machine: Machine, classes: Sequence[StorageCla
         return fits
     answers: dict[str, Fit] = dict(fits.get(found.id, {}))
     for cls in classes:
-        if cls.capabilities is not None and (why := _unable(cls.capabilities.cut, found, machine.power)):
-            answers[cls.name] = Fit(ok=False, reason="NotNow", message=why)
+        if cls.capabilities is not None and (no := _unable(cls.capabilities.cut, found, machine.power)) is not None:
+            answers[cls.name] = no
     return {**fits, found.id: answers}
 
 
@@ -55,10 +55,13 @@ def _of(selection: Selection) -> Volume | None:
     return next((v for _, v in selection.volumes if v.is_nvram), None)
 
 
-def _unable(cut: CutKind, volume: Volume, power: PowerState) -> str:
+def _unable(cut: CutKind, volume: Volume, power: PowerState) -> Fit | None:
     if power is not PowerState.SHUT_OFF:
-        slow = "it cannot cut in an instant, and the VM, which is not off, may write to them"
-        return "" if cut is CutKind.INSTANT else slow
+        slow = (
+            "it cannot cut in an instant, and the VM, which is not off, may write to them: no overlay is put over them"
+        )
+        return None if cut is CutKind.INSTANT else Fit(ok=False, reason="OverlayNotAvailable", message=slow)
     if cut is CutKind.HYPERVISOR and not is_raw_in_a_pool(volume.writable):
-        return "they are no raw volume of a libvirt pool, which could be copied without the hypervisor"
-    return ""
+        other = "they are no raw volume of a libvirt pool, which could be copied without the hypervisor"
+        return Fit(ok=False, reason="BackupNeedsRunningVM", message=other)
+    return None
