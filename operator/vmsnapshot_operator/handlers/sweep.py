@@ -96,6 +96,9 @@ async def _sweep(client: Hypervisor, name: str, ours: str, report: Report, *, dr
     for endpoint, problem in sorted(client.problems.items()):
         report.bad(f"hypervisor {name}: {endpoint} does not answer, its VMs were not seen: {problem}")
     await _overlays(client, name, ours, found, report)
+    for each in await client.all_checkpoints(names.installation_prefix(ours)) if ours else ():
+        where = f"hypervisor {name}: checkpoint {each.name} of domain {each.domain}"
+        report.lines.append(f"{where}: the operator removes it with its VMSnapshot, or when the VM runs next")
     if not found:
         report.lines.append(f"hypervisor {name}: no domain bears a journal: none is held by a snapshot")
         return
