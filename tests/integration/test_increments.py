@@ -10,15 +10,17 @@ from typing import Any
 import pytest
 
 from tests import proof
+from tests.chaos.injector import Injector
 from tests.integration.brake import Brake
 from tests.lab import Lab
 from tests.lab.definition import GuestDisk
 from tests.lab.guests import Guest
 from tests.stack import Stack, conditions, until
+from vmsnapshot_operator.core.steps import Moment, Step
 
 CLASS = "copied-changes"
 DISKS = {
-    "vda": GuestDisk(kind="file", format="qcow2", size_mib=768),
+    "vda": GuestDisk(kind="file", format="qcow2", size_mib=640),
     "vdb": GuestDisk(kind="file", format="qcow2"),
     "vdc": GuestDisk(kind="file"),
 }
@@ -252,6 +254,62 @@ def test_what_a_vm_that_is_off_keeps_is_removed_when_it_runs(
     stack.programs["operator"].kill()  # the next one looks at once
     stack.start_operator()
     until("nothing is left", lambda: left(lab, guest) == (set(), set()))
+
+
+@pytest.fixture(scope="module")
+def injector(stack: Stack) -> Iterator[Injector]:
+    """The operator, observed at every step."""
+    with Injector(stack.state / "injector.sock") as injector:
+        stack.stop()
+        stack.observer = injector.path
+        stack.start()
+        yield injector
+        stack.stop()
+        stack.observer = None
+        stack.start()
+
+
+@pytest.mark.parametrize(
+    ("step", "moment"),
+    [
+        (Step.PREPARE_INHERIT, Moment.AFTER),
+        (Step.PREPARE_CHECKPOINT, Moment.AFTER),
+        (Step.WINDOW_BEGIN, Moment.AFTER),
+        (Step.SETTLE_CHECKPOINT, Moment.BEFORE),
+        (Step.SETTLE_CHECKPOINT, Moment.AFTER),
+    ],
+)
+def test_an_operator_that_is_killed_at_a_step_leaves_nothing(
+    lab: Lab,
+    stack: Stack,
+    guest: Guest,
+    injector: Injector,
+    take: Callable[..., str],
+    vmsnapshot: Callable[..., str],
+    tmp_path: Path,
+    step: Step,
+    moment: Moment,
+) -> None:
+    before = take("before")
+    with injector.trap(step, moment) as trap:
+        name = vmsnapshot("killed", domain=guest.name, quiesce={"policy": "Require"})
+        assert trap.wait(60)
+        stack.programs["operator"].kill()
+    stack.start_operator()
+    stack.wait(name)
+    again = step is not Step.SETTLE_CHECKPOINT
+    assert changes(stack, name) == (set() if again else REMEMBER), "in a second attempt all is copied"
+    assert truth(lab, stack, name, tmp_path) > truth(lab, stack, before, tmp_path)
+    assert left(lab, guest) == (checkpoints(stack, name), checkpoints(stack, name))
+
+    with injector.trap(Step.ROLL_BACK_CHECKPOINT, moment) as trap:
+        stack.delete(name, wait=False)
+        assert trap.wait(60)
+        stack.programs["operator"].kill()
+    stack.start_operator()
+    until("it is gone", lambda: stack.get(name) is None)
+    assert left(lab, guest) == (set(), set())
+    truth(lab, stack, before, tmp_path)
 
 
 def test_a_migration_between_two_copies(
