@@ -84,7 +84,7 @@ class Checkpoints:
                 raise
             except HypervisorError as error:
                 if name in await self.names():
-                    raise
+                    raise HypervisorError(error.message, reason=error.reason, retryable=True) from error
                 refused[name] = error.message
         return refused
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from vmsnapshot_operator.core import names
-from vmsnapshot_operator.core.driver import Hold
+from vmsnapshot_operator.core.driver import Capabilities, CutKind, Hold
 from vmsnapshot_operator.core.effects import Record, RecordedGroup
 from vmsnapshot_operator.core.planning import PlannedGroup
 from vmsnapshot_operator.core.volumes import Handle, Volume, VolumeId
@@ -29,6 +29,11 @@ class Earlier:
     handle: Handle
     checkpoint: str
     time: datetime
+
+
+def is_able(capabilities: Capabilities) -> bool:
+    """Whether of what a class's disks hold only what changed need be copied."""
+    return capabilities.incremental and capabilities.cut is CutKind.HYPERVISOR
 
 
 def remembers(volume: Volume) -> bool:
@@ -105,7 +110,7 @@ def of_record(record: Record, requests: Mapping[str, Collection[str]] | None = N
 
     `requests`: by class, those under whose names it may have; None: that on record.
     """
-    able = {g.class_name for g in record.plan.groups if g.capabilities.incremental}
+    able = {g.class_name for g in record.plan.groups if is_able(g.capabilities)}
     return {
         names.checkpoint_name(request, volume.id): volume.label
         for class_name, group in record.groups.items()

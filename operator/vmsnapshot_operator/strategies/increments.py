@@ -46,7 +46,7 @@ async def prepare(
     Whatever is in doubt is copied as a whole, and said. Raises DriverError, and HypervisorError where it is not certain which
     checkpoints are there: then this attempt must come to nothing, or one that is made later would be believed.
     """
-    groups = [g for g in record.plan.groups if g.capabilities.incremental]
+    groups = [g for g in record.plan.groups if increments.is_able(g.capabilities)]
     if not groups:
         return Since()
     client, ref = await locate(world, request, record)
@@ -125,7 +125,7 @@ def _at(earlier: Earlier) -> str:
 
 async def retire(world: World, request: Request, record: Record) -> None:
     """Remove the checkpoints of earlier snapshots of the VM, now that the copies of this one are whole. What is left comes next time."""
-    if not any(g.capabilities.incremental for g in record.plan.groups):
+    if not any(increments.is_able(g.capabilities) for g in record.plan.groups):
         return
     async with step(Step.SETTLE_CHECKPOINT, request.uid):
         try:
@@ -147,7 +147,7 @@ async def remove(world: World, request: Request, record: Record, held: Mapping[s
 
     What cannot be removed now, since the VM is off or nobody answers, the periodic look removes (`sweep`).
     """
-    if not any(g.capabilities.incremental and held.get(g.class_name) for g in record.plan.groups):
+    if not any(increments.is_able(g.capabilities) and held.get(g.class_name) for g in record.plan.groups):
         return
     asked = increments.of_record(record, held)
     async with step(Step.ROLL_BACK_CHECKPOINT, request.uid):
