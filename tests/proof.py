@@ -7,6 +7,7 @@ the file system. `leftovers` lists everything of ours in the world.
 from __future__ import annotations
 
 import contextlib
+import json
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import libvirt
+import libvirt_qemu
 
 from tests.lab import Lab, truth
 from tests.lab.run import run
@@ -168,6 +170,9 @@ def _domains(lab: Lab) -> list[str]:
                 except libvirt.libvirtError:
                     continue
                 found.append(f"journal in the metadata of domain {domain.name()}")
+            with contextlib.suppress(libvirt.libvirtError):  # the test driver knows none
+                found += [f"checkpoint {c.getName()} of {domain.name()}" for c in domain.listAllCheckpoints()]
+            found += [f"bitmap {name} in a disk of {domain.name()}" for name in bitmaps(domain)]
             found += [f"libvirt snapshot {s.getName()} of {domain.name()}" for s in domain.listAllSnapshots()]
             with contextlib.suppress(libvirt.libvirtError):  # it has no job
                 found.append(f"a copy of domain {domain.name()} is under way: {domain.backupGetXMLDesc()}")
@@ -180,6 +185,22 @@ def _domains(lab: Lab) -> list[str]:
     finally:
         connection.close()
     return found
+
+
+def bitmaps(domain: Any) -> list[str]:
+    """Bitmaps of ours in the disks of a domain, by the word of its QEMU, or of their files while it is off: libvirt does not list them."""
+    names_of: set[str] = set()
+    if domain.isActive():
+        answer = json.loads(libvirt_qemu.qemuMonitorCommand(domain, '{"execute": "query-named-block-nodes"}', 0))
+        for node in answer["return"]:
+            names_of |= {b["name"] for b in node.get("dirty-bitmaps", ()) if "name" in b}
+    else:
+        for source in ET.fromstring(domain.XMLDesc()).findall("devices/disk/source"):  # noqa: S314 - libvirt's own
+            if source.get("file") and Path(source.attrib["file"]).exists():
+                about = json.loads(run("qemu-img", "info", "-U", "--output=json", source.attrib["file"]))
+                kept = about.get("format-specific", {}).get("data", {}).get("bitmaps", ())
+                names_of |= {b["name"] for b in kept}
+    return sorted(n for n in names_of if n.startswith(OURS))
 
 
 def _objects(lab: Lab) -> list[str]:

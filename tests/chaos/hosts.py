@@ -69,6 +69,9 @@ def _domain(domain: Any) -> Domain | None:
             snapshots=tuple(str(s.getName()) for s in domain.listAllSnapshots()),
             opened=_opened(domain) if alive else (),
             jobs=tuple(str(j["device"]) for j in _monitor(domain, "query-block-jobs")) if alive else (),
+            remembering=tuple(
+                sorted({c.getName() for c in domain.listAllCheckpoints()} | _bitmaps(domain, alive=alive))
+            ),
         )
     except libvirt.libvirtError as error:
         if error.get_error_code() in _GONE:  # it went away, or off, since it was listed
@@ -93,6 +96,12 @@ def _opened(domain: Any) -> tuple[str, ...]:
         for text in (node["file"], node.get("backing_file", "")):
             found |= set(_names(text))
     return tuple(sorted(found))
+
+
+def _bitmaps(domain: Any, *, alive: bool) -> set[str]:
+    """Names of what remembers writes in the disks of a domain that runs: libvirt lists only what it has a description of."""
+    nodes = _monitor(domain, "query-named-block-nodes", flat=True) if alive else []
+    return {b["name"] for n in nodes for b in n.get("dirty-bitmaps", ()) if b.get("name")}
 
 
 def _names(text: str) -> Iterable[str]:

@@ -159,6 +159,16 @@ def _domains(world: World, allowed: Allowed) -> Iterator[Finding]:
         if domain.name not in busy:
             subject = f"domain {domain.name}"
             yield from (Finding("leaked", subject, what) for what in _left_in(domain, sources.get(domain.name, {})))
+            for name in domain.remembering:
+                request = _REQUEST.search(name)
+                if name.startswith(OURS) and (request is None or request[1] not in _snapshots_there(world)):
+                    yield Finding("leaked", subject, f"its disks remember what was written since {name}")
+
+
+def _snapshots_there(world: World) -> set[str]:
+    """What stands for each VMSnapshot that exists, or of which a content does, in names."""
+    contents = (c["spec"]["vmSnapshotRef"]["uid"] for c in world.of_kind("VMSnapshotContent"))
+    return {digest(uid) for uid in (*contents, *(b["metadata"]["uid"] for b in world.of_kind("VMSnapshot")))}
 
 
 def _left_in(domain: Domain, sources: Mapping[str, str]) -> Iterator[str]:

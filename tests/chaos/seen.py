@@ -52,7 +52,10 @@ class Disk:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Domain:
-    """What libvirt and QEMU say of a domain. `opened`: names of the files, images and snapshots that QEMU has open."""
+    """What libvirt and QEMU say of a domain. `opened`: names of the files, images and snapshots that QEMU has open.
+
+    `remembering`: names of the checkpoints that libvirt lists, and of the bitmaps in its disks.
+    """
 
     name: str
     state: str
@@ -61,6 +64,7 @@ class Domain:
     snapshots: tuple[str, ...] = ()
     opened: tuple[str, ...] = ()
     jobs: tuple[str, ...] = ()
+    remembering: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

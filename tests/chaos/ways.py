@@ -52,6 +52,7 @@ def _copied_by_hypervisor(scene: Scene) -> Iterator[None]:
     (document,) = scene.stack.example("storage-class-backup.yaml")
     name = f"storagedriverclasses.vmsnapshot.io/{document['metadata']['name']}"
     document["spec"] |= {"match": [{"type": "file", "sourcePattern": f"*/{scene.guest.name}-vd?.raw"}], "priority": 10}
+    document["spec"]["parameters"] |= {"poolName": "reflink", "incremental": "true"}
     scene.stack.apply(scene.stack.fitted(document))
     try:
         scene.lab.kubectl("wait", "--for=condition=Ready", "--timeout=60s", name)

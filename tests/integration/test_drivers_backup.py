@@ -13,7 +13,7 @@ import pytest
 
 from tests.integration.drivers_support import LONG, SIZE, LibvirtStorage, order
 from tests.lab import Lab
-from vmsnapshot_operator.core.driver import CutKind, CutResult, Hold, SnapshotRequest
+from vmsnapshot_operator.core.driver import CutKind, CutResult, Fit, Hold, SnapshotRequest
 from vmsnapshot_operator.core.volumes import Handle, Volume
 from vmsnapshot_operator.drivers.host import DriverHost
 from vmsnapshot_operator.errors import AlreadyCutError, DriverError
@@ -140,3 +140,81 @@ async def test_there_must_be_room_for_the_whole_disks(storage: LibvirtStorage, h
     assert not under(storage, request)
     fit = await host.can_handle([replace(volume, size_bytes=0)], timeout=LONG)
     assert (fit.ok, fit.reason) == (False, "SizeUnknown")
+
+
+@pytest.fixture
+async def sharing(storage: LibvirtStorage) -> AsyncIterator[DriverHost]:
+    """The driver that begins with earlier copies, in a pool that can share blocks."""
+    parameters = {"poolName": "reflink", "incremental": "true", "socketPath": str(storage.lab.libvirt_socket)}
+    host = DriverHost("changes", "libvirt-backup", parameters, {})
+    yield host
+    await host.close()
+
+
+async def begun_with(host: DriverHost, volume: Volume, earlier: Handle) -> tuple[Fit, SnapshotRequest, Path]:
+    """Prepare a volume, and let it begin with an earlier cut."""
+    request = order(volume)
+    async with host.reserve() as slot:
+        await slot.prepare(request)
+        fits = await slot.inherit(request, {volume.id: earlier})
+        targets = await slot.targets(request)
+    return fits[volume.id], request, Path(targets[volume.id].source)
+
+
+async def test_a_copy_begins_with_an_earlier_one_and_does_not_need_it(
+    storage: LibvirtStorage, sharing: DriverHost
+) -> None:
+    assert (await sharing.capabilities(timeout=LONG)).incremental
+    volume = storage.volume(b"now")
+    first = order(volume)
+    cut = await copy(sharing, first, b"then")
+    await sharing.wait_ready(first, cut, timeout=LONG)
+    handle = cut.handles[volume.id]
+
+    fit, second, path = await begun_with(sharing, volume, handle)
+    assert (fit.ok, fit.reason) == (True, "Inherited")
+    assert path.stat().st_size == SIZE
+    assert storage.read_handle(Handle(str(path))) == b"then"
+    later = CutResult(handles={volume.id: Handle(str(path))}, atomic=True, hold=Hold.JOB)
+    assert await sharing.missing([later], timeout=LONG) == {str(path)}, "it is half a copy all the same"
+    write(path, b"more")
+    await sharing.delete(first.name, timeout=LONG)
+    await sharing.wait_ready(second, later, timeout=LONG)
+    assert storage.read_handle(Handle(str(path))) == b"more"
+    assert await sharing.missing([later], timeout=LONG) == frozenset()
+    await sharing.delete(second.name, timeout=LONG)
+
+
+async def test_nothing_begins_with_what_is_not_proved(storage: LibvirtStorage, sharing: DriverHost) -> None:
+    volume = storage.volume(b"now")
+    first = order(volume)
+    cut = await copy(sharing, first, b"then")
+    handle = cut.handles[volume.id]
+
+    async def refused(earlier: Handle = handle) -> str:
+        fit, request, path = await begun_with(sharing, volume, earlier)
+        assert not fit.ok
+        assert not path.read_bytes().strip(b"\0"), "it is empty, and of the right size"
+        assert path.stat().st_size == SIZE
+        await sharing.delete(request.name, timeout=LONG)
+        return fit.reason
+
+    assert await refused() == "SnapshotIncomplete"
+    await sharing.wait_ready(first, cut, timeout=LONG)
+    assert await refused(Handle(f"{handle}x")) == "SnapshotLost"
+    write(Path(handle), b"else")
+    assert await refused() == "SnapshotChanged"
+    Path(handle).unlink()
+    assert await refused() == "SnapshotLost"
+    await sharing.delete(first.name, timeout=LONG)
+
+
+async def test_a_pool_that_cannot_share_blocks_is_refused(storage: LibvirtStorage) -> None:
+    parameters = {"poolName": "plain", "incremental": "true", "socketPath": str(storage.lab.libvirt_socket)}
+    host = DriverHost("changes", "libvirt-backup", parameters, {})
+    try:
+        with pytest.raises(DriverError, match="cannot share blocks") as caught:
+            await host.capabilities(timeout=LONG)
+        assert caught.value.reason == "PoolNotServed"
+    finally:
+        await host.close()

@@ -870,6 +870,11 @@ class Reason(StrEnum):
         "The copy of the volume was not made to the end.",
         "Wait until the VMSnapshot is ready; if it failed, delete it and create another one.",
     )
+    SNAPSHOT_CHANGED = (
+        "SnapshotChanged",
+        "The copy was written to since it was made, or nobody can say.",
+        "Nothing: the next copy of the disk is of all of it. Find out who writes to the class's pool, and make another VMSnapshot.",
+    )
     SNAPSHOT_LOST = (
         "SnapshotLost",
         "The cut is not whole, or the storage system does not hold it any more; the message says which.",
@@ -887,8 +892,8 @@ class Reason(StrEnum):
     )
     POOL_NOT_SERVED = (
         "PoolNotServed",
-        "The class's pool is none of files in a directory.",
-        "Name another pool in the class's parameter poolName.",
+        "The class's pool is none of files in a directory, or its file system cannot share blocks and the class asks for that.",
+        'Name another pool in the class\'s parameter poolName, or leave incremental: "true" out.',
     )
     POOL_INACTIVE = (
         "PoolInactive",

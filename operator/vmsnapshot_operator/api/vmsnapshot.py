@@ -261,6 +261,8 @@ class GroupReport(Report):
     """Where it has to be copied: how much of it is. It may stand still or jump."""
     bytes_to_copy: Bytes | None = None
     """Where it has to be copied: how much there is."""
+    message: Message = ""
+    """Of which disks only what changed was copied, and why all of the others, where the class could do either."""
 
 
 class Excluded(Report):

@@ -116,6 +116,8 @@ class ContentCapabilities(Model):
     """Whether only the newest snapshot can be set back to."""
     clone: bool
     """Whether new disks can be made from a snapshot."""
+    incremental: bool = False
+    """Whether of a copy by the hypervisor only what changed since the last one need be copied."""
     handle_format: Annotated[int, Field(ge=1, le=1000)] = 1
     """Of which format the driver's handles are: an older driver may not read them."""
 

@@ -43,6 +43,7 @@ class Hold(StrEnum):
 class Capabilities:
     """What a driver promises for its parameters; shown in the class's status.
 
+    `incremental`: of a cut by the HYPERVISOR only what changed since an earlier one need be copied (the method `inherit`).
     `handle_format`: counted up by a driver whose handles get another meaning; it has to read those of all earlier formats.
     """
 
@@ -51,6 +52,7 @@ class Capabilities:
     revert: bool
     revert_newest_only: bool = False
     clone: bool = False
+    incremental: bool = False
     handle_format: int = 1
 
 
@@ -118,6 +120,12 @@ class StorageDriver(Protocol):
     made there, one for each disk and of its size, that the hypervisor is told to copy into: files whose names begin with that of the
     request, by which it is seen whose copy it is. The handle of each is the source of its layer. Its `cut` is called for a VM that is off only. It never learns of a domain. A volume of which `wait_ready` was not
     called is half a copy, which `missing` names.
+
+    One that is `incremental` has a method `inherit(request, since: Mapping[VolumeId, Handle]) -> Mapping[VolumeId, Fit]`, asked between
+    `prepare` and `targets`: fill the volume of each of these disks with what an earlier, finished cut of it holds, by sharing its blocks.
+    The answer is `ok` only where the earlier cut is whole and nobody has written to it since, and the volume holds all of it
+    and is its own: what happens to the earlier cut later does not concern it. Everywhere else the volume is as `prepare` made it,
+    and the answer says why. Into one that is filled the hypervisor copies only what the disk was written since the earlier cut.
 
     The volumes of a clone have an owner at any time: until `keep` they are held under the clone's name, `list` names it and
     `delete` deletes them, half made or whole. From then on they are the VM's, and neither can find them any more. So a

@@ -60,7 +60,7 @@ class Evidence:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupOutcome:
-    """One group's part in a window: its result, or why there is none."""
+    """One group's part in a window: its result, with what is to be said of it, or why there is none."""
 
     class_name: str
     bracket: Bracket | None = None

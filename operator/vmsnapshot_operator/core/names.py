@@ -23,6 +23,7 @@ LENGTH = 31
 
 MAX_ATTEMPT = 36 * 36 - 1
 _NAME = re.compile(r"^vms-([a-z0-9]{6})-([a-z2-7]{10})-([0-9a-z]{2})-([a-z2-7]{6})$")
+_CHECKPOINT = re.compile(r"^(vms-[a-z0-9]{6}-[a-z2-7]{10}-[0-9a-z]{2}-[a-z2-7]{6})-[a-z2-7]{8}$")
 _OVERLAY = re.compile(r"^ovl-([a-z0-9]{6})-([a-z2-7]{10})-([0-9a-z]{2})-([a-z2-7]{6})$")
 _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 
@@ -85,6 +86,17 @@ def overlay_prefix(installation: str, uid: str) -> str:
 def member(volume: VolumeId) -> str:
     """Return the eight characters that a driver appends (after a hyphen) for one volume of a group."""
     return _hash(volume, 8)
+
+
+def checkpoint_name(request: str, volume: VolumeId) -> str:
+    """Return the name of the checkpoint since which a disk's next copy may be made: that of the request's cut of it."""
+    return f"{request}-{member(volume)}"
+
+
+def request_of(checkpoint: str) -> str | None:
+    """Return the request whose checkpoint this is, or None if it is none of ours."""
+    found = _CHECKPOINT.match(checkpoint)
+    return found.group(1) if found is not None else None
 
 
 def attempt_of(name: str) -> int | None:

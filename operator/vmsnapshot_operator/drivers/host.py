@@ -13,6 +13,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -310,6 +311,17 @@ class Slot:
     async def prepare(self, request: SnapshotRequest) -> None:
         """Let this very process prepare a request, within the request's timeout."""
         await _prepare(self._process, request, request.timeout)
+
+    async def inherit(self, request: SnapshotRequest, since: Mapping[VolumeId, Handle]) -> Mapping[VolumeId, Fit]:
+        """Let it fill volumes that it prepared with what earlier cuts hold, within the request's timeout.
+
+        Raises DriverError if the answer is not about exactly the volumes of `since`.
+        """
+        process = self._process
+        found: Mapping[VolumeId, Fit] = await process.call("inherit", (request, since), request.timeout)
+        wanted = replace(request, volumes=tuple(v for v in request.volumes if v.id in since))
+        _must_be_about(process, "inherit", wanted, found)
+        return {v: _shown(process, fit) for v, fit in found.items()}
 
     async def targets(self, request: SnapshotRequest) -> Mapping[VolumeId, Layer]:
         """Ask which volumes of those that it prepared the hypervisor is to copy into, within the request's timeout.

@@ -1,4 +1,4 @@
-"""Driver `libvirt-backup`: full copies of disks that the hypervisor itself makes, into raw volumes of a directory pool.
+"""Driver `libvirt-backup`: copies of disks that the hypervisor itself makes, into raw volumes of a directory pool.
 
 What is copied is what the disks held at the moment of the cut, while the VM goes on writing (virDomainBackupBegin, which the
 workflow calls: see `core.driver.CutKind.HYPERVISOR`). The disks may be on whatever storage QEMU can read, in whatever format.
@@ -8,6 +8,9 @@ mark is there (`libvirt_names`), which is made when the workflow has proved that
 Of a VM that is off nobody but libvirt's storage API can copy, and only disks that are raw volumes of its pools.
 
 QEMU writes the zeros of a raw volume out: each takes its full size (seen with QEMU 7.2), and that much room is asked for.
+
+With `incremental` a volume shares its blocks with an earlier copy of the disk, and only what changed since is copied into it. So each
+copy is whole in itself, and none needs another one.
 """
 
 from __future__ import annotations
@@ -39,6 +42,10 @@ class LibvirtBackupParameters(Endpoint):
     min_free_bytes: int = Field(
         default=256 << 20, ge=0, description="refuse to copy when the pool would have less left"
     )
+    incremental: bool = Field(
+        default=False,
+        description="of a qcow2 disk copy only what changed since its last copy; the pool's file system must share blocks (reflink)",
+    )
 
 
 class LibvirtBackupDriver(HeldInPools):
@@ -49,16 +56,20 @@ class LibvirtBackupDriver(HeldInPools):
 
     def __init__(self, parameters: LibvirtBackupParameters, credentials: LibvirtCredentials) -> None:
         super().__init__(parameters, credentials, parameters.pool_name, parameters.min_free_bytes)
+        self._incremental = parameters.incremental
 
     def capabilities(self) -> Capabilities:
-        """Look whether the pool is there, and is one of files: a handle is a path that QEMU can write to."""
+        """Look whether the pool is there, and is one of files: a handle is a path that QEMU can write to. Leaves nothing behind."""
         with self._open() as connection, told(f"looking at the pool {self._held}"):
             pool = connection.storagePoolLookupByName(self._held)
             if not pool.isActive():
                 raise DriverError(f"the pool {self._held} is not active", reason="PoolInactive", retryable=True)
             if not storage.directory_of(pool).startswith("/"):
                 raise DriverError(f"the pool {self._held} is no directory of files", reason="PoolNotServed")
-        return Capabilities(cut=CutKind.HYPERVISOR, atomic=True, revert=True, clone=True)
+            if self._incremental and not copies.shares_blocks(pool, pool):
+                text = f'the file system of the pool {self._held} cannot share blocks (reflink), which incremental: "true" needs'
+                raise DriverError(text, reason="PoolNotServed")
+        return Capabilities(cut=CutKind.HYPERVISOR, atomic=True, revert=True, clone=True, incremental=self._incremental)
 
     def can_handle(self, volumes: Sequence[Volume]) -> Fit:
         """Any disk whose size is known."""
@@ -76,6 +87,13 @@ class LibvirtBackupDriver(HeldInPools):
             copies.must_have_room(pool, sum(v.size_bytes for v in request.volumes), self._min_free)
             for volume in request.volumes:
                 pool.createXML(storage.describe(naming.cut_name(request.name, volume.id), volume.size_bytes), 0)
+
+    def inherit(self, request: SnapshotRequest, since: Mapping[VolumeId, Handle]) -> Mapping[VolumeId, Fit]:
+        """Make volumes anew that share the blocks of earlier copies. Where that fails, the volume is made empty again."""
+        with self._open() as connection, told(f"preparing {request.name} in the pool {self._held}"):
+            pool = connection.storagePoolLookupByName(self._held)
+            storage.reread(pool)
+            return {v.id: self._inherit(pool, request, v, since[v.id]) for v in request.volumes if v.id in since}
 
     def targets(self, request: SnapshotRequest) -> Mapping[VolumeId, Layer]:
         """Name the volumes that `prepare` made."""
@@ -120,6 +138,24 @@ class LibvirtBackupDriver(HeldInPools):
 
     # ---------------------------------------------------------------- parts
 
+    def _inherit(self, pool: Any, request: SnapshotRequest, volume: Volume, earlier: Handle) -> Fit:
+        name = naming.cut_name(request.name, volume.id)
+        try:
+            source = _untouched(pool, volume, earlier)
+        except DriverError as error:
+            return Fit(ok=False, reason=error.reason, message=error.message)
+        description = storage.describe(name, volume.size_bytes)
+        pool.storageVolLookupByName(name).delete(0)  # the storage API can fill a new volume only
+        try:
+            pool.createXMLFrom(description, source, libvirt.VIR_STORAGE_VOL_CREATE_REFLINK)
+            storage.must_be_raw(source)  # again: the pool may have been read in between
+        except (libvirt.libvirtError, DriverError) as error:
+            if (remains := storage.find(pool, name)) is not None:
+                remains.delete(0)
+            pool.createXML(description, 0)
+            return Fit(ok=False, reason="PoolNotServed", message=f"the blocks of {earlier} cannot be shared: {error}")
+        return Fit(ok=True, reason="Inherited", message=f"on {PurePosixPath(earlier).name}")
+
     def _home(self, connection: Any, volume: Volume) -> Any | None:
         layer = volume.writable
         try:
@@ -139,6 +175,19 @@ class LibvirtBackupDriver(HeldInPools):
 
     def _homes(self, connection: Any) -> Sequence[Any]:
         return tuple(connection.listAllStoragePools(_POOLS))
+
+
+def _untouched(pool: Any, volume: Volume, earlier: Handle) -> Any:
+    """Return the volume of an earlier copy of this disk. Raises DriverError unless it is whole, and was not written to since."""
+    name = PurePosixPath(earlier).name
+    _must_be_a_copy(pool, volume, name)
+    mark = storage.find(pool, naming.whole_mark(name))
+    if mark is None:
+        raise DriverError(f"{earlier} was not copied to the end", reason="SnapshotIncomplete")
+    found = pool.storageVolLookupByName(name)
+    if storage.written_time(found) > storage.written_time(mark):
+        raise DriverError(f"{earlier} was written to since it was copied", reason="SnapshotChanged")
+    return found
 
 
 def _must_be_a_copy(pool: Any, volume: Volume, name: str) -> None:

@@ -11,6 +11,7 @@ Not responsible for names (`libvirt_names`) nor for when a copy is right (`libvi
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,8 @@ from vmsnapshot_operator.core.driver import Progress
 from vmsnapshot_operator.drivers import libvirt_names, probes
 from vmsnapshot_operator.drivers import libvirt_storage as storage
 from vmsnapshot_operator.errors import DriverError
+
+_log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.2
 
@@ -58,6 +61,36 @@ class Work:
         # own bookkeeping to a file and takes it back.
         self.told = max(self.told, min(done, self.total))
         return Progress(done_bytes=self.told, total_bytes=self.total)
+
+
+def shares_blocks(pool: Any, destination: Any) -> bool:
+    """Tell whether volumes of one pool can share blocks with those of the other: clone a tiny one of our own. Leaves nothing behind."""
+    _sweep_probes(pool, destination)
+    name = probes.new_name()
+    made = [pool.createXML(storage.describe(f"{name}a", 1 << 20), 0)]
+    try:
+        description = storage.describe(f"{name}b", 1 << 20)
+        try:
+            made.append(destination.createXMLFrom(description, made[0], libvirt.VIR_STORAGE_VOL_CREATE_REFLINK))
+        except libvirt.libvirtError as error:
+            if error.get_error_code() != libvirt.VIR_ERR_SYSTEM_ERROR:
+                raise
+            _log.info("no reflink from pool %s to %s: %s", pool.name(), destination.name(), error)
+            made.append(destination.createXMLFrom(description, made[0], 0))
+            return False
+        return True
+    finally:
+        for volume in made:
+            volume.delete(0)
+
+
+def _sweep_probes(*pools: Any) -> None:
+    """Delete the probes of processes that were killed while they probed."""
+    for pool in pools:
+        for volume in pool.listAllVolumes(0):
+            if probes.is_stale(volume.name()):
+                with contextlib.suppress(libvirt.libvirtError):  # another process is at it
+                    volume.delete(0)
 
 
 def occupied(volume: Any) -> int:

@@ -185,6 +185,17 @@ def must_be_raw(volume: Any) -> None:
         raise DriverError(text, reason="FormatNotServed")
 
 
+def written_time(volume: Any) -> float:
+    """Return when a volume's file was last written to, in seconds by the clock of its file system.
+
+    Raises DriverError if libvirt does not say: not every kind of pool has it.
+    """
+    found = ET.fromstring(volume.XMLDesc(0)).findtext("target/timestamps/mtime")  # noqa: S314 - libvirt's own
+    if not found:
+        raise DriverError(f"libvirt does not say when {volume.name()} was last written to", reason="SnapshotChanged")
+    return float(found)
+
+
 def directory_of(pool: Any) -> str:
     """Return the path of the directory of a pool."""
     return (ET.fromstring(pool.XMLDesc(0)).findtext("target/path") or "").rstrip("/")  # noqa: S314 - libvirt's own

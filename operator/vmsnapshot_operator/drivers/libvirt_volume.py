@@ -31,7 +31,6 @@ from vmsnapshot_operator.core.volumes import Handle, SourceKind, Volume
 from vmsnapshot_operator.drivers import libvirt_copies as copies
 from vmsnapshot_operator.drivers import libvirt_names as naming
 from vmsnapshot_operator.drivers import libvirt_storage as storage
-from vmsnapshot_operator.drivers import probes
 from vmsnapshot_operator.drivers.libvirt_held import HeldInPools
 from vmsnapshot_operator.drivers.libvirt_storage import Endpoint, LibvirtCredentials, told
 from vmsnapshot_operator.errors import AlreadyCutError, DriverError
@@ -210,37 +209,10 @@ class LibvirtVolumeDriver(HeldInPools):
         return int(libvirt.VIR_STORAGE_VOL_CREATE_REFLINK) if self._reflink else 0
 
     def _probe(self) -> bool:
-        """Tell whether the destination can share blocks with the pool. Leaves nothing behind; see `_sweep_probes`."""
-        name = probes.new_name()
+        """Tell whether the destination can share blocks with the pool. Leaves nothing behind."""
         with self._open() as connection, told(f"probing the pools {self._parameters.pool_name}, {self._held}"):
             pool = connection.storagePoolLookupByName(self._parameters.pool_name)
-            destination = connection.storagePoolLookupByName(self._held)
-            _sweep_probes(pool, destination)
-            made = [pool.createXML(storage.describe(f"{name}a", 1 << 20), 0)]
-            try:
-                description = storage.describe(f"{name}b", 1 << 20)
-                try:
-                    flags = libvirt.VIR_STORAGE_VOL_CREATE_REFLINK
-                    made.append(destination.createXMLFrom(description, made[0], flags))
-                except libvirt.libvirtError as error:
-                    if error.get_error_code() != libvirt.VIR_ERR_SYSTEM_ERROR:
-                        raise
-                    _log.info("no reflink from pool %s to %s: %s", pool.name(), destination.name(), error)
-                    made.append(destination.createXMLFrom(description, made[0], 0))
-                    return False
-                return True
-            finally:
-                for volume in made:
-                    volume.delete(0)
-
-
-def _sweep_probes(*pools: Any) -> None:
-    """Delete the probes of processes that were killed while they probed."""
-    for pool in pools:
-        for volume in pool.listAllVolumes(0):
-            if probes.is_stale(volume.name()):
-                with contextlib.suppress(libvirt.libvirtError):  # another process is at it
-                    volume.delete(0)
+            return copies.shares_blocks(pool, connection.storagePoolLookupByName(self._held))
 
 
 def _already_cut(name: str) -> AlreadyCutError:

@@ -54,6 +54,7 @@ OPERATIONS: Final[Mapping[str, Operation]] = {
     "capabilities": _operation(Capabilities),
     "can_handle": _operation(Fit, _Volumes),
     "prepare": _operation(None, SnapshotRequest),
+    "inherit": _operation(Mapping[VolumeId, Fit], SnapshotRequest, Mapping[VolumeId, Handle]),
     "targets": _operation(Mapping[VolumeId, Layer], SnapshotRequest),
     "cut": _operation(CutResult, SnapshotRequest),
     "wait_ready": _operation(None, SnapshotRequest, CutResult),
@@ -68,7 +69,7 @@ OPERATIONS: Final[Mapping[str, Operation]] = {
 
 LONG: Final = frozenset({"wait_ready", "revert", "clone"})
 """Operations that may copy: they last as long as they get on."""
-FENCED: Final = LONG | {"prepare", "cut"}
+FENCED: Final = LONG | {"prepare", "inherit", "cut"}
 """Operations that make something: they end, and do not begin, when another instance may act."""
 
 _PROGRESS: Final = TypeAdapter(Progress)

@@ -1,4 +1,4 @@
-"""Keep an eye on overlays that no journal tells of: tell of those that are kept, remove those that nobody needs.
+"""Keep an eye on what no journal tells of: overlays that are kept are told of, and those that nobody needs removed, as are checkpoints.
 
 What is what is decided by `plan.kept`. Each hypervisor is looked at in a task of its own: a pool that hangs delays no sweep.
 """
@@ -15,10 +15,12 @@ from typing import Any
 from vmsnapshot_operator.core import names
 from vmsnapshot_operator.core.volumes import Seconds
 from vmsnapshot_operator.errors import HypervisorError, SnapshotError
+from vmsnapshot_operator.hypervisors.checkpoints import Seen as Checkpoint
 from vmsnapshot_operator.hypervisors.domains import Hypervisor
 from vmsnapshot_operator.plan import kept
 from vmsnapshot_operator.plan.kept import Kept, Seen
 from vmsnapshot_operator.plan.report import clip
+from vmsnapshot_operator.strategies import increments
 from vmsnapshot_operator.strategies.world import World
 
 log = logging.getLogger(__name__)
@@ -46,7 +48,7 @@ class KeptOverlays:
         due = moment >= self._due.get(name, 0.0) or cause != self._cause.get(name, frozenset())
         if due and name not in self._running and world.leadership.is_leader():
             self._due[name], self._cause[name] = moment + LOOK_EVERY, cause
-            task = asyncio.create_task(self._look(body, client, pool, world), name=f"overlays of {name}")
+            task = asyncio.create_task(self._both(body, client, pool, world), name=f"overlays of {name}")
             self._running[name] = task
             task.add_done_callback(lambda ended: self._ended(name, ended))
         return self._found.get(name)
@@ -65,6 +67,9 @@ class KeptOverlays:
             return
         log.warning("hypervisor %s: its overlays could not be looked at: %s", name, error, exc_info=error)
 
+    async def _both(self, body: Mapping[str, Any], client: Hypervisor, pool: str, world: World) -> None:
+        await asyncio.gather(self._look(body, client, pool, world), self._checkpoints(body, client, world))
+
     async def _look(self, body: Mapping[str, Any], client: Hypervisor, pool: str, world: World) -> None:
         name = body["metadata"]["name"]
         try:
@@ -82,6 +87,20 @@ class KeptOverlays:
         unseen = [k for k in self._found.get(name, ()) if k.file.endpoint in seen.silent]
         self._found[name] = tuple([k for k in left if k is not None] + unseen)
         await self._tell(body, world)
+
+    async def _checkpoints(self, body: Mapping[str, Any], client: Hypervisor, world: World) -> None:
+        """Remove those that no snapshot needs: of VMs that were off, or could not be asked, when theirs was deleted."""
+        name = body["metadata"]["name"]
+
+        def told(gone: Checkpoint) -> None:
+            log.warning(
+                "hypervisor %s: checkpoint %s of VM %s removed: no snapshot needs it", name, gone.name, gone.domain
+            )
+
+        try:
+            await increments.sweep(world, client, told)
+        except SnapshotError as error:
+            log.warning("hypervisor %s: the checkpoints of its VMs could not be looked at: %s", name, error.message)
 
     async def _see(self, client: Hypervisor, pool: str, world: World) -> Seen:
         """Journals are read before and after: an overlay whose journal comes or goes meanwhile is somebody's business."""

@@ -84,6 +84,7 @@ async def _one(kubeconfig: Path | None, namespace: str, name: str, ours: str, *,
         return report
     try:
         await _sweep(client, name, ours, report, dry_run=dry_run)
+        await _checkpoints(client, name, ours, report)
     except SnapshotError as error:
         report.bad(f"hypervisor {name}: {error.message}")
     finally:
@@ -122,6 +123,13 @@ async def _overlays(client: Hypervisor, name: str, ours: str, sightings: Sequenc
             report.lines.append(f"{where}: empty and not in use; the operator removes it when its VMSnapshot is gone")
         else:
             report.lines.append(f"{where}: kept: {found.why}")
+
+
+async def _checkpoints(client: Hypervisor, name: str, ours: str, report: Report) -> None:
+    """Say which checkpoints of ours VMs have. None is touched here: whose they are, contents tell."""
+    for each in await client.all_checkpoints(names.installation_prefix(ours)) if ours else ():
+        where = f"hypervisor {name}: checkpoint {each.name} of domain {each.domain}"
+        report.lines.append(f"{where}: goes with its VMSnapshot; if that is gone, once the operator sees the VM run")
 
 
 def _nonce(sighting: Sighting) -> tuple[str, str]:

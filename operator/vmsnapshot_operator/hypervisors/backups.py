@@ -100,10 +100,15 @@ def _stop(domain: Any, is_ours: Callable[[str], bool]) -> bool:
     return True
 
 
-def backup_xml(targets: Mapping[str, Layer], others: Sequence[str]) -> str:
-    """Return the description of a full copy of these disks into these files, which are there, and of no other disk."""
+def backup_xml(targets: Mapping[str, Layer], others: Sequence[str], since: Mapping[str, str]) -> str:
+    """Return the description of a copy of these disks into these files, which are there, and of no other disk.
+
+    `since`: by target, the checkpoint since which a disk is copied; all of the others is. Into a raw file QEMU then writes
+    what changed, and leaves the rest of it as it is.
+    """
+    mode = {t: f" backupmode='incremental' incremental={quoteattr(c)}" for t, c in since.items()}
     disks = "".join(
-        f"<disk name={quoteattr(t)} backup='yes' type='file'><driver type={quoteattr(layer.format)}/>"
+        f"<disk name={quoteattr(t)} backup='yes' type='file'{mode.get(t, '')}><driver type={quoteattr(layer.format)}/>"
         f"<target file={quoteattr(layer.source)}/></disk>"
         for t, layer in sorted(targets.items())
     )

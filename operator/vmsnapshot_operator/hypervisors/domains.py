@@ -30,6 +30,8 @@ from vmsnapshot_operator.hypervisors import agent as agents
 from vmsnapshot_operator.hypervisors import credentials, description, journals, overlays
 from vmsnapshot_operator.hypervisors.backups import Backups
 from vmsnapshot_operator.hypervisors.calls import Calls
+from vmsnapshot_operator.hypervisors.checkpoints import Checkpoints, listed
+from vmsnapshot_operator.hypervisors.checkpoints import Seen as Checkpoint
 from vmsnapshot_operator.hypervisors.connection import Connection, Lane
 from vmsnapshot_operator.hypervisors.events import EventHub, EventWatch
 from vmsnapshot_operator.hypervisors.overlays import Overlays
@@ -243,6 +245,18 @@ class Hypervisor:
     def backups(self, ref: Ref) -> Backups:
         """The backup job of a domain."""
         return Backups(self, ref)
+
+    def checkpoints(self, ref: Ref) -> Checkpoints:
+        """The checkpoints of a domain."""
+        return Checkpoints(self, ref)
+
+    async def all_checkpoints(self, prefix: str) -> tuple[Checkpoint, ...]:
+        """Return the checkpoints of all domains whose names begin so, on the endpoints that answer."""
+        found = await self._each(
+            "checkpoints",
+            lambda e: self._hosts[e].look(f"checkpoints on {e}", listed, prefix, timeout=SWEEP_TIMEOUT),
+        )
+        return tuple(sorted({c for endpoint in found for c in endpoint}))
 
     def endings(self, ref: Ref, since: Seconds) -> tuple[Ending, ...] | None:
         """Return the ends of backups of a domain that were heard of since then; None if one may have been missed."""

@@ -230,8 +230,10 @@ class DomainWindow:
 
         await here.calls.act(f"switch of {self._name} to overlays", run, timeout=timeout)
 
-    async def prepare_backup(self, targets: Mapping[str, Layer], planned: Mapping[str, VolumeId]) -> str:
-        """Describe a copy of these disks into these files beforehand. Both are by the disk's target.
+    async def prepare_backup(
+        self, targets: Mapping[str, Layer], planned: Mapping[str, VolumeId], since: Mapping[str, str]
+    ) -> str:
+        """Describe a copy of these disks into these files beforehand. All are by the disk's target; `since`: see `backups.backup_xml`.
 
         Raises HypervisorError if one is under way, whoever's it is, or if another disk is at a target than the planned one.
         """
@@ -245,7 +247,7 @@ class DomainWindow:
             if wrong := not_at(planned, disks):
                 text = f"domain {self._name}: another disk than planned is at {', '.join(wrong)} by now, or none"
                 raise HypervisorError(text, reason="DiskPlugged", retryable=True)
-            return backups.backup_xml(targets, [d.target for d in disks if d.target not in targets])
+            return backups.backup_xml(targets, [d.target for d in disks if d.target not in targets], since)
 
         return await here.calls.act(f"disks of {self._name}", run, timeout=ACT_TIMEOUT)
 

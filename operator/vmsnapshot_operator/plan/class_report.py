@@ -22,6 +22,7 @@ def capabilities(can: Capabilities) -> dict[str, Any]:
         "revert": can.revert,
         "revertNewestOnly": can.revert_newest_only,
         "clone": can.clone,
+        "incremental": can.incremental,
         "handleFormat": can.handle_format,
     }
 

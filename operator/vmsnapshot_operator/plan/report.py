@@ -123,6 +123,8 @@ def _group(plan: Plan, record: Record | None, class_name: str, copied: Mapping[s
             "cutMilliseconds": kept.cut_milliseconds,
             "readyTime": stamp(record.ready_time),
         }
+        if record.outcome is not None and (outcome := record.outcome.groups.get(class_name)) is not None:
+            parts["message"] = clip(outcome.message) or None
     if class_name in copied:
         done, total = copied[class_name]
         parts |= {"copiedBytes": done, "bytesToCopy": total}

@@ -38,6 +38,7 @@ from vmsnapshot_operator.core.effects import (
 from vmsnapshot_operator.core.evidence import Evidence, GroupOutcome, WindowOutcome
 from vmsnapshot_operator.core.journal import Journal
 from vmsnapshot_operator.core.machine import PowerState
+from vmsnapshot_operator.core.planning import Request
 from vmsnapshot_operator.core.steps import Step, step
 from vmsnapshot_operator.core.volumes import Seconds, VolumeId
 from vmsnapshot_operator.drivers.host import DriverHost, Slot
@@ -53,7 +54,7 @@ from vmsnapshot_operator.errors import (
 from vmsnapshot_operator.kube import contents
 from vmsnapshot_operator.plan import next_effect, verdict
 from vmsnapshot_operator.quiesce.base import release, undisturbed
-from vmsnapshot_operator.strategies import backups, overlays, settling, window
+from vmsnapshot_operator.strategies import backups, increments, overlays, settling, window
 from vmsnapshot_operator.strategies.gather import locate
 from vmsnapshot_operator.strategies.world import Listening, Memory, Prepared, World, clock, now
 
@@ -170,7 +171,7 @@ class StorageStrategy:
         try:
             made = await self._make_overlays(effect, seen, record)
             async with step(Step.PREPARE_RESERVE, request.uid):
-                memory.prepared = replace(await self._reserve(effect, record, request.uid), overlays=made)
+                memory.prepared = replace(await self._reserve(effect, record, request), overlays=made)
         except (DriverError, HypervisorError) as error:
             memory.outcome = WindowOutcome(
                 attempt=effect.attempt,
@@ -210,7 +211,7 @@ class StorageStrategy:
                 self._world.kept[ruling.overlay] = ruling.why
                 await self._world.events.emit(body, "Warning", "OverlayKept", message)
 
-    async def _reserve(self, effect: Prepare, record: Record, uid: str) -> Prepared:
+    async def _reserve(self, effect: Prepare, record: Record, order: Request) -> Prepared:
         """Take a driver process for each group and let it do what is slow.
 
         The classes come in the order of their names: two snapshots that each held what the other needs would wait for ever.
@@ -224,9 +225,12 @@ class StorageStrategy:
                 slots[name] = await stack.enter_async_context(host.reserve(timeout=RESERVE_TIMEOUT))
             async with asyncio.TaskGroup() as tasks:
                 for name, request in effect.requests.items():
-                    tasks.create_task(self._let_prepare(slots[name], request, name, uid))
+                    tasks.create_task(self._let_prepare(slots[name], request, name, order.uid))
             # Of a VM that is off the driver itself copies.
             by_hypervisor = effect.plan.power != PowerState.SHUT_OFF
+            since = increments.Since()
+            if by_hypervisor:
+                since = await increments.prepare(self._world, order, record, slots, effect.requests)
             targets = {
                 g.class_name: await slots[g.class_name].targets(effect.requests[g.class_name])
                 for g in effect.plan.groups
@@ -237,7 +241,14 @@ class StorageStrategy:
             if isinstance(error, BaseExceptionGroup):
                 raise error.exceptions[0] from error
             raise
-        return Prepared(attempt=effect.attempt, slots=slots, stack=stack, targets=targets)
+        return Prepared(
+            attempt=effect.attempt,
+            slots=slots,
+            stack=stack,
+            targets=targets,
+            since=since.checkpoints,
+            told=since.told,
+        )
 
     async def _let_prepare(self, slot: Slot, request: SnapshotRequest, class_name: str, uid: str) -> None:
         try:
@@ -319,6 +330,7 @@ class StorageStrategy:
         record = seen.record
         assert record is not None, "only what is on record settles"  # noqa: S101 - invariant of decide
         await settling.settle(self._world, record, groups, seen.request)
+        await increments.retire(self._world, seen.request, record)
         await self._write(replace(record, ready=True, ready_time=self._world.now()), seen, create=False)
 
     async def _roll_back(self, held: Mapping[str, frozenset[str]], seen: Observation) -> None:
@@ -336,6 +348,8 @@ class StorageStrategy:
 
         if record is None or not record.foreign:
             await backups.clear_way(self._world, record, seen.request, held)
+        if record is not None and not record.foreign and not record.problem:
+            await increments.remove(self._world, seen.request, record, held)
 
         async def delete(class_name: str, name: str) -> None:
             if class_name == overlays.CLASS:

@@ -181,7 +181,7 @@ async def run(
         )
         return await _tell(effect, progress, ref, client, plan)
     try:
-        job = await _prepare_job(client, ref, effect.requests, prepared.targets)
+        job = await _prepare_job(client, ref, effect.requests, prepared)
         held = plan.quiesce.holds_vm and journal.holds  # else nothing is, however long the VM is looked at
         told = world.metrics.window(lambda: held and not progress.is_free(), hypervisor=client.name)
         async with _held(world, plan, journal, ref, client, progress) as limit:
@@ -259,6 +259,7 @@ class _Job:
     domain: DomainWindow
     described: str
     targets: Mapping[str, Mapping[VolumeId, Layer]]
+    told: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,15 +275,17 @@ async def _prepare_job(
     client: Hypervisor,
     ref: Ref,
     requests: Mapping[str, SnapshotRequest],
-    targets: Mapping[str, Mapping[VolumeId, Layer]],
+    prepared: Prepared,
 ) -> _Job | None:
     """Look up and describe what the hypervisor is to copy, before anything is held."""
+    targets = prepared.targets
     if not targets:
         return None
     domain = await client.window(ref)
     files = {v.label: targets[c][v.id] for c in targets for v in requests[c].volumes}
     planned = {v.label: v.id for c in targets for v in requests[c].volumes}
-    return _Job(domain, await domain.prepare_backup(files, planned), targets)
+    described = await domain.prepare_backup(files, planned, prepared.since)
+    return _Job(domain, described, targets, prepared.told)
 
 
 async def _still(
@@ -400,7 +403,8 @@ async def _begin(
     for name, layers in job.targets.items():
         handles = {v: Handle(layer.source) for v, layer in layers.items()}
         result = CutResult(handles=handles, atomic=True, hold=Hold.JOB)
-        progress.groups[name] = GroupOutcome(class_name=name, bracket=bracket, result=result)
+        said = job.told.get(name, "")
+        progress.groups[name] = GroupOutcome(class_name=name, bracket=bracket, result=result, message=said)
 
 
 async def _tell(effect: TakeWindow, progress: _Progress, ref: Ref, client: Hypervisor, plan: Plan) -> WindowOutcome:

@@ -69,7 +69,8 @@ class LiveHypervisors(Protocol):
 class Prepared:
     """An attempt that was prepared and not yet tried: it owns the reserved driver processes.
 
-    `overlays`: their paths; `targets`: by class, the volumes into which the hypervisor is to copy.
+    `overlays`: their paths; `targets`: by class, the volumes into which the hypervisor is to copy; `since`: of which disks (by target) only
+    what changed, and since which checkpoint; `told`: by class, what is to be said of that.
     """
 
     attempt: int
@@ -77,6 +78,8 @@ class Prepared:
     stack: AsyncExitStack
     overlays: Mapping[VolumeId, str] = field(default_factory=dict)
     targets: Mapping[str, Mapping[VolumeId, Layer]] = field(default_factory=dict)
+    since: Mapping[str, str] = field(default_factory=dict)
+    told: Mapping[str, str] = field(default_factory=dict)
 
 
 class Listening(NamedTuple):

@@ -135,7 +135,15 @@ def at(steps: Iterable[Step], moments: Iterable[At] = At) -> frozenset[Place]:
     return frozenset(product(steps, tuple(moments)))
 
 
-_PREPARING = (Step.PREPARE, Step.PREPARE_INTENT, Step.PREPARE_RESERVE, Step.PREPARE_DRIVER, Step.ADOPT)
+_PREPARING = (
+    Step.PREPARE,
+    Step.PREPARE_INTENT,
+    Step.PREPARE_RESERVE,
+    Step.PREPARE_DRIVER,
+    Step.PREPARE_INHERIT,
+    Step.PREPARE_CHECKPOINT,
+    Step.ADOPT,
+)
 WINDOW = at(s for s in Step if s.value.startswith("TakeWindow"))
 TAKING = WINDOW | at(_PREPARING)
 _IN_PLACE = (

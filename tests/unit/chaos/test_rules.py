@@ -157,6 +157,10 @@ def overlaid(place: str, source: str = OVERLAY, **change: Any) -> World:
         (domain(journals=("running", "stored")), "metadata of its running and its stored definition"),
         (domain(snapshots=("x",)), "a snapshot x of libvirt's own"),
         (domain(jobs=("libvirt-1",)), "a block job runs on libvirt-1"),
+        (
+            domain(remembering=("vms-abcdef-aaaaaaaaaa-01-bbbbbb-cccccccc",)),
+            "remember what was written since vms-abcdef-",
+        ),
         (domain(opened=("vms-overlay",)), "QEMU has vms-overlay open"),
         (overlaid("running"), f"disk vda of its running definition is {OVERLAY}, an overlay of ours"),
         (overlaid("stored"), "disk vda of its stored definition"),
@@ -195,6 +199,7 @@ def test_left_on_storage(world: World, subject: str) -> None:
 
 
 def test_what_is_no_leak() -> None:
+    assert found(domain(remembering=(f"{REQUEST}-cccccccc", "backup-of-monday"))) == []
     assert found(storage(files=STORAGE.files | {f"/p/vms-probe-{int(NOW) - 60}-abcdef", "/p/filler"})) == []
     other = storage(files=STORAGE.files | {"/p/vms-other1-x"})
     assert found(other, Allowed(foreign=("vms-other1-",))) == []

@@ -14,6 +14,7 @@ from vmsnapshot_operator.core.effects import RecordedGroup
 from vmsnapshot_operator.core.journal import Journal
 from vmsnapshot_operator.core.planning import StorageClass
 from vmsnapshot_operator.errors import ConflictError, DriverError, GuardianError, KubeUnavailableError, SnapshotError
+from vmsnapshot_operator.hypervisors.checkpoints import Seen as Checkpoint
 from vmsnapshot_operator.hypervisors.domains import Ref, Sighting
 from vmsnapshot_operator.strategies.world import World
 from vmsnapshot_operator.telemetry.metrics import Metrics
@@ -185,6 +186,25 @@ class FakeClient:
     silent: dict[str, str] = field(default_factory=dict)
     removed: list[str] = field(default_factory=list)
     hangs: float = 0.0
+    seen: tuple[Checkpoint, ...] = ()
+    off: bool = False
+
+    async def all_checkpoints(self, prefix: str) -> tuple[Checkpoint, ...]:
+        if self.error is not None:
+            raise self.error
+        return tuple(c for c in self.seen if c.name.startswith(prefix))
+
+    async def find(self, domain: str) -> Ref:
+        return Ref(uuid=domain, name=domain, endpoint="host")
+
+    def checkpoints(self, _ref: Ref) -> FakeClient:
+        return self
+
+    async def remove(self, asked: Mapping[str, str]) -> frozenset[str]:
+        if self.off:
+            return frozenset(asked)
+        self.seen = tuple(c for c in self.seen if c.name not in asked)
+        return frozenset()
 
     async def overlay_files(self, prefix: str, pool: str = "") -> tuple[tuple[OverlayFile, ...], dict[str, str]]:
         await asyncio.sleep(self.hangs)

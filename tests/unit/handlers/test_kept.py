@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 
+from tests.unit.handlers import fakes
 from tests.unit.handlers.test_hypervisors import BODY, OURS, Lab, lab, sighting  # noqa: F401 - the fixture
 from vmsnapshot_operator.core import names
 from vmsnapshot_operator.core.chains import OverlayFile
 from vmsnapshot_operator.core.volumes import VolumeId
 from vmsnapshot_operator.errors import HypervisorError
 from vmsnapshot_operator.handlers import kept
+from vmsnapshot_operator.hypervisors.checkpoints import Seen as Checkpoint
 
 pytestmark = pytest.mark.looptime
 
@@ -151,3 +153,44 @@ async def test_a_standby_touches_nothing(lab: Lab) -> None:  # noqa: F811
     lab.client.files = (RUBBISH,)
     await looked(lab)
     assert not lab.client.removed
+
+
+CHECKPOINT = Checkpoint("vm1", names.checkpoint_name(names.request_name(OURS, "u", 1, "c", ()), VolumeId("v")))
+
+
+@pytest.mark.parametrize(
+    ("watched", "there", "off", "leader", "gone"),
+    [
+        ((), (), False, True, True),
+        (("u",), ("u",), False, True, False),
+        ((), ("u",), False, True, False),
+        ((), (), True, True, False),
+        ((), (), False, False, False),
+    ],
+)
+async def test_a_checkpoint_that_no_snapshot_needs_is_removed(
+    lab: Lab,  # noqa: F811
+    watched: tuple[str, ...],
+    there: tuple[str, ...],
+    off: bool,
+    leader: bool,
+    gone: bool,
+) -> None:
+    stranger = Checkpoint("vm1", "backup-of-monday")
+    lab.client.seen, lab.client.off = (CHECKPOINT, stranger), off
+    lab.world.uids = lambda: frozenset(watched)
+    lab.cluster.snapshots = {("a", u): {"metadata": {"uid": u}} for u in there}
+    lab.world.leadership = fakes.FakeLeadership(leader)  # type: ignore[assignment]  # a stand-in
+    await looked(lab)
+    assert lab.client.seen == ((stranger,) if gone else (CHECKPOINT, stranger))
+
+
+async def test_checkpoints_that_cannot_be_looked_at_delay_no_overlay(lab: Lab) -> None:  # noqa: F811
+    async def hang(_prefix: str) -> tuple[Checkpoint, ...]:
+        await asyncio.sleep(3600)
+        return ()
+
+    lab.client.all_checkpoints = hang  # type: ignore[method-assign]  # a stand-in
+    lab.client.files = (USED,)
+    await looked(lab)
+    assert entries(lab)

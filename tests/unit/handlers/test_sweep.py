@@ -18,6 +18,7 @@ from vmsnapshot_operator.core.machine import Agent, AgentState, Machine, PowerSt
 from vmsnapshot_operator.core.volumes import VolumeId
 from vmsnapshot_operator.errors import HypervisorUnreachableError, KubeUnavailableError, QuiesceError
 from vmsnapshot_operator.handlers import sweep, thaw
+from vmsnapshot_operator.hypervisors.checkpoints import Seen as Checkpoint
 from vmsnapshot_operator.hypervisors.domains import Hypervisor, Ref, Sighting
 
 pytestmark = pytest.mark.looptime
@@ -36,6 +37,10 @@ class FakeHypervisor:
     closed: bool = False
     files: tuple[OverlayFile, ...] = ()
     silent: dict[str, str] = field(default_factory=dict)
+    checkpoints: tuple[Checkpoint, ...] = ()
+
+    async def all_checkpoints(self, prefix: str) -> tuple[Checkpoint, ...]:
+        return tuple(c for c in self.checkpoints if c.name.startswith(prefix))
 
     async def overlay_files(self, prefix: str) -> tuple[tuple[OverlayFile, ...], dict[str, str]]:
         return tuple(f for f in self.files if f.name.startswith(prefix)), self.silent
@@ -186,7 +191,7 @@ async def test_one_that_cannot_be_freed_is_said(lab: Lab) -> None:
     assert "not free yet, run this again: its agent does not answer" in said
 
 
-async def test_overlays_that_no_journal_tells_of_are_said_and_left(lab: Lab) -> None:
+async def test_overlays_that_no_journal_tells_of_and_checkpoints_are_said_and_left(lab: Lab) -> None:
     paths = [f"/pool/{names.overlay_name(OURS, 'u', n, VolumeId('v'))}" for n in (1, 2, 3, 4)]
     told = replace(JOURNAL, overlays={"v": paths[3]}, phase=Phase.OVERLAID)
     lab.hypervisors["lab"] = FakeHypervisor(
@@ -198,9 +203,13 @@ async def test_overlays_that_no_journal_tells_of_are_said_and_left(lab: Lab) -> 
             OverlayFile(path=paths[3], endpoint="host", domain="demo"),
         ),
     )
+    ours = names.checkpoint_name(names.request_name(OURS, "u", 1, "c", ()), VolumeId("v"))
+    lab.hypervisors["lab"].checkpoints = (Checkpoint("demo", ours), Checkpoint("demo", "backup-of-monday"))
     for dry_run in (True, False):
         said, ok = await lab.sweep(dry_run=dry_run)
         assert ok, "no VM is held"
+        assert f"checkpoint {ours} of domain demo: goes with its VMSnapshot" in said
+        assert "monday" not in said
         assert f"overlay {paths[0]} on host: kept: VM demo has it among its disks" in said
         assert f"overlay {paths[1]} on host: kept: no VM uses it, and it was written to" in said
         assert f"overlay {paths[2]} on host: empty and not in use; the operator removes it" in said

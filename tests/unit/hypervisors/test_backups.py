@@ -159,10 +159,10 @@ async def test_only_a_copy_of_the_planned_disks_is_described(planned: str, reaso
     window = DomainWindow("demo", UUID, Outstanding(), look_up)
     await window.open()
     if not reason:
-        assert "name='vdb'" in (await window.prepare_backup(into, {target: volume_id(layer)})).replace('"', "'")
+        assert "name='vdb'" in (await window.prepare_backup(into, {target: volume_id(layer)}, {})).replace('"', "'")
         return
     with pytest.raises(HypervisorError, match=target) as caught:
-        await window.prepare_backup(into, {target: volume_id(layer)})
+        await window.prepare_backup(into, {target: volume_id(layer)}, {})
     assert (caught.value.reason, caught.value.retryable) == (reason, True)
 
 
@@ -178,7 +178,7 @@ def test_only_our_job_is_stopped() -> None:
 
 def test_all_other_disks_are_left_out() -> None:
     layer = Layer(kind=SourceKind.FILE, source="/p/a'<b", format="raw")
-    said = backups.backup_xml({"vda": layer}, ["vdc", "vdb"])
+    said = backups.backup_xml({"vda": layer}, ["vdc", "vdb"], {})
     assert '<target file="/p/a\'&lt;b"/>' in said
     assert said.count("backup='yes'") == 1
     assert said.index('"vdb" backup=') < said.index('"vdc" backup=')

@@ -52,6 +52,8 @@ class Scene:
     name: str = "lab"
     until: float = 3600.0
     by_job: tuple[str, ...] = ()
+    since: dict[str, str] = field(default_factory=dict)
+    told: dict[str, str] = field(default_factory=dict)
     job_error: HypervisorError | None = None
     begin_takes: float = 0.2
     disks_after: tuple[Disk, ...] = b.DISKS
@@ -66,13 +68,16 @@ class Scene:
     async def window(self, _ref: object) -> Scene:
         return self
 
-    async def prepare_backup(self, targets: Mapping[str, Layer], planned: Mapping[str, VolumeId]) -> str:
+    async def prepare_backup(
+        self, targets: Mapping[str, Layer], planned: Mapping[str, VolumeId], since: Mapping[str, str]
+    ) -> str:
         assert not_at(planned, b.machine().disks) == []
         assert planned.keys() == targets.keys()
         if self.busy:
             raise HypervisorError("it copies already", reason="BackupRunning", retryable=True)
         self.log.append("describe")
-        return ", ".join(f"{t} to {layer.source}" for t, layer in targets.items())
+        after = {t: f" since {c}" for t, c in since.items()}
+        return ", ".join(f"{t} to {layer.source}{after.get(t, '')}" for t, layer in targets.items())
 
     async def begin_backup(self, described: str, timeout: Seconds, permit: Callable[[], str]) -> None:  # noqa: ASYNC109
         assert (permit(), timeout > 0) == ("", True)
@@ -184,7 +189,8 @@ async def take(
     world.metrics = as_any(metrics or world.metrics)
     made = {name: as_any(Slot(name, scene, **slots.get(name, {}))) for name in effect.requests}
     try:
-        prepared = Prepared(attempt=1, slots=made, stack=AsyncExitStack(), targets=scene.targets(effect))
+        targets = scene.targets(effect)
+        prepared = Prepared(1, made, AsyncExitStack(), targets=targets, since=scene.since, told=scene.told)
         return await window.run(world, effect, b.UID, REF, as_any(scene), prepared)
     finally:
         scene.log.append("told")
@@ -303,6 +309,15 @@ async def test_the_hypervisor_begins_its_copy_where_the_others_cut(scene: Scene)
     assert bracket is not None
     assert (result.hold, result.atomic, bracket.end - bracket.start) == (Hold.JOB, True, pytest.approx(0.2))
     assert set(result.handles.values()) == {"/pool/copy-vda.raw", "/pool/copy-vdb.raw"}
+
+
+async def test_what_changed_is_copied_since_the_checkpoint_and_told(scene: Scene) -> None:
+    scene.by_job, scene.since = ("files",), {"vda": "vms-1"}
+    scene.told = {"files": "disk vda: what was written since; disk vdb: all of it"}
+    outcome = await take(scene)
+    assert "begin vda to /pool/copy-vda.raw since vms-1, vdb to /pool/copy-vdb.raw" in scene.log
+    assert outcome.groups["files"].message == scene.told["files"]
+    assert (outcome.ok, outcome.reason) == (True, "")
 
 
 async def test_one_copy_is_begun_for_all_classes(scene: Scene) -> None:
