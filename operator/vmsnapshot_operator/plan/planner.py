@@ -16,7 +16,8 @@ from vmsnapshot_operator.core.planning import (
     Request,
     StorageClass,
 )
-from vmsnapshot_operator.plan import disks, grouping, nvram, quiescing
+from vmsnapshot_operator.errors import RefusedError
+from vmsnapshot_operator.plan import definition, disks, grouping, nvram, quiescing
 
 
 def make_plan(
@@ -46,6 +47,8 @@ def make_plan(
             ),
             patience=Patience.WAIT,
         )
+    if (gated := _gated(machine)) is not None:
+        return gated
     selection = disks.select(machine, request.exclude)
     if isinstance(selection, Refusal):
         return selection
@@ -99,6 +102,18 @@ def make_plan(
         notes=tuple(notes),
         definition=machine.definition,
     )
+
+
+def _gated(machine: Machine) -> Refusal | None:
+    """Why a VM waits whose disks are neither old nor new: its definition does not have them then."""
+    try:
+        gate = definition.gate_of(machine.definition) if machine.definition else None
+    except RefusedError as error:
+        return Refusal(reason=error.reason, message=error.message)
+    if gate is None:
+        return None
+    message = f"VMRestore {gate.marker.restore} sets the VM's disks back; waiting until it has ended"
+    return Refusal(reason="VMBusy", message=message, patience=Patience.WAIT)
 
 
 def _require(request: Request, machine: Machine, volumes: Sequence[PlannedVolume]) -> Refusal | None:

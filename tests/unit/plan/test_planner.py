@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +19,7 @@ from vmsnapshot_operator.core.machine import (
     Machine,
     PowerState,
 )
+from vmsnapshot_operator.core.markers import Gate, Marker
 from vmsnapshot_operator.core.planning import (
     THAW_TIMEOUT,
     Match,
@@ -29,7 +31,7 @@ from vmsnapshot_operator.core.planning import (
     Refusal,
 )
 from vmsnapshot_operator.core.volumes import volume_id
-from vmsnapshot_operator.plan import disks
+from vmsnapshot_operator.plan import definition, disks
 from vmsnapshot_operator.plan.access import AccessRule, Requirement, may_use, not_found
 from vmsnapshot_operator.plan.planner import make_plan
 from vmsnapshot_operator.plan.quiescing import WINDOWS_THAW, coverage
@@ -238,6 +240,17 @@ def test_a_copy_that_is_under_way_is_waited_for_whoever_it_is_of() -> None:
         told = b.refusal(found=b.machine(copied_into=files))
         assert (told.reason, told.patience) == ("BackupRunning", Patience.WAIT)
         assert all(f in told.message for f in files)
+
+
+def test_a_vm_whose_disks_are_being_set_back_is_waited_for() -> None:
+    """Its definition has no disks then, and would be refused for good."""
+    text = (Path(__file__).parent / "domains" / "rbd.xml").read_text()
+    marker = Marker(installation="abc234", restore="team-a/undo", restore_uid="u1", snapshot_uid="u2")
+    gated = definition.gated(text, Gate(marker=marker, targets=("vda", "vdb", "vdc"), autostart=False))
+    told = b.refusal(found=b.machine(definition=gated, disks=()))
+    assert (told.reason, told.patience) == ("VMBusy", Patience.WAIT)
+    assert "VMRestore team-a/undo" in told.message
+    assert b.plan(found=b.machine(definition=text)).volumes
 
 
 def test_a_remote_class_prefers_overlays() -> None:
