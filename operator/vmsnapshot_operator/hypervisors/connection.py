@@ -7,6 +7,7 @@ hangs takes as long as its time limit. So a VM that is held has its seat on a co
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 import weakref
@@ -24,7 +25,13 @@ SEATS = 4
 """Held VMs per connection: one less than libvirtd's max_client_requests, so that a call which was left behind harms nobody."""
 
 _KEEPALIVE_SECONDS, _KEEPALIVE_COUNT = 3, 3
-_FIRST_BACKOFF, _MAX_BACKOFF = 0.2, 30.0
+_FIRST_BACKOFF, _MAX_BACKOFF = 0.2, 10.0
+
+HANGING = 3
+"""So many connects of one connection may hang at once, each in a thread: beyond that each try waits twice as long as the one before, up to
+`HANGING_BACKOFF` seconds. Not without end: a connect hangs for ever if its host died when it had taken it."""
+
+HANGING_BACKOFF = 600.0
 
 _loop_lock = threading.Lock()
 _loop_started = False
@@ -49,6 +56,39 @@ def _turn() -> None:
         except libvirt.libvirtError:
             # One turn failed, and nobody could be told: the next one tries again, but does not spin.
             time.sleep(0.1)
+
+
+class _Attempt:
+    """One connect, as its thread and the one who waits for it leave it: what it made belongs to the last one there."""
+
+    def __init__(self, returned: Callable[[bool], None]) -> None:
+        self._returned = returned
+        self._lock = threading.Lock()
+        self._over = self._left = False
+        self._made: tuple[Any, Callable[[], None] | None] | None = None
+
+    def end(self, made: tuple[Any, Callable[[], None] | None] | None) -> None:
+        """Its thread is at its end: with what it made, or (None) with an error."""
+        with self._lock:
+            self._over, self._made = True, made
+            left = self._left
+        if not left:
+            return
+        try:
+            if made is not None:
+                _shut(*made)
+        finally:
+            self._returned(made is not None)
+
+    def made(self) -> tuple[Any, Callable[[], None] | None] | None:
+        """What it made, if anything."""
+        return self._made
+
+    def leave(self) -> bool:
+        """Wait for it no more; True if it goes on, and `returned` is called, in its thread, when it has come to its end."""
+        with self._lock:
+            self._left = not self._over
+            return self._left
 
 
 class Connection:
@@ -86,25 +126,34 @@ class Connection:
         async with self._lock:
             if (live := self.live) is not None:
                 return live
-            if time.monotonic() < self._not_before:
+            loop = asyncio.get_running_loop()
+            if loop.time() < self._not_before:
                 raise HypervisorUnreachableError(f"{self.name}: {self._why}; trying again shortly")
             await self._drop()
-            unwanted = threading.Event()
+
+            def returned(made: bool) -> None:
+                with contextlib.suppress(RuntimeError):  # the loop has ended: nobody waits any more
+                    loop.call_soon_threadsafe(self._returned, made)
+
+            attempt = _Attempt(returned)
             try:
-                made, closing = await self._calls.act(
-                    f"connect to {self.name}", self._open, unwanted, timeout=CONNECT_TIMEOUT
-                )
+                await self._calls.act(f"connect to {self.name}", self._open, attempt, timeout=CONNECT_TIMEOUT)
+            except CallTimeoutError as error:
+                self._leave(attempt)
+                if self._connection is None:
+                    self._failed(error.message)
+                    raise HypervisorUnreachableError(error.message) from error
             except HypervisorError as error:
-                unwanted.set()
-                self._failed(error)
+                self._failed(error.message)
                 raise HypervisorUnreachableError(error.message) from error
             except asyncio.CancelledError:
-                unwanted.set()
+                self._leave(attempt)
                 raise
-            self._connection, self._closing = made, closing
-            self._failures = self._hanging = 0
+            else:
+                self._leave(attempt)
+            self._failures = 0
             self.answered()
-            return made
+            return self._connection
 
     def answered(self) -> None:
         """Note that the daemon answered now."""
@@ -125,28 +174,53 @@ class Connection:
             except HypervisorError:
                 return  # it was broken: there is nobody at the other end to be told
 
-    def _failed(self, error: HypervisorError) -> None:
-        self._failures += 1
-        self._why = error.message
-        if isinstance(error, CallTimeoutError):
+    def _leave(self, attempt: _Attempt) -> None:
+        """Take what an attempt made, also if it came in the last moment, or count it as one that hangs."""
+        if attempt.leave():
             self._hanging += 1
-        # Each attempt that hangs keeps a thread: the more of them, the rarer the attempts.
-        backoff = min(_MAX_BACKOFF, _FIRST_BACKOFF * 2 ** min(self._failures, 8)) * (1 + self._hanging)
-        self._not_before = time.monotonic() + backoff
+            if self._hanging > HANGING:
+                self._why = f"{self._hanging} connects have not returned"
+                self._not_before = asyncio.get_running_loop().time() + self._pause()
+        elif (made := attempt.made()) is not None:
+            self._connection, self._closing = made
 
-    def _open(self, unwanted: threading.Event) -> tuple[Any, Callable[[], None] | None]:
+    def _returned(self, made: bool) -> None:
+        """Note that a connect which hung has returned. If it was made, the daemon answers again: nobody waits any more."""
+        self._hanging -= 1
+        if made:
+            self._failures, self._not_before = 0, 0.0
+        else:
+            self._not_before = min(self._not_before, asyncio.get_running_loop().time() + self._pause())
+
+    def _failed(self, why: str) -> None:
+        self._failures += 1
+        self._why = why
+        self._not_before = asyncio.get_running_loop().time() + self._pause()
+
+    def _pause(self) -> float:
+        """Seconds until the next attempt."""
+        doublings = self._hanging - HANGING
+        if doublings > 0:
+            return min(HANGING_BACKOFF, _MAX_BACKOFF * 2.0 ** min(doublings, 8))
+        return min(_MAX_BACKOFF, _FIRST_BACKOFF * 2.0 ** min(self._failures, 8))
+
+    def _open(self, attempt: _Attempt) -> None:
+        made: tuple[Any, Callable[[], None] | None] | None = None
+        try:
+            made = self._connect()
+        finally:
+            attempt.end(made)
+
+    def _connect(self) -> tuple[Any, Callable[[], None] | None]:
         start_event_loop()
         connection = libvirt.open(self._uri)
         try:
             if not self._uri.startswith("test:"):
                 connection.setKeepAlive(_KEEPALIVE_SECONDS, _KEEPALIVE_COUNT)
-            closing = self._opened(connection) if self._opened is not None else None
+            return connection, self._opened(connection) if self._opened is not None else None
         except libvirt.libvirtError:
             connection.close()
             raise
-        if unwanted.is_set():
-            _shut(connection, closing)  # whoever asked for it has given up
-        return connection, closing
 
 
 def _shut(connection: Any, closing: Callable[[], None] | None) -> None:
