@@ -191,7 +191,9 @@ def _chain(connection: Any, top: Layer) -> tuple[Layer, ...]:
 
 def _placed(connection: Any, layer: Layer, *, fingerprint: bool) -> Layer:
     """Add the libvirt pool that holds a layer, and to one that nobody writes to what betrays a later change."""
-    if layer.kind not in (SourceKind.FILE, SourceKind.BLOCK):
+    if layer.kind is SourceKind.VOLUME:  # it names its pool itself
+        return replace(layer, fingerprint=_fingerprint(connection, layer) if fingerprint else "")
+    if layer.kind is SourceKind.NETWORK:
         return layer
     try:
         # By its folder: a volume made since the pool was last refreshed is not known to the pool yet.

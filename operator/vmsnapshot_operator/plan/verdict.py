@@ -84,7 +84,18 @@ def judge(plan: Plan, outcome: WindowOutcome) -> Mapping[VolumeId, Verdict]:
         was_cut = any(g.result is not None and vid in g.result.handles for g in outcome.groups.values())
         inside = not broken and _inside(brackets.get(vid), evidence)
         verdicts[vid] = _of_nvram(plan, evidence, vid, least, whole=outcome.ok and was_cut, inside=inside)
-    return verdicts
+    return {**verdicts, **_unproved(plan, outcome)}
+
+
+def _unproved(plan: Plan, outcome: WindowOutcome) -> Mapping[VolumeId, Verdict]:
+    """What of a VM that is off is copied after the window, though nothing will betray whether somebody wrote to it meanwhile."""
+    if plan.power != PowerState.SHUT_OFF:
+        return {}
+    results = [g.result for g in outcome.groups.values() if g.result is not None]
+    copied = {vid for r in results if r.hold is Hold.BASE for vid in r.handles}
+    why = "it is copied after the window, and its storage does not tell whether somebody writes to it meanwhile"
+    volumes = [v.volume for v in plan.volumes if v.volume.id in copied and not v.volume.writable.fingerprint]
+    return {v.id: Verdict(consistency=Consistency.UNKNOWN, why=why) for v in volumes}
 
 
 def _of_nvram(

@@ -12,7 +12,7 @@ from typing import Any
 
 from vmsnapshot_operator.core.driver import Hold, Progress
 from vmsnapshot_operator.core.effects import Record, RecordedGroup
-from vmsnapshot_operator.core.machine import PowerState
+from vmsnapshot_operator.core.machine import Machine, PowerState
 from vmsnapshot_operator.core.planning import Request
 from vmsnapshot_operator.core.steps import Step, step
 from vmsnapshot_operator.core.volumes import Seconds
@@ -126,7 +126,7 @@ async def _watch_room(world: World, record: Record, request: Request) -> None:
 
 
 async def _stood_still(world: World, record: Record, request: Request) -> None:
-    """Raise DriverError (`SnapshotLost`) unless what was copied has stood still until now."""
+    """Raise DriverError unless what was copied has stood still until now: `SnapshotLost` if it has not."""
     client, ref = await locate(world, request, record)
     if record.overlaid:
         journal = await client.read_journal(ref)
@@ -135,10 +135,24 @@ async def _stood_still(world: World, record: Record, request: Request) -> None:
         else:
             why = collapse.stands(journal, await overlays.look(client, ref, journal))
     else:
-        machine = await client.describe(ref, ask_agent=False)
-        off = machine.power is PowerState.SHUT_OFF and machine.run_id == record.plan.run_id
-        why = "" if off else f"the VM is {machine.power}, and was off when the copy began"
-        if off and (changed := fingerprints.written_to(record.plan.volumes, machine.disks)):
-            why = f"disk {', '.join(changed)} was written to: the VM ran meanwhile, or somebody else has it"
+        why = _stayed_off(record, await client.describe(ref, ask_agent=False))
     if why:
         raise DriverError(f"the disks did not stand still while they were copied: {why}", reason="SnapshotLost")
+
+
+def _stayed_off(record: Record, machine: Machine) -> str:
+    """Why the disks of a VM that was off did not stand still; empty if they did. Raises DriverError while that cannot be seen."""
+    volumes = record.plan.volumes
+    if machine.power is not PowerState.SHUT_OFF or machine.run_id != record.plan.run_id:
+        return f"the VM is {machine.power}, and was off when the copy began"
+    if gone := fingerprints.missing(volumes, machine.disks):
+        return f"disk {', '.join(gone)} is none of the VM's any more: whoever has it may have written to it"
+    if changed := fingerprints.written_to(volumes, machine.disks):
+        return f"disk {', '.join(changed)} was written to: the VM ran meanwhile, or somebody else has it"
+    if unseen := fingerprints.unseen(volumes, machine.disks):
+        text = (
+            f"whether disk {', '.join(unseen)} stood still while it was copied cannot be seen: libvirt's pool does not know it now;"
+            " see that the pool is active and has the disk (`virsh pool-refresh`)"
+        )
+        raise DriverError(text, retryable=True)
+    return ""

@@ -27,6 +27,15 @@ def test_a_disk_of_a_vm_that_is_off(then: str, now: str, *, told: bool) -> None:
     disk = Disk(target="vdz", layers=(planned(now).volume.writable,))
     assert fingerprints.written_to([planned(then)], [disk]) == (["vda"] if told else [])
     assert fingerprints.written_to([planned(then)], []) == [], "a disk that is not there is told elsewhere"
+    assert fingerprints.unseen([planned(then)], [disk]) == (["vda"] if then and not now else [])
+
+
+def test_a_disk_is_missing_unless_it_is_plugged_in_anywhere() -> None:
+    there = planned("1")
+    assert fingerprints.missing([there], [Disk(target="vdz", layers=(there.volume.writable,))]) == []
+    other = replace(there.volume.writable, source="/another")
+    for disks in ([], [Disk(target="vda")], [Disk(target="vda", layers=(other,))]):
+        assert fingerprints.missing([there], disks) == ["vda"]
 
 
 @pytest.mark.parametrize(("now", "fits"), [("1", True), ("2", False)])

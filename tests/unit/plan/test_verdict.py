@@ -118,6 +118,22 @@ def test_shut_off(within_before: bool, within: bool, expected: Consistency) -> N
     assert claimed(b.plan(found=off), shut_down_from_within=within, freed_by_other=True) is Consistency.PER_VOLUME
 
 
+@pytest.mark.parametrize(
+    ("hold", "fingerprint", "expected"),
+    [
+        (Hold.NOTHING, "", Consistency.CRASH),
+        (Hold.BASE, "1", Consistency.CRASH),
+        (Hold.BASE, "", Consistency.UNKNOWN),
+    ],
+)
+def test_a_copy_of_a_vm_that_is_off_needs_what_betrays_a_write(
+    hold: Hold, fingerprint: str, expected: Consistency
+) -> None:
+    disks = (b.disk("vda", b.file_layer("vda", fingerprint=fingerprint)),)
+    plan = b.plan(found=b.machine(power=PowerState.SHUT_OFF, agent=None, disks=disks))
+    assert verdict.overall(verdict.judge(plan, outcome(plan, hold=hold))) is expected
+
+
 def test_nothing_is_claimed_of_what_was_not_cut() -> None:
     plan = b.plan()
     whole = outcome(plan)

@@ -11,14 +11,18 @@ import pytest
 
 from tests.unit.handlers import fakes
 from tests.unit.kube import records
-from vmsnapshot_operator.core.driver import Progress, SnapshotRequest
+from tests.unit.plan import builders as b
+from vmsnapshot_operator.core.driver import Hold, Progress, SnapshotRequest
 from vmsnapshot_operator.core.effects import Fail, Failure, Observation, Prepare, Record, Recover, Settle
 from vmsnapshot_operator.core.evidence import Evidence, WindowOutcome
 from vmsnapshot_operator.core.journal import Journal
+from vmsnapshot_operator.core.machine import Disk, Machine, PowerState
+from vmsnapshot_operator.core.markers import Gate, Marker
 from vmsnapshot_operator.core.planning import Method, OverlaySettings
-from vmsnapshot_operator.core.volumes import Seconds
+from vmsnapshot_operator.core.volumes import Seconds, Volume
 from vmsnapshot_operator.errors import DriverError, NotPermittedError
-from vmsnapshot_operator.plan import conditions, report
+from vmsnapshot_operator.hypervisors import domain_xml
+from vmsnapshot_operator.plan import conditions, definition, report
 from vmsnapshot_operator.strategies import settling, storage
 from vmsnapshot_operator.strategies.storage import StorageStrategy
 from vmsnapshot_operator.strategies.world import LiveHypervisor, Memory, Prepared, World, clock
@@ -141,6 +145,93 @@ async def test_a_copy_is_given_up_before_the_overlays_have_no_room(monkeypatch: 
     assert (caught.value.reason, next(free, None)) == ("OverlayFull", None)
     assert lab.hosts["slow"].log == ["wait_ready", "over"], "the copy has ended"
     assert not lab.written
+
+
+class Off:
+    """A copy of a VM that is off, and how its disks are once it is made. Each disk's storage tells when it was written to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        record = records.example()
+
+        def off(volume: Volume) -> Volume:
+            return replace(volume, writable=replace(volume.writable, fingerprint="1"))
+
+        planned = tuple(replace(v, volume=off(v.volume)) for v in record.plan.volumes)
+        plan = replace(record.plan, volumes=planned, power=PowerState.SHUT_OFF, run_id=-1)
+        group = record.groups["slow"]
+        assert group.result is not None
+        group = replace(group, result=replace(group.result, hold=Hold.BASE))
+        self.record = replace(record, plan=plan, groups={**record.groups, "slow": group})
+        self.lab = Lab(self.record)
+        self.machine = b.machine(
+            power=PowerState.SHUT_OFF,
+            run_id=-1,
+            disks=tuple(b.disk(v.target, v.volume.writable) for v in planned),
+        )
+        off_vm = self
+
+        class Client:
+            async def describe(self, _ref: object, *, ask_agent: bool) -> Machine:
+                assert not ask_agent
+                return off_vm.machine
+
+        async def locate(*_: object) -> tuple[object, None]:
+            return Client(), None
+
+        monkeypatch.setattr(settling, "locate", locate)
+
+    def plug(self, number: int, disk: Disk | None) -> None:
+        """Have another disk, or none, in the place of this one."""
+        disks = list(self.machine.disks)
+        disks[number : number + 1] = [disk] if disk is not None else []
+        self.machine = replace(self.machine, disks=tuple(disks))
+
+    async def settle(self) -> None:
+        await self.lab.strategy.apply(Settle(self.record.groups), self.lab.seen, {})
+
+
+async def test_a_vm_that_stays_off_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    off = Off(monkeypatch)
+    off.machine = replace(off.machine, disks=off.machine.disks[::-1])
+    await off.settle()
+    assert [r.ready for r in off.lab.written] == [True]
+
+
+@pytest.mark.parametrize("how", ["detached", "written to", "gated", "the VM runs"])
+async def test_a_disk_that_did_not_stand_still_is_no_copy(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    off = Off(monkeypatch)
+    layer = off.machine.disks[2].layers[0]
+    if how == "detached":
+        off.plug(2, None)
+    elif how == "written to":
+        off.plug(2, b.disk("vdc", replace(layer, fingerprint="2")))
+    elif how == "gated":
+        # A restore of the same VM in place: the claim on it was given back when the point in time was there.
+        marker = Marker(installation="i", restore="team-a/back", restore_uid="r", snapshot_uid="s")
+        text = "<domain><name>demo</name><devices>{}</devices></domain>".format(
+            "".join(
+                f"<disk type='file'><driver name='qemu' type='raw'/><source file='{d.layers[0].source}'/><target dev='{d.target}'/></disk>"
+                for d in off.machine.disks
+            )
+        )
+        gated = definition.gated(text, Gate(marker=marker, targets=("vdc",), autostart=False))
+        off.plug(2, domain_xml.parse(gated)[0][2])
+    else:
+        off.machine = replace(off.machine, power=PowerState.RUNNING, run_id=3)
+    with pytest.raises(DriverError) as caught:
+        await off.settle()
+    assert caught.value.reason == "SnapshotLost"
+    assert ("vdc" in caught.value.message) is (how != "the VM runs")
+    assert not off.lab.written
+
+
+async def test_what_cannot_be_seen_now_is_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    off = Off(monkeypatch)
+    off.plug(2, b.disk("vdc", replace(off.machine.disks[2].layers[0], fingerprint="")))
+    with pytest.raises(DriverError, match="disk vdc") as caught:
+        await off.settle()
+    assert (caught.value.reason, caught.value.retryable) == ("DriverError", True)
+    assert not off.lab.written
 
 
 async def test_what_is_lost_is_told_before_what_may_come_back() -> None:
