@@ -6,6 +6,7 @@ SnapshotError                    has `reason` (stable word), `retryable` (can tr
 +-- HypervisorError              libvirt said no
 |   +-- HypervisorUnreachableError   no connection, or it broke: retryable
 |   +-- DomainGoneError              the domain is not (any more) on any endpoint
+|   +-- DomainAmbiguousError         the domain runs nowhere, and several endpoints define it: which one is true is unknown
 |   +-- AgentError                   the guest's agent answered with an error, or did not answer
 |   +-- CallTimeoutError             a libvirt call did not return before its deadline: its effect is unknown
 |   +-- ForeignJournalError          somebody else holds this VM still
@@ -24,6 +25,8 @@ SnapshotError                    has `reason` (stable word), `retryable` (can tr
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 class SnapshotError(Exception):
@@ -79,6 +82,19 @@ class DomainGoneError(HypervisorError):
     def certain(self) -> bool:
         """Whether all endpoints have answered and none has it: not so where there is no hypervisor to be asked."""
         return self.reason == DomainGoneError.reason and not self.ambiguous
+
+
+class DomainAmbiguousError(HypervisorError):
+    """The domain runs nowhere, and several endpoints define it: nobody can tell which definition is the true one."""
+
+    reason = "DomainAmbiguous"
+
+    def __init__(self, name: str, endpoints: Sequence[str], why: str) -> None:
+        super().__init__(
+            f"domain {name} is defined on {' and on '.join(endpoints)}, and {why}. Undefine it where it does not belong: a migration"
+            " without --undefinesource leaves its definition on the host that it came from (there:"
+            f" `virsh undefine --keep-nvram {name}`, which leaves its disks alone)"
+        )
 
 
 class AgentError(HypervisorError):

@@ -46,8 +46,7 @@ async def hypervisor(lab: Lab) -> AsyncIterator[Hypervisor]:
 
 async def seen(hypervisor: Hypervisor, domain: str) -> Defined:
     """The domain, which must be there."""
-    found = await definitions.look(hypervisor, domain)
-    assert found is not None
+    (found,) = await definitions.look(hypervisor, domain)
     return found
 
 
@@ -201,7 +200,7 @@ async def test_no_vm_is_overwritten(hypervisor: Hypervisor, stub: Guest, ref: Re
 
 
 async def test_a_vm_that_is_not_there(hypervisor: Hypervisor) -> None:
-    assert await definitions.look(hypervisor, "df-absent") is None
+    assert await definitions.look(hypervisor, "df-absent") == ()
     gone = Ref(uuid="0c5f2f4e-0000-4000-8000-000000000000", name="df-absent", endpoint="")
     await definitions.undefine(hypervisor, gone, nvram=True)
     with pytest.raises(DomainGoneError):
@@ -276,7 +275,7 @@ async def test_a_new_vm_runs_beside_the_old_one(
     finally:
         await definitions.stop(hypervisor, ref, Seconds(0.0))
         await definitions.undefine(hypervisor, ref, nvram=True)
-    assert await definitions.look(hypervisor, "df-new") is None
+    assert await definitions.look(hypervisor, "df-new") == ()
     for target, layer in copies.items():
         checked = subprocess.run(["e2fsck", "-fn", layer.source], check=False, capture_output=True, text=True)
         assert checked.returncode == 0, f"{target}: {checked.stdout}"

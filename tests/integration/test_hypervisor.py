@@ -34,6 +34,7 @@ from vmsnapshot_operator.core.volumes import SourceKind
 from vmsnapshot_operator.errors import (
     AgentError,
     CallTimeoutError,
+    DomainAmbiguousError,
     DomainGoneError,
     ForeignJournalError,
     HypervisorError,
@@ -42,6 +43,7 @@ from vmsnapshot_operator.errors import (
 from vmsnapshot_operator.hypervisors.calls import threads_running
 from vmsnapshot_operator.hypervisors.domains import Hypervisor, Ref
 from vmsnapshot_operator.hypervisors.events import Kind
+from vmsnapshot_operator.quiesce.base import release
 
 
 @pytest.fixture(scope="module")
@@ -247,6 +249,53 @@ async def test_what_may_run_on_a_silent_host_is_not_said_to_be_off_or_gone(lab: 
     finally:
         await pool.close()
         stub.remove()
+
+
+async def test_a_migration_that_leaves_the_definition_behind(lab: Lab, tmp_path: Path) -> None:
+    """What it left bears a journal that nobody needs, and may lack a disk that the VM has got since."""
+    first, second = lab.host, lab.second_host()
+    guest = small_guest(lab, "hv-two", TWO_DISKS)
+    pool = await Hypervisor.connect(
+        "pool", [Endpoint(socket_path=str(h.socket)) for h in (first, second)], {}, folder=tmp_path
+    )
+    try:
+        here = await pool.find("hv-two")
+        held = journal()
+        await pool.write_journal(here, held)
+        guest.migrate(second, leaving=True)
+        there = await pool.find(here.uuid)
+        assert there.endpoint != here.endpoint
+        assert [p.endpoint for p in await pool.places(here)] == [there.endpoint, here.endpoint]
+        assert [s.journal for s in await pool.sweep()] == [held] * 2, "the one that runs, and what it left"
+        await release(pool, there, held)
+        assert [s.ref for s in await pool.sweep()] == [here]
+        await pool.clear_left(there, held.nonce)
+        await pool.clear_left(here, held.nonce)
+        assert not await pool.sweep()
+
+        guest.destroy()
+        for _ in range(5):
+            seen = await pool.describe(there, ask_agent=False)
+            assert (seen.endpoint, seen.power) == (here.endpoint, PowerState.SHUT_OFF), "both are equal: the first"
+        path = lab.pool_path("reflink") / "hv-two-vdc.raw"
+        subprocess.run(["truncate", "-s", "1M", path], check=True)
+        disk = f"<disk type='file' device='disk'><source file='{path}'/><target dev='vdc' bus='virtio'/></disk>"
+        guest.domain().attachDeviceFlags(disk, libvirt.VIR_DOMAIN_AFFECT_CONFIG)
+        for _ in range(5):
+            with pytest.raises(DomainAmbiguousError) as caught:
+                await pool.describe(there, ask_agent=False)
+        assert all(e in caught.value.message for e in (here.endpoint, there.endpoint))
+        with first.connection() as connection:
+            connection.lookupByName("hv-two").undefine()
+        seen = await pool.describe(here, ask_agent=False)
+        assert (seen.endpoint, {d.target for d in seen.disks}) == (there.endpoint, {"vda", "vdb", "vdc"})
+        path.unlink()
+    finally:
+        await pool.close()
+        with first.connection() as connection, contextlib.suppress(libvirt.libvirtError):
+            connection.lookupByName("hv-two").undefine()
+        guest.remove()
+        lab.end_second_host()
 
 
 # --- freezing and thawing ----------------------------------------------------------------------------------------------

@@ -31,9 +31,9 @@ _MIGRATE = (
     libvirt.VIR_MIGRATE_LIVE
     | libvirt.VIR_MIGRATE_PEER2PEER
     | libvirt.VIR_MIGRATE_PERSIST_DEST
-    | libvirt.VIR_MIGRATE_UNDEFINE_SOURCE
     | libvirt.VIR_MIGRATE_UNSAFE
 )
+_UNDEFINE_SOURCE = libvirt.VIR_MIGRATE_UNDEFINE_SOURCE
 _UNDEFINE = (
     libvirt.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE
     | libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA
@@ -114,8 +114,12 @@ class Guest:
         for disk in self.disks.values():
             self._delete(disk.path, disk.image)
 
-    def migrate(self, to: Host, seconds: float = MIGRATION_SECONDS, *, mib_per_second: int = 0) -> None:
+    def migrate(
+        self, to: Host, seconds: float = MIGRATION_SECONDS, *, mib_per_second: int = 0, leaving: bool = False
+    ) -> None:
         """Live-migrate it to another host of this laboratory, definition and all, as fast as can be or at so many MiB/s.
+
+        `leaving` its definition behind, too, as libvirt does unless it is told otherwise: whoever asks for that undefines it there.
 
         Raises LabError if that is refused, is ended by somebody, or takes longer; it is then where it was.
         """
@@ -124,7 +128,9 @@ class Guest:
         try:
             # The disks are files and images that both hosts see under the same names: safe, though libvirt cannot know.
             slowly = {libvirt.VIR_MIGRATE_PARAM_BANDWIDTH: mib_per_second} if mib_per_second else {}
-            domain.migrateToURI3(to.uri, self._fitted(domain, to) | slowly, _MIGRATE)
+            domain.migrateToURI3(
+                to.uri, self._fitted(domain, to) | slowly, _MIGRATE if leaving else _MIGRATE | _UNDEFINE_SOURCE
+            )
         except libvirt.libvirtError as error:
             raise LabError(f"guest {self.name} cannot migrate to {to.name}: {error}") from error
         finally:

@@ -62,6 +62,11 @@ class Reason(StrEnum):
         "The VM is not there, or not for this namespace: the two look alike on purpose.",
         "Check spec.source.domain, and that spec.access of the Hypervisor names this namespace and VM.",
     )
+    DOMAIN_AMBIGUOUS = (
+        "DomainAmbiguous",
+        "The VM runs nowhere, and several endpoints of its Hypervisor define it: with different disks or devices, or (of a VMRestore in place) at all.",
+        "On the hosts that the message names, undefine it where it does not belong (`virsh undefine --keep-nvram` leaves its disks alone); or, for a snapshot, start it where it does. Migrate with --undefinesource.",
+    )
     STRATEGY_UNKNOWN = (
         "StrategyUnknown",
         "No strategy of this name is installed.",

@@ -83,7 +83,8 @@ class RestoreSeen:
     `ended`: what status says of an end that was told before: nothing is begun anew then, whatever else is seen. `plan`,
     `refusal`: what planning says now. `gate`, `done`: what stands in the VM that is set back (or in the new one, of which only
     `done` matters). `power` is None where the VM does not exist. `held`: request names of clones that storage holds. `broken`:
-    no retry can bring the disks to the snapshot. `agent_answers` is None if it has no agent's channel.
+    no retry can bring the disks to the snapshot. `agent_answers` is None if it has no agent's channel. `problem`: why nothing can be done
+    now whatever came before, and its reason.
     """
 
     request: RestoreRequest
@@ -111,6 +112,7 @@ class RestoreSeen:
     known_for: Seconds = _NO_TIME
     in_use_by: str = ""
     problem: str = ""
+    problem_reason: str = "HypervisorUnreachable"
     trouble: str = ""
     retry_in: Seconds = _NO_TIME
     progress: Mapping[str, tuple[int, int]] = field(default_factory=dict)

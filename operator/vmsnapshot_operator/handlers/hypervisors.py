@@ -252,7 +252,9 @@ class Hypervisors:
             try:
                 # The list is as old as the slowest host of it: meanwhile another snapshot may have begun on this VM.
                 there = await client.read_journal(ref)
-                if there is None or there.nonce != journal.nonce:
+                if there is None or there.nonce != journal.nonce or (journal.holds and not there.holds):
+                    # Somebody freed it; what was listed may be left in a definition on a host from which the VM has migrated.
+                    await client.clear_left(ref, journal.nonce)
                     self._freed.add(key)
                     return
                 async with step(Step.RECOVER_SWEEP, journal.owner_uid, ref.name):

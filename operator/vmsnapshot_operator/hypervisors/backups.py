@@ -51,7 +51,11 @@ class Backups:
         self._hypervisor.wait_for_backup(self._ref)
         until = asyncio.get_running_loop().time() + _STOPPING_SECONDS
         while await self._hypervisor.act(
-            self._ref, f"end of the copy of {self._ref.name}", lambda d: _stop(d, is_ours), timeout=JOB_TIMEOUT
+            self._ref,
+            f"end of the copy of {self._ref.name}",
+            lambda d: _stop(d, is_ours),
+            timeout=JOB_TIMEOUT,
+            any_definition=True,
         ):
             if asyncio.get_running_loop().time() > until:
                 text = f"domain {self._ref.name}: the hypervisor does not stop copying its disks"
@@ -60,7 +64,9 @@ class Backups:
         self._hypervisor.wait_for_backup(self._ref)
 
     async def _look(self) -> RunningBackup | None:
-        return await self._hypervisor.act(self._ref, f"copy of {self._ref.name}", running, timeout=JOB_TIMEOUT)
+        return await self._hypervisor.act(
+            self._ref, f"copy of {self._ref.name}", running, timeout=JOB_TIMEOUT, any_definition=True
+        )
 
 
 # --- blocking, in a thread of their own ----------------------------------------------------------------------------------

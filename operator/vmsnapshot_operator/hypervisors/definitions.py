@@ -21,6 +21,7 @@ from vmsnapshot_operator.hypervisors import agent as agents
 from vmsnapshot_operator.hypervisors.description import power_of
 from vmsnapshot_operator.hypervisors.domain_xml import element
 from vmsnapshot_operator.hypervisors.domains import Hypervisor, Ref
+from vmsnapshot_operator.hypervisors.window import ACT_TIMEOUT
 
 DEFINE_TIMEOUT = Seconds(30.0)
 START_TIMEOUT = Seconds(120.0)
@@ -51,15 +52,29 @@ class Defined:
     agent_channel: bool
 
 
-async def look(hypervisor: Hypervisor, domain: str) -> Defined | None:
-    """Look a domain up by UUID or name on all endpoints; None if none has it. Raises as `Hypervisor.find`."""
+async def look(hypervisor: Hypervisor, domain: str) -> tuple[Defined, ...]:
+    """Look a domain up by UUID or name: the one that runs, else all definitions of it, in the order of the endpoints; none if none has it.
+
+    Raises as `Hypervisor.find`.
+    """
     try:
-        ref = await hypervisor.find(domain)
-        return await hypervisor.act(ref, f"look at {ref.name}", lambda d: _look(d, ref))
+        places = await hypervisor.definitions(domain)
     except DomainGoneError as error:
         if error.ambiguous:
             raise
-        return None
+        return ()
+    seen = [await _look_on(hypervisor, ref) for ref in places]
+    return tuple(d for d in seen if d is not None)
+
+
+async def _look_on(hypervisor: Hypervisor, ref: Ref) -> Defined | None:
+    def look(connection: Any) -> Defined:
+        return _look(connection.lookupByUUIDString(ref.uuid), ref)
+
+    try:
+        return await hypervisor.act_on(ref.endpoint, f"look at {ref.name}", look, timeout=ACT_TIMEOUT)
+    except DomainGoneError:
+        return None  # it went away meanwhile
 
 
 async def redefine(hypervisor: Hypervisor, ref: Ref, change: Callable[[str], str]) -> None:

@@ -91,6 +91,13 @@ def describe(connection: Any, uuid: str, endpoint: str) -> Machine:
     )
 
 
+def essence(domain: Any) -> tuple[object, ...]:
+    """Return what a snapshot depends on in the definition of a domain that is off: two that differ in it are two VMs to it."""
+    disks, devices = domain_xml.parse(domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE))
+    # Not what lies beneath the first layer: a host may have noted it, or not.
+    return (*(replace(d, layers=d.layers[:1]) for d in disks), *devices)
+
+
 def power_of(domain: Any) -> tuple[PowerState, int]:
     """Return a domain's power state and libvirt's reason for it."""
     state, reason = domain.state()

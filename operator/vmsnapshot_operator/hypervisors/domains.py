@@ -25,7 +25,13 @@ from vmsnapshot_operator.core.endpoint import Endpoint
 from vmsnapshot_operator.core.journal import Journal, UnreadableJournalError
 from vmsnapshot_operator.core.machine import Agent, AgentState, Machine, PowerState
 from vmsnapshot_operator.core.volumes import Seconds
-from vmsnapshot_operator.errors import CallTimeoutError, DomainGoneError, HypervisorError, HypervisorUnreachableError
+from vmsnapshot_operator.errors import (
+    CallTimeoutError,
+    DomainAmbiguousError,
+    DomainGoneError,
+    HypervisorError,
+    HypervisorUnreachableError,
+)
 from vmsnapshot_operator.hypervisors import agent as agents
 from vmsnapshot_operator.hypervisors import credentials, description, journals, overlays
 from vmsnapshot_operator.hypervisors.backups import Backups
@@ -75,11 +81,11 @@ class Sighting:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Found:
-    """What one endpoint answered when it was asked for a domain; `problem` if it did not answer."""
+    """A domain on one endpoint; `essence` of one that is off there: see `description.essence`."""
 
-    ref: Ref | None = None
-    active: bool = False
-    problem: str = ""
+    ref: Ref
+    active: bool
+    essence: tuple[object, ...] = ()
 
 
 class _Host:
@@ -207,18 +213,34 @@ class Hypervisor:
         }
 
     async def find(self, domain: str, may: Callable[[str], bool] = lambda _name: True) -> Ref:
-        """Look a domain up by UUID or name on all endpoints; the running one if several have it.
+        """Look a domain up by UUID or name on all endpoints; the running one if several have it, else the first of them.
 
         `may` tells by its name whether it may be seen: one that may not is to whoever asks as if it were not there, in the
         answer and in the time it takes. Raises DomainGoneError if none has it, or if several have different ones of that name;
         HypervisorUnreachableError if an endpoint that may have it, or on which it may be running, does not answer.
         """
-        ref, _ = await self._locate(domain, may)
-        return ref
+        found, *_ = await self._locate(domain, may)
+        return found.ref
+
+    async def definitions(self, domain: str) -> tuple[Ref, ...]:
+        """Return the one place where a domain runs, else all that define it, in the order of the endpoints; raises as `find`."""
+        return tuple(found.ref for found in await self._locate(domain))
+
+    async def places(self, ref: Ref) -> tuple[Ref, ...]:
+        """Return where a domain is: where it runs, then every other definition of it, in the order of the endpoints.
+
+        Raises as `find`, and HypervisorUnreachableError unless all endpoints answer.
+        """
+        found, problems = await self._ask_all(ref.uuid, lambda _name: True, hurry=False)
+        if problems:
+            raise HypervisorUnreachableError("; ".join(problems))
+        if not found:
+            raise self._gone(ref.uuid)
+        return tuple(f.ref for f in found)
 
     async def describe(self, ref: Ref, *, ask_agent: bool) -> Machine:
-        """Return everything a plan needs to know of a domain."""
-        here = await self.find(ref.uuid)
+        """Return everything a plan needs to know of a domain. Raises DomainAmbiguousError, and what `find` does."""
+        here = await self._true_one(ref)
         host = self._hosts[here.endpoint]
         machine = await host.look(f"look at {ref.name}", _describe, here)
         if ask_agent and machine.power is PowerState.RUNNING:
@@ -321,9 +343,13 @@ class Hypervisor:
         return tuple(self._hosts)
 
     async def read_journal(self, ref: Ref) -> Journal | None:
-        """Return the journal in the domain's metadata. Raises HypervisorError if there is one that cannot be read."""
+        """Return the journal in the domain's metadata. Raises HypervisorError if there is one that cannot be read.
+
+        Of a VM that is off and has several definitions any that bears one: rather one of overlays than one that says that it is held.
+        """
         try:
-            return await self._at(ref, f"journal of {ref.name}", journals.read)
+            found = [j for j in await self._at_each(ref, f"journal of {ref.name}", journals.read) if j is not None]
+            return min(found, key=lambda j: j.holds, default=None)
         except UnreadableJournalError as error:
             raise HypervisorError(f"domain {ref.name}: {error}", reason="JournalUnreadable", retryable=True) from error
 
@@ -332,16 +358,35 @@ class Hypervisor:
 
         Raises ForeignJournalError if another one is there, and NotPermittedError if `permit` says no: then nothing was written.
         """
-        await self._at(ref, f"journal of {ref.name}", lambda domain: journals.write(domain, journal, permit))
+        here = await self.find(ref.uuid)
+        await self._at(here, f"journal of {ref.name}", lambda domain: journals.write(domain, journal, permit))
 
     async def update_journal(self, ref: Ref, journal: Journal, *, held: bool = False) -> bool:
         """Have the journal with this nonce say something else; False if it is not there any more. `held`: see `journals.update`."""
-        return await self._at(ref, f"journal of {ref.name}", lambda domain: journals.update(domain, journal, held=held))
+        what = f"journal of {ref.name}"
+        return any(await self._at_each(ref, what, lambda domain: journals.update(domain, journal, held=held)))
 
     async def clear_journal(self, ref: Ref, nonce: str) -> None:
-        """Remove the journal if it is the one with this nonce."""
-        await self._at(ref, f"journal of {ref.name}", lambda domain: journals.clear(domain, nonce))
+        """Remove the journal if it is the one with this nonce: where the VM is, and from a definition that was left on `ref.endpoint`."""
+        places = [found.ref for found in await self._locate(ref.uuid)]
+        for place in places:
+            await self._at(place, f"journal of {ref.name}", lambda domain: journals.clear(domain, nonce))
         self._freed.discard(nonce)
+        if ref.endpoint not in {p.endpoint for p in places}:
+            await self.clear_left(ref, nonce)
+
+    async def clear_left(self, ref: Ref, nonce: str) -> None:
+        """Remove the journal with this nonce from the definition on `ref.endpoint`, if it says that the VM is held.
+
+        For who knows that the VM is not held by it any more, wherever that runs: it may have migrated since, and a definition that it left
+        keeps what it bore then. Where it runs, nothing is done; nor where it is not any more.
+        """
+        if ref.endpoint not in self._hosts:
+            return
+        try:
+            await self._at(ref, f"journal of {ref.name}", lambda domain: journals.clear_left(domain, nonce))
+        except DomainGoneError:
+            return
 
     def freed(self, nonce: str) -> None:
         """Note that the VM which the journal with this nonce tells of is free, by the word of who freed it."""
@@ -363,9 +408,21 @@ class Hypervisor:
         host = self._hosts.get(ref.endpoint)
         return self._hub.watch(ref.uuid, ref.endpoint, blind=host is None or host.main.live is None)
 
-    async def act(self, ref: Ref, what: str, act: Callable[[Any], T], *, timeout: Seconds = ACT_TIMEOUT) -> T:  # noqa: ASYNC109 - the call is left behind at the deadline
-        """Call `act(virDomain)`, blocking, in a thread, where the domain is now. Raises what `find` does, and CallTimeoutError."""
-        here = await self.find(ref.uuid)
+    async def act(
+        self,
+        ref: Ref,
+        what: str,
+        act: Callable[[Any], T],
+        *,
+        timeout: Seconds = ACT_TIMEOUT,  # noqa: ASYNC109 - the call is left behind at the deadline
+        any_definition: bool = False,
+    ) -> T:
+        """Call `act(virDomain)`, blocking, in a thread, where the domain is now. Raises what `find` does, and CallTimeoutError.
+
+        Raises DomainAmbiguousError if it is off and has definitions that differ; not with `any_definition`, for what concerns only one
+        that runs.
+        """
+        here = await (self.find(ref.uuid) if any_definition else self._true_one(ref))
         return await self.act_on(here.endpoint, what, lambda c: act(c.lookupByUUIDString(ref.uuid)), timeout=timeout)
 
     async def act_on(self, endpoint: str, what: str, act: Callable[[Any], T], *, timeout: Seconds) -> T:  # noqa: ASYNC109 - as above
@@ -396,59 +453,96 @@ class Hypervisor:
         return found
 
     async def _handles(self, window: DomainWindow) -> Handles:
-        ref, active = await self._locate(window.uuid)
+        found, *_ = await self._locate(window.uuid)
+        ref = found.ref
         host = self._hosts[ref.endpoint]
         holding, freeing = await asyncio.gather(host.holding.seat(window), host.freeing.seat(window))
         what = f"look-up of {ref.name}"
         domains = await asyncio.gather(
             *(host.calls.act(what, c.lookupByUUIDString, ref.uuid, timeout=ACT_TIMEOUT) for c in (holding, freeing))
         )
-        return Handles(domains[0], domains[1], host.calls, host.freezes, active)
+        return Handles(domains[0], domains[1], host.calls, host.freezes, found.active)
 
-    async def _at(self, ref: Ref, what: str, act: Callable[[Any], T]) -> T:
-        """Act on the domain where it is now, on the main connection."""
-        here = await self.find(ref.uuid)
-        host = self._hosts[here.endpoint]
+    async def _at_each(self, ref: Ref, what: str, act: Callable[[Any], T]) -> list[T]:
+        """Act on the domain where it runs, else on every definition of it; on the main connections."""
+        return [await self._at(found.ref, what, act) for found in await self._locate(ref.uuid)]
+
+    async def _at(self, place: Ref, what: str, act: Callable[[Any], T]) -> T:
+        host = self._hosts[place.endpoint]
         connection = await host.main.get()
-        return await host.calls.act(what, lambda: act(connection.lookupByUUIDString(ref.uuid)), timeout=ACT_TIMEOUT)
+        return await host.calls.act(what, lambda: act(connection.lookupByUUIDString(place.uuid)), timeout=ACT_TIMEOUT)
 
-    async def _locate(self, domain: str, may: Callable[[str], bool] = lambda _name: True) -> tuple[Ref, bool]:
-        """Return where a domain is and whether it runs there; raises as `find`."""
-        answers: list[_Found] = []
-        asked = [asyncio.create_task(self._look_for(e, domain, may)) for e in self._hosts]
-        try:
-            for answer in asyncio.as_completed(asked):
-                answers.append(await answer)
-                if answers[-1].active and _is_uuid(domain):
-                    break  # one that hangs delays nobody whose VM runs elsewhere
-        finally:
-            for task in asked:
-                task.cancel()
-        found = sorted((a for a in answers if a.ref is not None), key=lambda a: not a.active)
-        problems = [a.problem for a in answers if a.problem]
-        refs = [a.ref for a in found if a.ref is not None]
-        if len({r.uuid for r in refs}) > 1:
+    async def _true_one(self, ref: Ref) -> Ref:
+        """Return where the domain is now; raises DomainAmbiguousError if nobody can tell."""
+        found = await self._locate(ref.uuid)
+        if any(f.essence != found[0].essence for f in found):
+            where = [f.ref.endpoint for f in found]
+            raise DomainAmbiguousError(
+                found[0].ref.name,
+                where,
+                "runs on none of them, and the disks or devices differ: which one is true is unknown",
+            )
+        return found[0].ref
+
+    async def _locate(self, domain: str, may: Callable[[str], bool] = lambda _name: True) -> list[_Found]:
+        """Return the one place where a domain runs, else all that define it, in the order of the endpoints; raises as `find`."""
+        found, problems = await self._ask_all(domain, may, hurry=_is_uuid(domain))
+        if len({f.ref.uuid for f in found}) > 1:
+            refs = [f.ref for f in found]
             log.warning("hypervisor %s has several domains %r; name one by its UUID: %s", self.name, domain, refs)
             raise DomainGoneError(
                 f'hypervisor "{self.name}" has several domains "{domain}": name it by its UUID', ambiguous=True
             )
-        if problems and not (found and found[0].active):
+        running = [f for f in found if f.active]
+        if problems and not running:
             raise HypervisorUnreachableError("; ".join(problems))
-        if not refs:
-            raise DomainGoneError(f'hypervisor "{self.name}" has no domain "{domain}"')
-        return refs[0], found[0].active
+        if not found:
+            raise self._gone(domain)
+        return running[:1] or found
 
-    async def _look_for(self, endpoint: str, domain: str, may: Callable[[str], bool]) -> _Found:
+    def _gone(self, domain: str) -> DomainGoneError:
+        return DomainGoneError(f'hypervisor "{self.name}" has no domain "{domain}"')
+
+    async def _ask_all(self, domain: str, may: Callable[[str], bool], *, hurry: bool) -> tuple[list[_Found], list[str]]:
+        """Return what all endpoints have of this UUID or name, those that run first, and which did not answer, and why.
+
+        In a `hurry` whoever says that it runs there is the last who is heard: one that hangs delays nobody whose VM runs elsewhere.
+        """
+        answers: dict[str, _Found] = {}
+        problems: list[str] = []
+
+        async def ask(endpoint: str) -> bool:
+            try:
+                found = await self._look_for(endpoint, domain, may)
+            except HypervisorError as error:
+                problems.append(error.message)
+                return False
+            if found is not None:
+                answers[endpoint] = found
+            return found is not None and found.active
+
+        asked = [asyncio.create_task(ask(e)) for e in self._hosts]
         try:
-            name, uuid, active = await self._hosts[endpoint].look(f"look-up of {domain} on {endpoint}", _find, domain)
+            for answer in asyncio.as_completed(asked):
+                if await answer and hurry:
+                    break
+        finally:
+            for task in asked:
+                task.cancel()
+        in_order = [answers[e] for e in self._hosts if e in answers]
+        return sorted(in_order, key=lambda f: not f.active), problems
+
+    async def _look_for(self, endpoint: str, domain: str, may: Callable[[str], bool]) -> _Found | None:
+        try:
+            name, uuid, active, essence = await self._hosts[endpoint].look(
+                f"look-up of {domain} on {endpoint}", _find, domain
+            )
         except DomainGoneError:
             self._hosts[endpoint].main.answered()
-            return _Found()
-        except HypervisorError as error:
-            return _Found(problem=error.message)
+            return None
         if not may(name):
-            return _Found()
-        return _Found(ref=Ref(uuid=uuid, name=name, endpoint=endpoint), active=active)
+            return None
+        return _Found(ref=Ref(uuid=uuid, name=name, endpoint=endpoint), active=active, essence=essence)
 
     async def _each(self, what: str, act: Callable[[str], Awaitable[T]]) -> list[T]:
         """Do something with every endpoint at once; raises HypervisorUnreachableError if none answers."""
@@ -495,7 +589,7 @@ def _about(connection: Any) -> tuple[int, int, int]:
     )
 
 
-def _find(connection: Any, domain: str) -> tuple[str, str, bool]:
+def _find(connection: Any, domain: str) -> tuple[str, str, bool, tuple[object, ...]]:
     found = None
     if _is_uuid(domain):
         try:
@@ -505,7 +599,11 @@ def _find(connection: Any, domain: str) -> tuple[str, str, bool]:
                 raise
     if found is None:
         found = connection.lookupByName(domain)  # a name may look like a UUID
-    return found.name(), found.UUIDString(), bool(found.isActive())
+    name, active = found.name(), bool(found.isActive())
+    try:
+        return name, found.UUIDString(), active, () if active else description.essence(found)
+    except ValueError as error:
+        raise HypervisorError(f"domain {name}: {error}") from error
 
 
 def _ask(connection: Any, uuid: str) -> Agent:

@@ -87,10 +87,20 @@ def another(domain: Any, nonce: str) -> Journal | None:
 
 def clear(domain: Any, nonce: str) -> None:
     """Remove the journal with this nonce, and no other, wherever it stands."""
+    _clear(domain, nonce, lambda _: True)
+
+
+def clear_left(domain: Any, nonce: str) -> None:
+    """Remove the journal with this nonce from the definition of a domain that does not run here, if it says that the VM is held."""
+    if not domain.isActive():
+        _clear(domain, nonce, lambda journal: journal.holds)
+
+
+def _clear(domain: Any, nonce: str, is_meant: Callable[[Journal], bool]) -> None:
     for place in _places(domain):
         text = _text(domain, place)
         there = _or_none(text) if text is not None else None
-        if there is not None and there.nonce == nonce:
+        if there is not None and there.nonce == nonce and is_meant(there):
             domain.setMetadata(_ELEMENT, None, None, journals.NAMESPACE, place)
 
 

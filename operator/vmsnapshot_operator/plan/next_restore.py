@@ -63,7 +63,7 @@ def _not_now(seen: RestoreSeen) -> RestoreDecision | None:
     if seen.retry_in > 0:
         return _say(seen, Rest(max(Seconds(0.05), seen.retry_in)), "Retrying", seen.trouble)
     if seen.problem:
-        return _say(seen, Rest(_SOON), "HypervisorUnreachable", seen.problem)
+        return _say(seen, Rest(_SOON), seen.problem_reason, seen.problem)
     return None
 
 

@@ -20,6 +20,7 @@ from vmsnapshot_operator.core.machine import Machine
 from vmsnapshot_operator.core.planning import Method, Patience, Plan, Policy, Refusal, Request, StorageClass
 from vmsnapshot_operator.core.volumes import Seconds, Volume, VolumeId
 from vmsnapshot_operator.errors import (
+    DomainAmbiguousError,
     DomainGoneError,
     DriverError,
     DriverUnavailableError,
@@ -205,6 +206,8 @@ async def _planning(world: World, request: Request, memory: Memory, record: Reco
         return await _plan_on(world, request, memory, record, live, live.client)
     except DomainGoneError:
         return _Planned(refusal=access.not_found(request.domain, request.hypervisor, request.namespace))
+    except DomainAmbiguousError as error:
+        return _Planned(refusal=Refusal(reason=error.reason, message=error.message))
     except HypervisorError as error:
         return _Planned(refusal=_unreachable(live, error.message))
     except DriverError as error:

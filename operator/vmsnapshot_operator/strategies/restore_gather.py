@@ -23,6 +23,7 @@ from vmsnapshot_operator.core.restoring import (
 )
 from vmsnapshot_operator.core.volumes import Seconds
 from vmsnapshot_operator.errors import (
+    DomainAmbiguousError,
     DriverError,
     HypervisorError,
     RefusedError,
@@ -144,13 +145,34 @@ async def find(world: World, request: RestoreRequest, record: Record, hypervisor
             f'hypervisor "{hypervisor}" cannot be used: {live.problem}', reason="HypervisorUnreachable", retryable=True
         )
     wanted = record.plan.vm_uuid if request.in_place else request.new_name
+    seen = await definitions.look(live.client, wanted)
+    # One in which this restore closed its gate comes first, whatever else there is by now: that has to be opened again.
+    seen = tuple(sorted(seen, key=lambda d: not _is_gated_by(request, d))) if len(seen) > 1 else seen
     return Found(
         record=record,
         hypervisor=hypervisor,
         live=live,
         client=live.client,
-        defined=await definitions.look(live.client, wanted),
+        defined=seen[0] if seen else None,
     )
+
+
+def _is_gated_by(request: RestoreRequest, defined: definitions.Defined) -> bool:
+    gate = definition.gate_of(defined.xml)
+    return gate is not None and gate.marker.restore_uid == request.uid
+
+
+async def _second(found: Found) -> DomainAmbiguousError | None:
+    """Why a VM of which there is another definition on another endpoint cannot be set back: that would be open while ours is gated.
+
+    Raises HypervisorError unless all endpoints answer.
+    """
+    assert found.defined is not None, "asked before"  # noqa: S101 - for the type checker
+    places = await found.client.places(found.defined.ref)
+    if places == (found.defined.ref,):
+        return None
+    why = "whoever starts it from another definition than the one that is set back starts it with disks that are half done"
+    return DomainAmbiguousError(found.defined.ref.name, [p.endpoint for p in places], why)
 
 
 async def _look(
@@ -170,6 +192,8 @@ async def _look(
             vm_name=defined.ref.name,
             vm_uuid=defined.ref.uuid,
         )
+    if seen.gated and (second := await _second(found)) is not None:
+        return replace(seen, problem=second.message, problem_reason=second.reason)
     if seen.is_done and request.start_after and seen.power is PowerState.RUNNING and defined is not None:
         seen = replace(seen, agent_answers=await _agent(found.client, defined))
     if not request.in_place and seen.finalizer:
@@ -230,6 +254,8 @@ async def _plan_in_place(world: World, request: RestoreRequest, seen: RestoreSee
     if seen.gated:
         # The disks were held against what is on record before the gate was closed; now the gate holds them.
         return replace(seen, plan=restore_plan.make(found.record, volumes, {v.target: v.volume for v in volumes}))
+    if (second := await _second(found)) is not None:
+        return replace(seen, refusal=Refusal(reason=second.reason, message=second.message))
     machine = await found.client.describe(found.defined.ref, ask_agent=False)
     if (refusal := restore_plan.refuse_vm(request, machine, gated=False)) is not None:
         return replace(seen, refusal=refusal)

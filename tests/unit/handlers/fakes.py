@@ -186,8 +186,14 @@ class FakeClient:
     silent: dict[str, str] = field(default_factory=dict)
     removed: list[str] = field(default_factory=list)
     hangs: float = 0.0
+    left: list[tuple[str, str]] = field(default_factory=list)
+
     seen: tuple[Checkpoint, ...] = ()
     off: bool = False
+
+    async def clear_left(self, ref: Ref, nonce: str) -> None:
+        self.left.append((ref.endpoint, nonce))
+        self.sightings = [s for s in self.sightings if s.ref != ref or s.journal is None or s.journal.nonce != nonce]
 
     async def all_checkpoints(self, prefix: str) -> tuple[Checkpoint, ...]:
         if self.error is not None:

@@ -255,6 +255,29 @@ async def test_one_that_changed_hands_since_it_was_listed_is_left_to_them(
     assert not lab.tries
 
 
+@pytest.mark.parametrize("found", ["none", "another", "on overlays"])
+async def test_what_a_migration_left_behind_is_swept_once(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, found: str
+) -> None:
+    """The VM runs elsewhere, held by nobody or by another one: no look frees it again."""
+    left = sighting(1)
+    lab.client.sightings = [left]
+    assert left.journal is not None
+    overlaid = replace(left.journal, phase=Phase.OVERLAID, overlays={"v": "/over"})
+    there = {"none": None, "another": sighting(2).journal, "on overlays": overlaid}[found]
+
+    async def read_journal(_ref: Ref) -> Journal | None:
+        return there
+
+    monkeypatch.setattr(lab.client, "read_journal", read_journal)
+    for _ in range(3):
+        assert await lab.look() == LOOK_EVERY
+    assert lab.client.left == [(left.ref.endpoint, left.journal.nonce)]
+    assert not lab.tries
+    assert not lab.events
+    assert "heldDomains" not in lab.status
+
+
 async def test_overlays_of_ours_are_named(lab: Lab) -> None:
     held = sighting(1, overlays={"vda": "/overlay"})
     lab.world.claims[held.ref.uuid] = "u"

@@ -27,7 +27,7 @@ def pool(**answers: tuple[str, str, bool] | None) -> Hypervisor:
                 raise HypervisorError(f"{host} does not answer")
             if domain not in found[:2]:
                 raise DomainGoneError("it has none")
-            return found
+            return (*found, ())
 
         made._hosts[name].look = look  # type: ignore[method-assign]  # a stand-in
     return made

@@ -63,6 +63,13 @@ def request(**changes: Any) -> RestoreRequest:
     return replace(asked, **changes)
 
 
+def test_what_nothing_can_be_done_about_now_is_told_by_its_reason() -> None:
+    seen = RestoreSeen(request=request(), gate=Gate(marker=MARKER, targets=DISKS, autostart=False), marker=MARKER)
+    told = next_restore.decide(replace(seen, problem="defined twice", problem_reason="DomainAmbiguous"), b.CREATED)
+    assert isinstance(told.effect, Rest), "nothing is set back, nor given up"
+    assert ("DomainAmbiguous", "defined twice") in [(c.reason, c.message) for c in told.conditions]
+
+
 @dataclass(slots=True)
 class World:
     """Disks by what they hold, a VM, and a process that may die before any step."""
