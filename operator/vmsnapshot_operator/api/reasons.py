@@ -787,7 +787,7 @@ class Reason(StrEnum):
     ORPHANS_FOUND = (
         "OrphansFound",
         "A storage system holds names of this installation that no VMSnapshot or VMSnapshotContent knows; they are not touched.",
-        "Find out by the message what each one is; delete on the storage what nobody needs. status.orphans of the class lists them.",
+        "Find out by the message what each one is; delete on the storage what nobody needs, which status.orphans of the class lists. Never delete one that a VM has among its disks: the message says so.",
     )
     ORPHAN_REMOVED = (
         "OrphanRemoved",

@@ -11,7 +11,7 @@ import logging
 import shutil
 import tempfile
 import uuid as uuid_module
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -306,6 +306,25 @@ class Hypervisor:
 
         await asyncio.gather(*(one(e) for e in self._hosts))
         return tuple(sorted(found, key=lambda f: (f.endpoint, f.path))), problems
+
+    async def users(self, names: Collection[str]) -> tuple[Mapping[str, str], Mapping[str, str]]:
+        """Return by name a domain one of whose disks has that name in its source; and which endpoints could not say it, and why.
+
+        Never raises HypervisorError.
+        """
+        users: dict[str, str] = {}
+        problems: dict[str, str] = {}
+
+        async def one(endpoint: str) -> None:
+            try:
+                found = await self._hosts[endpoint].look(f"disks on {endpoint}", overlays.users, timeout=SWEEP_TIMEOUT)
+            except HypervisorError as error:
+                problems[endpoint] = error.message
+            else:
+                users.update({n: d for n in names for value, d in found.items() if n in value})
+
+        await asyncio.gather(*(one(e) for e in self._hosts))
+        return users, problems
 
     async def remove_overlay(self, file: OverlayFile) -> None:
         """Remove an overlay that nobody wrote to and that no VM of its host uses; missing is success."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -230,6 +230,11 @@ class FakeClient:
             return frozenset(asked)
         self.seen = tuple(c for c in self.seen if c.name not in asked)
         return frozenset()
+
+    disks: dict[str, str] = field(default_factory=dict)
+
+    async def users(self, names: Collection[str]) -> tuple[dict[str, str], dict[str, str]]:
+        return {n: d for n in names for path, d in self.disks.items() if n in path}, self.silent
 
     async def gates(self) -> tuple[tuple[Gated, ...], dict[str, str]]:
         return self.gated, self.gates_silent
