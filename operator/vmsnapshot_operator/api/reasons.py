@@ -520,6 +520,11 @@ class Reason(StrEnum):
         "An overlay is kept: its base was changed by somebody, or the VM goes on without it. It may hold the only copy of what the VM wrote.",
         "Do not delete it. Look who changed the base, compare both, and bring together by hand what the message names.",
     )
+    GATE_LEFT = (
+        "GateLeft",
+        "A VM bears the gate of a restore whose VMRestore is gone: it cannot be started, its disks may be neither old nor new, and nobody opens the gate.",
+        "Do not put its disks back before you know what they hold: see the chapter VMSnapshotGateLeft of docs/operations.md.",
+    )
     JOURNAL_LOST = (
         "JournalLost",
         "The journal of overlays is no longer in the VM's metadata as it was written.",
