@@ -89,8 +89,8 @@ async def _one(kubeconfig: Path | None, namespace: str, name: str, ours: str, *,
         return report
     try:
         await _sweep(client, name, ours, report, dry_run=dry_run)
-        await _checkpoints(client, name, ours, report)
         await _gates(client, name, ours, cluster, report)
+        await _checkpoints(client, name, ours, report)
     except SnapshotError as error:
         report.bad(f"hypervisor {name}: {error.message}")
     finally:

@@ -272,7 +272,7 @@ def _used(connection: Any) -> set[str]:
 def users(connection: Any) -> dict[str, str]:
     """All images that the domains of a host have, as they run and as they are saved, each with the name of a domain that has it.
 
-    Their metadata, which names overlays too, does not count.
+    The files of their firmware's variables, too. Their metadata, which names overlays too, does not count.
     """
     texts = []
     for domain in connection.listAllDomains():
@@ -283,8 +283,12 @@ def users(connection: Any) -> dict[str, str]:
         except libvirt.libvirtError as error:
             if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
                 raise
-    devices = ((name, domain_xml.element(text).find("devices")) for name, text in texts)
-    return {v: name for name, d in devices if d is not None for e in d.iter() for v in e.attrib.values()}
+    found: dict[str, str] = {}
+    for name, text in texts:
+        root = domain_xml.element(text)
+        for part in (*root.findall("devices"), *root.findall("os/nvram")):
+            found |= {v: name for e in part.iter() for v in (*e.attrib.values(), (e.text or "").strip()) if v}
+    return found
 
 
 def _look(domain: Any, overlays: Mapping[str, str]) -> Overlaid:

@@ -29,7 +29,7 @@ from vmsnapshot_operator.core.restoring import (
     RestoreSeen,
     Safety,
 )
-from vmsnapshot_operator.core.volumes import Seconds
+from vmsnapshot_operator.core.volumes import NVRAM, Seconds, volume_id
 from vmsnapshot_operator.errors import HypervisorUnreachableError
 from vmsnapshot_operator.hypervisors import definitions
 from vmsnapshot_operator.hypervisors.definitions import Defined
@@ -500,3 +500,24 @@ async def test_a_gate_on_the_vm_that_it_began_with_is_found_although_the_snapsho
     seen = await scene.seen()
     assert (seen.gated, seen.vm_name) == (True, "elder")
     assert isinstance(await scene.next(), GoBack)
+
+
+@pytest.mark.parametrize(("include", "with_nvram"), [((), True), (("vda",), False), (("vda", NVRAM), True)])
+async def test_the_variables_of_the_firmware_go_back_if_they_were_asked_for(
+    scene: Scene, include: tuple[str, ...], with_nvram: bool
+) -> None:
+    """They are no disk, so the gate does not name them."""
+    scene.add("lab", demo=gated("vda"))
+    scene.spec["volumes"] = {"include": list(include)}
+    _no_snapshot(scene)
+    seen = await scene.seen()
+    safety = records.example()
+    layer = replace(safety.plan.volumes[0].volume.writable, source="/nvram")
+    volume = replace(safety.plan.volumes[0].volume, id=volume_id(layer), label=NVRAM, writable=layer)
+    more = replace(safety.plan.volumes[0], target=NVRAM, volume=volume)
+    safety = replace(safety, plan=replace(safety.plan, volumes=(*safety.plan.volumes, more)))
+    found = await restore_gather.find(scene.world, seen.request, "lab", seen.vm_uuid)
+    touched = restore_apply._touched(seen, found, safety)
+    assert (volume.id in touched) is with_nvram
+    assert safety.plan.volumes[0].volume.id in touched
+    assert len(touched) == 1 + with_nvram
