@@ -113,6 +113,15 @@ CASES = (
         summary="VMs of hypervisor kvm bear a journal that nobody here may act on: 2",
     ),
     Case(
+        alert="VMSnapshotGateLeft",
+        severity="critical",
+        at=8,
+        fires=({'vmsnapshot_left_gates{hypervisor="kvm"}': "1+0x20"},),
+        silent=({'vmsnapshot_left_gates{hypervisor="kvm"}': "1+0x3 0 1+0x20"},),
+        labels=_KVM,
+        summary="VMs of hypervisor kvm cannot be started: a restore has taken their disks and is gone: 1",
+    ),
+    Case(
         alert="VMSnapshotOverlayKept",
         at=20,
         fires=({'vmsnapshot_kept_overlays{hypervisor="kvm"}': "1+0x30"},),

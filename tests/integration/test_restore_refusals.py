@@ -15,11 +15,13 @@ import libvirt
 import pytest
 
 from tests import proof
-from tests.integration.test_restores import finished, refused
-from tests.lab import Lab
+from tests.integration.test_restores import finished, gated, refused
+from tests.integration.test_sweep import events, get
+from tests.lab import Lab, LabError
 from tests.lab.definition import GuestDisk
 from tests.lab.guests import Guest
 from tests.stack import TENANT, Stack, conditions, until
+from vmsnapshot_operator.plan import definition
 
 DISKS = {"vda": GuestDisk(kind="file"), "vdb": GuestDisk(kind="file"), "vdc": GuestDisk(kind="rbd")}
 COPIED = {"vda": GuestDisk(kind="file", pool="plain")}
@@ -321,3 +323,91 @@ def test_a_snapshot_that_a_restore_uses_is_deleted_after_it(
 
 def _has_finalizer(stack: Stack, name: str) -> bool:
     return bool((stack.get_restore(name) or {}).get("metadata", {}).get("finalizers"))
+
+
+# --- what is taken away while the gate is closed ----------------------------------------------------------------------------
+
+
+def _killed_behind_its_gate(rig: Rig, snapshot: str, **spec: object) -> str:
+    """A restore whose operator was killed while the VM's disks were taken from it."""
+    for _ in range(5):
+        name = rig.restore(snapshot, **spec)
+        until("the gate is closed", lambda n=name: gated(rig.vm) or _has_ended(rig.stack, n))  # type: ignore[misc]
+        rig.stack.programs["operator"].kill()
+        if gated(rig.vm):
+            with pytest.raises(libvirt.libvirtError, match="VMRestore"):
+                rig.vm.domain().create()
+            return name
+        rig.stack.start_operator()
+        rig.stack.wait_restore(name)
+    raise AssertionError("no restore was caught behind its gate")
+
+
+def _has_ended(stack: Stack, name: str) -> bool:
+    found = conditions(stack.get_restore(name) or {})
+    return any(found.get(t, {}).get("status") == "True" for t in ("Ready", "Stalled"))
+
+
+def _force_away(lab: Lab, resource: str, name: str) -> None:
+    """Delete an object as an impatient administrator does: its finalizers first."""
+    lab.kubectl("-n", TENANT, "delete", resource, name, "--wait=false")
+    patch = json.dumps({"metadata": {"finalizers": []}})
+    with contextlib.suppress(LabError):  # it may be gone
+        lab.kubectl("-n", TENANT, "patch", resource, name, "--type=merge", "-p", patch)
+
+
+def test_a_vm_behind_its_gate_goes_back_when_the_record_of_the_snapshot_is_lost(rig: Rig, lab: Lab) -> None:
+    snapshot = rig.snapshot()
+    rig.off()
+    path = Path(rig.vm.disks["vdb"].path)
+    with path.open("r+b") as disk:
+        disk.write(b"later")
+        disk.flush()
+        os.fsync(disk.fileno())
+    # Else the pool knows of that only after the safety snapshot, as if it had been written then.
+    rig.vm.connection().storagePoolLookupByName("reflink").refresh(0)
+    name = _killed_behind_its_gate(rig, snapshot, safetySnapshot=True)
+    content = rig.stack.content(snapshot)
+    assert content is not None
+    lab.kubectl("delete", CONTENTS, content["metadata"]["name"])
+    rig.stack.start_operator()
+    assert "not Ready" in refused(rig.stack, name, "SnapshotNotReady")
+    assert not gated(rig.vm)
+    safety = (rig.stack.get_restore(name) or {})["status"]["safetySnapshotName"]
+    rig.snapshots.append(safety)
+    assert path.read_bytes().startswith(b"later"), "as it was before the restore"
+    rig.vm.domain().create()
+
+
+def test_a_gate_that_nobody_can_open_is_told_until_a_person_does(rig: Rig, lab: Lab) -> None:
+    stack, snapshot = rig.stack, rig.snapshot()
+    rig.off()
+    name = _killed_behind_its_gate(rig, snapshot)
+    _force_away(lab, SNAPSHOTS, snapshot)
+    stack.start_operator()
+
+    def said() -> dict[str, object]:
+        return conditions(stack.get_restore(name) or {}).get("Reconciling", {})
+
+    until("it says that it is blocked", lambda: said().get("reason") == "Blocked")
+    assert "VMSnapshotContent back" in str(said()["message"])
+    stack.delete_restore(name, wait=False)
+    until("it is being deleted", lambda: "deletionTimestamp" in (stack.get_restore(name) or {})["metadata"])
+    assert not _left_gates(stack), "its VMRestore is at it"
+    _force_away(lab, "vmrestores.vmsnapshot.io", name)
+    until("the hypervisor tells of it", lambda: [g["domain"] for g in _left_gates(stack)] == [rig.vm.name])
+    assert f"VMRestore {TENANT}/{name}" in _left_gates(stack)[0]["message"]
+    assert any(f"{TENANT}/{name}" in note for note in events(stack, "GateLeft"))
+    assert 'vmsnapshot_left_gates{hypervisor="lab"} 1.0' in stack.http("/metrics")[1]
+
+    domain = rig.vm.domain()
+    before = domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE | libvirt.VIR_DOMAIN_XML_SECURE)
+    gate = definition.gate_of(before)
+    assert gate is not None
+    rig.vm.connection().defineXML(definition.reopened(before, gate.marker))
+    until("it is forgotten", lambda: not _left_gates(stack))
+
+
+def _left_gates(stack: Stack) -> list[dict[str, str]]:
+    status = (get(stack, "hypervisors.vmsnapshot.io", "lab") or {}).get("status") or {}
+    return list(status.get("leftGates") or ())

@@ -13,6 +13,7 @@ from tests.lab import Lab, LabError
 from tests.lab.definition import GuestDisk
 from tests.lab.guests import Guest
 from tests.stack import Stack, conditions, until
+from vmsnapshot_operator.plan import definition
 
 MIXED = {
     "vda": GuestDisk(kind="file"),
@@ -175,7 +176,7 @@ def finished(stack: Stack, name: str) -> bool:
 
 def gated(guest: Guest) -> bool:
     """Whether the disks are taken from the stored definition."""
-    return "<disk " not in guest.domain().XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
+    return definition.GATE_FOLDER in guest.domain().XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
 
 
 def of_snapshot(lab: Lab, stack: Stack, name: str, folder: Path) -> proof.Truth:

@@ -289,6 +289,21 @@ class KeptOverlay(Report):
     """Why."""
 
 
+class LeftGate(Report):
+    """A VM whose disks a VMRestore has taken, which is gone: nobody gives them back."""
+
+    domain: Name
+    """The VM."""
+    endpoint: Name
+    """On which endpoint."""
+    restore: Path | None = None
+    """The VMRestore that has taken them, as namespace/name; without it that cannot be read."""
+    since_time: Time
+    """Since when that is known."""
+    message: Message
+    """Why."""
+
+
 class HypervisorStatus(Conditional):
     """What was last seen of the hypervisor."""
 
@@ -306,6 +321,8 @@ class HypervisorStatus(Conditional):
         tuple[KeptOverlay, ...], Field(max_length=256, json_schema_extra={LIST_TYPE: "atomic"})
     ] = ()
     """Overlays of ours that are kept for good: see to them, nobody else does."""
+    left_gates: Annotated[tuple[LeftGate, ...], Field(max_length=256, json_schema_extra={LIST_TYPE: "atomic"})] = ()
+    """VMs that cannot be started, because a restore has taken their disks and is gone: see to them, nobody else does."""
     guardian_layers: Annotated[
         tuple[GuardianLayer, ...], Field(max_length=8, json_schema_extra={LIST_TYPE: "set"})
     ] = ()

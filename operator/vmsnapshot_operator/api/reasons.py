@@ -525,6 +525,11 @@ class Reason(StrEnum):
         "An overlay is kept: its base was changed by somebody, or the VM goes on without it. It may hold the only copy of what the VM wrote.",
         "Do not delete it. Look who changed the base, compare both, and bring together by hand what the message names.",
     )
+    GATE_LEFT = (
+        "GateLeft",
+        "A VM bears the gate of a restore whose VMRestore is gone: it cannot be started, its disks may be neither old nor new, and nobody opens the gate.",
+        "Do not put its disks back before you know what they hold: see the chapter VMSnapshotGateLeft of docs/operations.md.",
+    )
     JOURNAL_LOST = (
         "JournalLost",
         "The journal of overlays is no longer in the VM's metadata as it was written.",
@@ -792,7 +797,7 @@ class Reason(StrEnum):
     ORPHANS_FOUND = (
         "OrphansFound",
         "A storage system holds names of this installation that no VMSnapshot or VMSnapshotContent knows; they are not touched.",
-        "Find out by the message what each one is; delete on the storage what nobody needs. status.orphans of the class lists them.",
+        "Find out by the message what each one is; delete on the storage what nobody needs, which status.orphans of the class lists. Never delete one that a VM has among its disks: the message says so.",
     )
     ORPHAN_REMOVED = (
         "OrphanRemoved",

@@ -199,6 +199,8 @@ class VMRestoreStatus(Conditional):
 
     phase: Word | None = None
     """One word for people, derived from the conditions. Programs read the conditions."""
+    hypervisor_name: Name | None = None
+    """The Hypervisor that has the VM, or is to have the new one."""
     vm: RestoredVM | None = None
     """The VM that is set back, or was made."""
     volumes: Annotated[
@@ -209,7 +211,7 @@ class VMRestoreStatus(Conditional):
     safety_snapshot_name: Name | None = None
     """The VMSnapshot that holds the disks as they were before."""
     start_time: Time | None = None
-    """When the first thing was changed."""
+    """When it began to change the VM's disks, or to make new ones; without it neither was touched."""
     completion_time: Time | None = None
     """When it was done, or failed."""
     error: Reasoned | None = None

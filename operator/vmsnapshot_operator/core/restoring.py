@@ -80,17 +80,21 @@ class Safety(StrEnum):
 class RestoreSeen:
     """The world at one moment, as far as one VMRestore is concerned.
 
-    `ended`: what status says of an end that was told before: nothing is begun anew then, whatever else is seen. `plan`,
-    `refusal`: what planning says now. `gate`, `done`: what stands in the VM that is set back (or in the new one, of which only
-    `done` matters). `power` is None where the VM does not exist. `held`: request names of clones that storage holds. `broken`:
-    no retry can bring the disks to the snapshot. `agent_answers` is None if it has no agent's channel. `problem`: why nothing can be done
-    now whatever came before, and its reason.
+    `ended`: what status says of an end that was told before: nothing is begun anew then, whatever else is seen. `begun`: status says
+    that the first change was about to be made, which is told before it is made. `plan`, `refusal`: what planning says now.
+    `record`: None also where it cannot be trusted, or is of another snapshot than the one that this restore began with. `marker`:
+    what this restore writes into the VM, as it stands there if it does. `gate`, `done`: what stands in the VM that is set back
+    (or in the new one, of which only `done` matters). `power` is None where the VM does not exist. `held`: request names of
+    clones that storage holds; None if it was not asked, or did not answer. `broken`: no retry can bring the disks to the snapshot.
+    `agent_answers` is None if it has no agent's channel. `problem`: why nobody can look where the VM is, or may be, or why nothing can be done there, and its
+    reason; `no_hypervisor`: because the Hypervisor object is gone.
     """
 
     request: RestoreRequest
     deleting: bool = False
     finalizer: bool = False
     ended: tuple[Condition, ...] = ()
+    begun: bool = False
     refusal: Refusal | None = None
     plan: RestorePlan | None = None
     record: Record | None = None
@@ -101,6 +105,7 @@ class RestoreSeen:
     agent_answers: bool | None = None
     vm_name: str = ""
     vm_uuid: str = ""
+    hypervisor: str = ""
     started: bool = False
     safety: Safety = Safety.NONE
     safety_name: str = ""
@@ -113,6 +118,7 @@ class RestoreSeen:
     in_use_by: str = ""
     problem: str = ""
     problem_reason: str = "HypervisorUnreachable"
+    no_hypervisor: bool = False
     trouble: str = ""
     retry_in: Seconds = _NO_TIME
     progress: Mapping[str, tuple[int, int]] = field(default_factory=dict)

@@ -22,7 +22,8 @@ from vmsnapshot_operator.errors import (
     RefusedError,
     SnapshotError,
 )
-from vmsnapshot_operator.handlers import kept
+from vmsnapshot_operator.handlers import gates, kept
+from vmsnapshot_operator.handlers.gates import LeftGates
 from vmsnapshot_operator.handlers.kept import KeptOverlays
 from vmsnapshot_operator.hypervisors.domains import Hypervisor, Ref, Sighting
 from vmsnapshot_operator.hypervisors.guardian_link import layers
@@ -72,6 +73,7 @@ class Hypervisors:
         self._freed: set[tuple[str, str, str]] = set()
         self._proven: dict[str, Proof] = {}
         self._kept = KeptOverlays()
+        self._gates = LeftGates()
 
     def get(self, name: str) -> LiveHypervisor | None:
         """The hypervisor of this name, or None."""
@@ -116,6 +118,8 @@ class Hypervisors:
             world.metrics.hypervisor_answers(answers=not client.problems, hypervisor=name)
             found = self._kept.look(body, client, spec.overlay.pool if spec.overlay is not None else "", world)
             about["keptOverlays"] = kept.status(body.get("status") or {}, found, world, now())
+            left = await self._gates.look(body, client, world)
+            about["leftGates"] = gates.status(body.get("status") or {}, left, now())
             await _report(body, world, about, swept, None, client.problems)
         except (HypervisorError, RefusedError, KubeError) as error:
             before = self._live.get(name)
@@ -159,6 +163,7 @@ class Hypervisors:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._kept.remove(name)
+        self._gates.remove(name)
         self._secret.pop(name, None)
         live = self._live.pop(name, None)
         if replaced:

@@ -19,6 +19,7 @@ from vmsnapshot_operator.core.volumes import Seconds
 from vmsnapshot_operator.drivers.host import DriverHost
 from vmsnapshot_operator.errors import DriverError, HypervisorError, SnapshotError
 from vmsnapshot_operator.handlers.classes import Classes
+from vmsnapshot_operator.hypervisors.domains import Hypervisor
 from vmsnapshot_operator.kube import contents
 from vmsnapshot_operator.plan import orphans
 from vmsnapshot_operator.plan.orphans import Findings, Kept, Listing, Orphan, Proof
@@ -29,6 +30,9 @@ log = logging.getLogger(__name__)
 
 SCAN_EVERY = Seconds(600.0)
 """At least so long between two listings of one storage system; up to a tenth more, so that classes do not go in step."""
+
+LOOK_AGAIN, CONNECT_SECONDS = Seconds(60.0), Seconds(10.0)
+"""When hypervisors that did not answer are asked again; and how long they are waited for at most."""
 
 LIST_TIMEOUT, DELETE_TIMEOUT = Seconds(30.0), Seconds(60.0)
 _TICK = 1.0
@@ -116,13 +120,13 @@ class OrphanScan:
 
     async def _scan(self, name: str, host: DriverHost) -> None:
         try:
-            found = await self._find(name, host)
+            found = await self._spare(name, await self._find(name, host))
             found = await self._remove(name, host, found)
         except SnapshotError as error:
             self._world.metrics.orphan_scan_failed(class_name=name)
             log.warning("class %s: what its storage holds could not be compared: %s", name, error.message)
             return
-        self._world.metrics.orphans(len(found.reported), class_name=name)
+        self._world.metrics.orphans(len(found.listed), class_name=name)
         self._classes.note_findings(name, found)
         await self._report(name, found)
         self._told(name)
@@ -154,6 +158,37 @@ class OrphanScan:
         going, self._vanished[name] = gone - self._vanished.get(name, frozenset()), gone
         busy = frozenset(world.claims.values()) | going
         return orphans.judge(replace(seen, contents=fresh.contents, snapshots=fresh.snapshots, busy=busy))
+
+    async def _spare(self, name: str, found: Findings) -> Findings:
+        """Look whether VMs have any of it among their disks, as they have clones of a restore that did not come to its end."""
+        wanted = frozenset(o.name for o in found.orphans)
+        if not wanted:
+            return found
+        users: dict[str, str] = {}
+        problems = []
+        for hypervisor in await self._world.cluster.hypervisor_names():
+            client = await self._client(hypervisor)
+            if client is None:
+                problems.append(f'hypervisor "{hypervisor}" cannot be asked')
+                continue
+            used, silent = await client.users(wanted)
+            users |= used
+            problems += silent.values()
+        if problems:
+            # What is not known now is known soon, mostly: a hypervisor is being connected to.
+            self._due[name] = min(self._due[name], asyncio.get_running_loop().time() + LOOK_AGAIN)
+        return orphans.spare(found, users, "; ".join(problems))
+
+    async def _client(self, hypervisor: str) -> Hypervisor | None:
+        """The connections of a hypervisor; a moment is waited for them, for right after a start there are none."""
+        end = asyncio.get_running_loop().time() + CONNECT_SECONDS
+        while True:
+            live = self._world.hypervisors.get(hypervisor)
+            if live is not None and live.client is not None:
+                return live.client
+            if asyncio.get_running_loop().time() >= end:
+                return None
+            await asyncio.sleep(_TICK)
 
     async def _note_lost(self, name: str, host: DriverHost, known: Known) -> None:
         """`known`: before the storage is asked. What was deleted since is missing, too; nobody asks for it any more."""
@@ -206,7 +241,7 @@ class OrphanScan:
 
     async def _report(self, name: str, found: Findings) -> None:
         """Tell of orphans when they are other ones than last time."""
-        there = frozenset(o.name for o in found.reported)
+        there = frozenset(o.name + (" (needed)" if o.needed else "") for o in found.reported)
         if there and there != self._reported.get(name):
             said = "; ".join(f"{o.name}: {o.why}" for o in found.reported)
             log.warning("class %s: %d orphans on its storage: %s", name, len(there), said)

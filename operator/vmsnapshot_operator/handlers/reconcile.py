@@ -6,7 +6,6 @@ Effects that may take long run as tasks, one per object, so that a long copy hol
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -163,12 +162,12 @@ class Reconciler:
             running.task.cancel()
 
     async def _gone(self, uid: str) -> None:
+        """What is under way may take long: its end wakes us, no worker waits for it."""
         running = self._running.get(uid)
         if running is not None:
             if isinstance(running.effect, _CANCELLABLE):
                 running.task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.wait({running.task})
+            return
         await self._world.forget(uid)
 
     async def _tell(self, seen: Observation, decision: Decision, body: Mapping[str, Any]) -> Mapping[str, Any]:

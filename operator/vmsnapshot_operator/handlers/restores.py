@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from vmsnapshot_operator.core.effects import Failure
@@ -43,6 +44,16 @@ TELL_EVERY = 5.0
 """How often the progress of what takes long is told."""
 
 _LONG = (Revert, GoBack, Clone, RemoveClones, Stop, Start)
+_CANCELLABLE = (Clone, Stop, Start)
+"""What nobody wants any more once the object is gone. The others bring to its end what is half done."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Running:
+    """An effect under way."""
+
+    effect: RestoreEffect
+    task: asyncio.Task[None]
 
 
 class Restores:
@@ -51,7 +62,7 @@ class Restores:
     def __init__(self, world: World, wake: Callable[[str, str, str], None]) -> None:
         self._world = world
         self._wake = wake
-        self._running: dict[str, asyncio.Task[None]] = {}
+        self._running: dict[str, _Running] = {}
         self._memories: dict[str, Memory] = {}
 
     async def reconcile(self, namespace: str, name: str, uid: str) -> float | None:
@@ -61,7 +72,7 @@ class Restores:
         for _ in range(MAX_STEPS):
             body: Mapping[str, Any] | None = await self._world.cluster.restore(namespace, name)
             if body is None or body["metadata"]["uid"] != uid:
-                await self._gone(uid)
+                self._gone(uid)
                 return None
             if uid in self._running:
                 return None  # the end of the effect wakes us
@@ -87,13 +98,13 @@ class Restores:
 
     def fence(self) -> None:
         """End all effects: another instance goes on with them, and may start the VM while this one still writes to its disks."""
-        for task in self._running.values():
-            if not task.cancelling():
-                task.cancel()
+        for running in self._running.values():
+            if not running.task.cancelling():
+                running.task.cancel()
 
     async def close(self) -> None:
         """End all effects; each may be repeated."""
-        tasks = list(self._running.values())
+        tasks = [r.task for r in self._running.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -111,7 +122,7 @@ class Restores:
                 memory.progress.clear()
 
         task = asyncio.create_task(run(), name=f"{type(decision.effect).__name__} {request.uid}")
-        self._running[request.uid] = task
+        self._running[request.uid] = _Running(decision.effect, task)
 
         def done(_: asyncio.Task[None]) -> None:
             self._running.pop(request.uid, None)
@@ -136,10 +147,13 @@ class Restores:
             except SnapshotError as error:
                 log.info("progress of VMRestore %s is not told: %s", seen.request.uid, error.message)
 
-    async def _gone(self, uid: str) -> None:
+    def _gone(self, uid: str) -> None:
+        """Somebody took the object away by force. What is under way may take a day: its end wakes us, no worker waits for it."""
         running = self._running.get(uid)
         if running is not None:
-            await asyncio.wait({running})
+            if isinstance(running.effect, _CANCELLABLE):
+                running.task.cancel()
+            return
         self._memories.pop(uid, None)
         self._world.release(uid)
 
@@ -147,7 +161,7 @@ class Restores:
         old = dict(body.get("status") or {})
         generation = seen.request.generation
         now = self._world.now()
-        status = restore_report.status(seen, decision.conditions, old, now)
+        status = restore_report.status(seen, decision, old, now)
         status["observedGeneration"] = generation
         status["conditions"] = conditions.merge(old.get("conditions") or (), decision.conditions, generation, now)
         if not conditions.changed(old, status):

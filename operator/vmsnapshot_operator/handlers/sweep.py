@@ -7,17 +7,18 @@ It needs no API server where hypervisors are given by their libvirt URIs. What i
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from vmsnapshot_operator.core import names
+from vmsnapshot_operator.core.markers import Gate
 from vmsnapshot_operator.core.volumes import Seconds
 from vmsnapshot_operator.errors import KubeError, SnapshotError
 from vmsnapshot_operator.handlers import thaw
 from vmsnapshot_operator.hypervisors.domains import Hypervisor, Sighting
 from vmsnapshot_operator.kube.cluster import Cluster
-from vmsnapshot_operator.plan import kept
+from vmsnapshot_operator.plan import gates, kept
 from vmsnapshot_operator.plan.sweep import Action, Found, Ruling, judge
 from vmsnapshot_operator.quiesce.base import release
 
@@ -77,6 +78,10 @@ async def sweep(
 
 async def _one(kubeconfig: Path | None, namespace: str, name: str, ours: str, *, dry_run: bool) -> Report:
     report = Report()
+
+    def cluster() -> Cluster:
+        return Cluster(namespace=namespace, kubeconfig=kubeconfig)
+
     try:
         client = await thaw.connect(kubeconfig, namespace, name)
     except SnapshotError as error:
@@ -84,6 +89,7 @@ async def _one(kubeconfig: Path | None, namespace: str, name: str, ours: str, *,
         return report
     try:
         await _sweep(client, name, ours, report, dry_run=dry_run)
+        await _gates(client, name, ours, cluster, report)
         await _checkpoints(client, name, ours, report)
     except SnapshotError as error:
         report.bad(f"hypervisor {name}: {error.message}")
@@ -130,6 +136,35 @@ async def _checkpoints(client: Hypervisor, name: str, ours: str, report: Report)
     for each in await client.all_checkpoints(names.installation_prefix(ours)) if ours else ():
         where = f"hypervisor {name}: checkpoint {each.name} of domain {each.domain}"
         report.lines.append(f"{where}: goes with its VMSnapshot; if that is gone, once the operator sees the VM run")
+
+
+async def _gates(client: Hypervisor, name: str, ours: str, cluster: Callable[[], Cluster], report: Report) -> None:
+    """Say which VMs bear a restore's gate, and whether anybody opens it. None is touched: its disks may be half set back."""
+    found, silent = await client.gates()
+    for endpoint, problem in sorted(silent.items()):
+        report.lines.append(f"hypervisor {name}: {endpoint} does not say which VMs bear a restore's gate: {problem}")
+    for seen in found:
+        where = f"hypervisor {name}: domain {seen.ref.name}"
+        gate = gates.read(seen.definition) if not seen.problem else seen.problem
+        if isinstance(gate, str):
+            report.bad(f"{where}: its gate cannot be read: {gate}")
+        elif gate.marker.installation != ours:
+            report.lines.append(f"{where}: {gates.about(gate)}; it is of installation {gate.marker.installation}")
+        else:
+            await _gate(where, gate, cluster, report)
+
+
+async def _gate(where: str, gate: Gate, cluster: Callable[[], Cluster], report: Report) -> None:
+    try:
+        async with cluster() as asked:
+            why = gates.abandoned(gate, await asked.restore(*gates.owner(gate)))
+    except KubeError as error:
+        report.bad(f"{where}: {gates.about(gate)}; whether that is still there is not known: {error.message}")
+        return
+    if why:
+        report.bad(f"{where}: {why}")
+    else:
+        report.lines.append(f"{where}: {gates.about(gate)}, and gives them back when it has come to its end")
 
 
 def _nonce(sighting: Sighting) -> tuple[str, str]:

@@ -11,7 +11,7 @@ import logging
 import shutil
 import tempfile
 import uuid as uuid_module
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from vmsnapshot_operator.core.chains import OverlayFile
 from vmsnapshot_operator.core.endpoint import Endpoint
 from vmsnapshot_operator.core.journal import Journal, UnreadableJournalError
 from vmsnapshot_operator.core.machine import Agent, AgentState, Machine, PowerState
+from vmsnapshot_operator.core.markers import GATE_NAMESPACE
 from vmsnapshot_operator.core.volumes import Seconds
 from vmsnapshot_operator.errors import (
     CallTimeoutError,
@@ -44,7 +45,7 @@ from vmsnapshot_operator.hypervisors.overlays import Overlays
 from vmsnapshot_operator.hypervisors.uri import compose
 from vmsnapshot_operator.hypervisors.window import ACT_TIMEOUT, DomainWindow, Handles, Outstanding, Permit, always
 
-__all__ = ["DomainWindow", "EventWatch", "Hypervisor", "Ref", "Sighting"]
+__all__ = ["DomainWindow", "EventWatch", "Gated", "Hypervisor", "Ref", "Sighting"]
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +58,9 @@ silent the last time take turns among themselves, so that they delay nobody else
 
 FREEZES = 10
 """Freezes at once, per endpoint: the workers that are left must suffice for the thaws."""
+
+_NO_GATE = frozenset({libvirt.VIR_ERR_NO_DOMAIN_METADATA, libvirt.VIR_ERR_NO_SUPPORT, libvirt.VIR_ERR_NO_DOMAIN})
+"""There is none; or the domain went away meanwhile."""
 
 T = TypeVar("T")
 
@@ -76,6 +80,15 @@ class Sighting:
 
     ref: Ref
     journal: Journal | None
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gated:
+    """A domain that bears a restore's gate, with the definition in which it stands; `problem` if that cannot be read."""
+
+    ref: Ref
+    definition: str
     problem: str = ""
 
 
@@ -316,6 +329,25 @@ class Hypervisor:
         await asyncio.gather(*(one(e) for e in self._hosts))
         return tuple(sorted(found, key=lambda f: (f.endpoint, f.path))), problems
 
+    async def users(self, names: Collection[str]) -> tuple[Mapping[str, str], Mapping[str, str]]:
+        """Return by name a domain one of whose disks has that name in its source; and which endpoints could not say it, and why.
+
+        Never raises HypervisorError.
+        """
+        users: dict[str, str] = {}
+        problems: dict[str, str] = {}
+
+        async def one(endpoint: str) -> None:
+            try:
+                found = await self._hosts[endpoint].look(f"disks on {endpoint}", overlays.users, timeout=SWEEP_TIMEOUT)
+            except HypervisorError as error:
+                problems[endpoint] = error.message
+            else:
+                users.update({n: d for n in names for value, d in found.items() if n in value})
+
+        await asyncio.gather(*(one(e) for e in self._hosts))
+        return users, problems
+
     async def remove_overlay(self, file: OverlayFile) -> None:
         """Remove an overlay that nobody wrote to and that no VM of its host uses; missing is success."""
 
@@ -402,6 +434,23 @@ class Hypervisor:
             "sweep", lambda e: self._hosts[e].look(f"sweep of {e}", _sweep, e, timeout=SWEEP_TIMEOUT)
         )
         return [each for endpoint in found for each in endpoint]
+
+    async def gates(self) -> tuple[tuple[Gated, ...], Mapping[str, str]]:
+        """Return all domains that bear a restore's gate, whoever's, and which endpoints could not say it, and why.
+
+        Never raises HypervisorError.
+        """
+        found: list[Gated] = []
+        problems: dict[str, str] = {}
+
+        async def one(endpoint: str) -> None:
+            try:
+                found.extend(await self._hosts[endpoint].look(f"gates on {endpoint}", _gates, endpoint))
+            except HypervisorError as error:
+                problems[endpoint] = error.message
+
+        await asyncio.gather(*(one(e) for e in self._hosts))
+        return tuple(sorted(found, key=lambda g: (g.ref.name, g.ref.endpoint))), problems
 
     def events(self, ref: Ref) -> AbstractContextManager[EventWatch]:
         """Watch what happens to a domain until left, on whatever endpoint; asks nobody, neither when entered nor when left."""
@@ -624,3 +673,21 @@ def _sweep(connection: Any, endpoint: str) -> list[Sighting]:
         )
         for domain, journal, problem in journals.sweep(connection)
     ]
+
+
+def _gates(connection: Any, endpoint: str) -> list[Gated]:
+    """All that bear a gate. It stands in the stored definition alone: one that is transient has none."""
+    found = []
+    for domain in connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_PERSISTENT):
+        ref = Ref(uuid=domain.UUIDString(), name=domain.name(), endpoint=endpoint)
+        try:
+            domain.metadata(libvirt.VIR_DOMAIN_METADATA_ELEMENT, GATE_NAMESPACE, libvirt.VIR_DOMAIN_AFFECT_CONFIG)
+            found.append(Gated(ref=ref, definition=domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)))
+        except libvirt.libvirtError as error:
+            if error.get_error_code() in _NO_GATE:
+                continue
+            if not connection.isAlive():
+                raise
+            why = f"whether the domain bears a gate cannot be seen: {error}"
+            found.append(Gated(ref=ref, definition="", problem=why))
+    return found

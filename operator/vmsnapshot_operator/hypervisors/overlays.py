@@ -183,15 +183,15 @@ def survey(connection: Any, endpoint: str, prefix: str, pool: str) -> tuple[Over
 
     `pool`: the one that is read anew before, if it can be; what another host put into the others may be seen late.
     """
-    users = _users(connection)
+    found = users(connection)
     volumes: dict[str, Any] = {}
     for home in connection.listAllStoragePools(libvirt.VIR_CONNECT_LIST_STORAGE_POOLS_ACTIVE):
         if home.name() == pool:
             with contextlib.suppress(libvirt.libvirtError):  # a volume is being copied there: what is known will do
                 home.refresh(0)
         volumes |= {str(v.path()): v for v in home.listAllVolumes() if v.name().startswith(prefix)}
-    used = {p for p in users if PurePosixPath(p).name.startswith(prefix)}
-    files = (_file(connection, endpoint, p, volumes.get(p), users.get(p, "")) for p in sorted(volumes.keys() | used))
+    used = {p for p in found if PurePosixPath(p).name.startswith(prefix)}
+    files = (_file(connection, endpoint, p, volumes.get(p), found.get(p, "")) for p in sorted(volumes.keys() | used))
     return tuple(f for f in files if f is not None)
 
 
@@ -266,13 +266,13 @@ def _above(connection: Any, path: str) -> str:
 
 def _used(connection: Any) -> set[str]:
     """All images that the domains of a host have."""
-    return set(_users(connection))
+    return set(users(connection))
 
 
-def _users(connection: Any) -> dict[str, str]:
+def users(connection: Any) -> dict[str, str]:
     """All images that the domains of a host have, as they run and as they are saved, each with the name of a domain that has it.
 
-    Their metadata, which names overlays too, does not count.
+    The files of their firmware's variables, too. Their metadata, which names overlays too, does not count.
     """
     texts = []
     for domain in connection.listAllDomains():
@@ -283,8 +283,12 @@ def _users(connection: Any) -> dict[str, str]:
         except libvirt.libvirtError as error:
             if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
                 raise
-    devices = ((name, domain_xml.element(text).find("devices")) for name, text in texts)
-    return {v: name for name, d in devices if d is not None for e in d.iter() for v in e.attrib.values()}
+    found: dict[str, str] = {}
+    for name, text in texts:
+        root = domain_xml.element(text)
+        for part in (*root.findall("devices"), *root.findall("os/nvram")):
+            found |= {v: name for e in part.iter() for v in (*e.attrib.values(), (e.text or "").strip()) if v}
+    return found
 
 
 def _look(domain: Any, overlays: Mapping[str, str]) -> Overlaid:

@@ -240,6 +240,10 @@ class Cluster:
         """Return the names of all Hypervisor objects."""
         return tuple([str(body["metadata"]["name"]) async for body in self._all(HYPERVISORS)])
 
+    async def class_names(self) -> tuple[str, ...]:
+        """Return the names of all StorageDriverClass objects."""
+        return tuple([str(body["metadata"]["name"]) async for body in self._all(CLASSES)])
+
     # --- shared -------------------------------------------------------------------------------------------------------
 
     async def _all(self, resource: Resource) -> AsyncIterator[dict[str, Any]]:

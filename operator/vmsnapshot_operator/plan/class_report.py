@@ -40,10 +40,10 @@ def latency(seconds: Sequence[float]) -> dict[str, int] | None:
 
 
 def findings(found: Findings) -> dict[str, Any]:
-    """Return what the last scan of the storage found; what was removed is no orphan any more."""
-    named = [clip(o.name, _LONGEST_NAME) for o in found.reported]
+    """Return what the last scan of the storage found; what was removed is no orphan any more, and a VM's disk is none."""
+    named = [clip(o.name, _LONGEST_NAME) for o in found.listed]
     return {
         "snapshotsHeld": found.held,
         "orphans": sorted(set(named))[:MOST_NAMED] or None,
-        "orphansFound": len(found.reported),
+        "orphansFound": len(found.listed),
     }

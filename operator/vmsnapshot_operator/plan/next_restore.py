@@ -41,6 +41,8 @@ def decide(seen: RestoreSeen, now: datetime) -> RestoreDecision:
     """Return the next effect. A closed gate is opened before anything else is thought of."""
     if (waiting := _not_now(seen)) is not None:
         return waiting
+    if seen.problem:
+        return _unseen(seen, now)
     if seen.gated:
         return _through_the_gate(seen, now)
     if seen.ended:
@@ -59,12 +61,45 @@ def decide(seen: RestoreSeen, now: datetime) -> RestoreDecision:
 def _not_now(seen: RestoreSeen) -> RestoreDecision | None:
     """What has to be waited for, whatever is to be done."""
     if not seen.leader:
-        return _say(seen, Rest(_SOON), "NotLeader", "another instance of the operator holds the lease")
+        return _wait(seen, _SOON, "NotLeader", "another instance of the operator holds the lease")
     if seen.retry_in > 0:
-        return _say(seen, Rest(max(Seconds(0.05), seen.retry_in)), "Retrying", seen.trouble)
-    if seen.problem:
-        return _say(seen, Rest(_SOON), seen.problem_reason, seen.problem)
+        return _wait(seen, max(Seconds(0.05), seen.retry_in), "Retrying", seen.trouble)
     return None
+
+
+def _wait(seen: RestoreSeen, seconds: Seconds, reason: str, message: str) -> RestoreDecision:
+    """An end that was told stays told, whatever is waited for: what has ended would be begun anew otherwise."""
+    if seen.ended:
+        return RestoreDecision(effect=Rest(seconds if seen.finalizer else None), conditions=seen.ended)
+    return _say(seen, Rest(seconds), reason, message)
+
+
+def _unseen(seen: RestoreSeen, now: datetime) -> RestoreDecision:
+    """Nobody can look where the VM is. What may be half done there is waited for; what was never begun comes to its end."""
+    reason = "HypervisorNotFound" if seen.no_hypervisor else seen.problem_reason
+    if not _is_untouched(seen):
+        message = f"{seen.problem}; this restore may have begun there, and goes on once that is mended"
+        if seen.no_hypervisor:
+            message = f"{seen.problem}; this restore may have begun there: create the Hypervisor again, so that it can come to its end"
+        return _wait(seen, _SOON, reason, message)
+    if seen.ended:
+        return RestoreDecision(effect=LetGo() if seen.finalizer else Rest(), conditions=seen.ended)
+    if seen.deleting:
+        return _say(seen, LetGo() if seen.finalizer else Rest(), "Deleting")
+    if now > deadline(seen) and not seen.begun:
+        message = f"not done within spec.deadlineSeconds ({seen.request.deadline_seconds} s); last: {seen.problem}"
+        return _fail(seen, Failure(reason="DeadlineExceeded", message=message))
+    return _say(seen, Rest(_SOON), reason, seen.problem)
+
+
+def _is_untouched(seen: RestoreSeen) -> bool:
+    """Whether nothing was changed for certain, though the VM cannot be looked at.
+
+    Only for a Hypervisor that is gone status is believed: all others are worth waiting for.
+    """
+    if not seen.request.in_place and seen.finalizer:
+        return seen.held is not None and not seen.held
+    return not seen.begun and (seen.no_hypervisor or not seen.finalizer)
 
 
 def _to_the_end(seen: RestoreSeen) -> RestoreEffect:
@@ -73,7 +108,7 @@ def _to_the_end(seen: RestoreSeen) -> RestoreEffect:
         return Rest()
     if seen.request.in_place:
         return LetGo()
-    if seen.held is None and seen.record is not None:
+    if seen.held is None:
         return Rest(_LATER)  # a storage that does not answer has not said that there are none
     if not seen.held:
         return LetGo()
@@ -134,15 +169,28 @@ def _in_place(seen: RestoreSeen) -> RestoreDecision:
 
 def _through_the_gate(seen: RestoreSeen, now: datetime) -> RestoreDecision:
     """The disks may be neither old nor new: forwards as long as that can help, else back; never away."""
+    if not seen.finalizer and not seen.deleting:
+        return _say(seen, Claim(), "Restoring", "somebody took the finalizer away; it is put on again")
     back = seen.safety is Safety.READY
     if seen.broken is not None or now > deadline(seen) or (seen.plan is None and seen.refusal is not None):
         if back:
             return _say(seen, GoBack(), "GoingBack", _why(seen))
         if seen.plan is None:
-            return _say(seen, Rest(_LATER), "Blocked", f"the VM cannot be started meanwhile: {_why(seen)}")
+            return _say(seen, Rest(_LATER), "Blocked", _what_to_do(seen))
     if seen.plan is None:
         return _say(seen, Rest(_SOON), "Planning", seen.trouble)
     return _say(seen, Revert(seen.plan.groups), "Restoring", seen.trouble)
+
+
+def _what_to_do(seen: RestoreSeen) -> str:
+    """For whom the restore can neither go on nor back without a person."""
+    safety = "there is no safety snapshot to go back to"
+    if seen.safety is not Safety.NONE:
+        safety = f'its safety snapshot "{seen.safety_name}" is not Ready: {seen.safety_message}'
+    return (
+        f"{_why(seen)}; {safety}; the VM cannot be started meanwhile. Bring the VMSnapshot and its VMSnapshotContent back from a"
+        " backup of the cluster, or give the VM its disks back by hand (chapter VMSnapshotGateLeft of docs/operations.md)"
+    )
 
 
 def _why(seen: RestoreSeen) -> str:

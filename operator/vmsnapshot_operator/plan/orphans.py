@@ -8,7 +8,7 @@ VMSnapshot (`plan.unbound`), nor how anything is listed or removed (`handlers.or
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from vmsnapshot_operator.core import names
@@ -73,6 +73,7 @@ class Orphan:
     """One name that nobody knows. `removable`: it is proved to be ours, and left over; `why` says what is known of it.
 
     `uid`, `vm`: of which VMSnapshot one that is removable is, and whose disks it was cut from.
+    `needed`: a VM that is defined has it among its disks, or nobody can say that none has: a person must not delete it either.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Orphan:
     removable: bool = False
     uid: str = ""
     vm: Place = NOWHERE
+    needed: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +101,11 @@ class Findings:
         """Those that are left, and told."""
         return tuple(o for o in self.orphans if not o.removable)
 
+    @property
+    def listed(self) -> tuple[Orphan, ...]:
+        """Those of the reported that no VM needs: what is listed as an orphan, people delete by hand."""
+        return tuple(o for o in self.reported if not o.needed)
+
 
 def unexplained(seen: Listing) -> bool:
     """Tell whether anything was listed that nobody knows: what is known may then be out of date."""
@@ -110,6 +117,25 @@ def judge(seen: Listing) -> Findings:
     ours = _ours(seen)
     found = (_judge(name, seen) for name in ours)
     return Findings(held=len(ours), orphans=tuple(o for o in found if o is not None))
+
+
+def spare(found: Findings, users: Mapping[str, str], unseen: str) -> Findings:
+    """Return the findings, held against the disks of all VMs that are defined.
+
+    `users`: by name, a VM one of whose disks is of that name; `unseen`: why that is not known of all VMs, or empty. What is proved
+    to be a leftover is no clone, and is removed unless a VM is seen to use it.
+    """
+
+    def one(orphan: Orphan) -> Orphan:
+        if user := users.get(orphan.name):
+            why = f"{orphan.why}; VM {user} has it among its disks: it is that VM's, so never delete it"
+            return replace(orphan, why=why, removable=False, needed=True)
+        if unseen and not orphan.removable:
+            why = f"{orphan.why}; whether a VM has it among its disks is not known: {unseen}"
+            return replace(orphan, why=why, needed=True)
+        return orphan
+
+    return replace(found, orphans=tuple(one(o) for o in found.orphans))
 
 
 def lost(groups: Iterable[tuple[str, RecordedGroup]], missing: Collection[Handle]) -> dict[str, str]:

@@ -6,23 +6,27 @@ from datetime import datetime
 from typing import Any
 
 from vmsnapshot_operator.core.effects import Condition
-from vmsnapshot_operator.core.restoring import RestoreSeen, Safety
+from vmsnapshot_operator.core.restoring import Clone, CloseGate, RestoreDecision, RestoreSeen, Safety
 from vmsnapshot_operator.plan.report import clip, stamp
 from vmsnapshot_operator.plan.restore_conditions import READY, RECONCILING, STALLED
 
 
-def status(seen: RestoreSeen, conditions: tuple[Condition, ...], old: dict[str, Any], now: datetime) -> dict[str, Any]:
-    """Return the whole status but for `conditions` and `observedGeneration`. `old` is what was told before: times stay."""
-    by_type = {c.type: c for c in conditions}
+def status(seen: RestoreSeen, decision: RestoreDecision, old: dict[str, Any], now: datetime) -> dict[str, Any]:
+    """Return the whole status but for `conditions` and `observedGeneration`. `old` is what was told before: times stay.
+
+    `startTime` is told before the first change is made: without it, and where nobody can look any more, nothing was changed.
+    """
+    by_type = {c.type: c for c in decision.conditions}
     stalled = by_type[STALLED] if by_type.get(STALLED) is not None and by_type[STALLED].status else None
     ready = by_type.get(READY)
     ended = stalled is not None or (ready is not None and ready.status is True)
-    begun = seen.gated or seen.is_done
+    begun = seen.gated or seen.is_done or isinstance(decision.effect, CloseGate | Clone)
     if seen.ended and old.get("phase"):
         return {k: v for k, v in old.items() if k not in ("conditions", "observedGeneration")}
     parts: dict[str, Any] = {
         "phase": _phase(seen, by_type, stalled),
-        "vm": {"name": seen.vm_name, "uuid": seen.vm_uuid} if seen.vm_uuid else None,
+        "hypervisorName": seen.hypervisor or old.get("hypervisorName"),
+        "vm": {"name": seen.vm_name, "uuid": seen.vm_uuid} if seen.vm_uuid else old.get("vm"),
         "volumes": _volumes(seen) or old.get("volumes"),
         "safetySnapshotName": seen.safety_name if seen.safety is not Safety.NONE else old.get("safetySnapshotName"),
         "startTime": old.get("startTime") or (stamp(now) if begun else None),

@@ -31,16 +31,17 @@ from vmsnapshot_operator.core.restoring import (
     TakeSafety,
 )
 from vmsnapshot_operator.core.steps import Step, step
-from vmsnapshot_operator.core.volumes import Layer, Seconds, VolumeId
+from vmsnapshot_operator.core.volumes import NVRAM, Layer, Seconds, VolumeId, volume_id
 from vmsnapshot_operator.errors import (
     ConflictError,
     DomainGoneError,
     DriverError,
+    RefusedError,
     SnapshotError,
 )
-from vmsnapshot_operator.hypervisors import definitions
+from vmsnapshot_operator.hypervisors import definitions, domain_xml
 from vmsnapshot_operator.plan import definition, new_definition, restore_plan
-from vmsnapshot_operator.strategies.restore_gather import Found, Memory, clone_name, find, safety_name
+from vmsnapshot_operator.strategies.restore_gather import Found, Memory, clone_name, find, hosts_of, safety_name
 from vmsnapshot_operator.strategies.world import World
 
 WORK_TIMEOUT = Seconds(86_400.0)
@@ -61,30 +62,19 @@ async def apply(
             await world.cluster.remove_finalizer(body)
         case TakeSafety():
             await _take_safety(world, seen)
+        case RemoveClones(held):
+            await _remove_clones(world, held, seen.record)
+        case HandOver(held):
+            await _hand_over(world, held, seen.request.uid, seen.record)
         case _:
-            record = seen.record
-            assert record is not None, "nothing is done without a record"  # noqa: S101 - invariant of decide
-            snapshot = await world.cluster.snapshot(seen.request.namespace, seen.request.snapshot)
-            if snapshot is None:
-                raise ConflictError(f"VMSnapshot {seen.request.snapshot} is gone; looking again")
-            hypervisor = str(snapshot["spec"]["source"]["hypervisorName"])
-            found = await find(world, seen.request, record, hypervisor)
+            found = await find(world, seen.request, seen.hypervisor, seen.vm_uuid)
             await _act(world, effect, seen, found, memory)
 
 
 async def _act(world: World, effect: RestoreEffect, seen: RestoreSeen, found: Found, memory: Memory) -> None:
-    match effect:
-        case Clone(groups):
-            await _clone(world, groups, seen, found, memory)
-            return
-        case RemoveClones(held):
-            await _remove_clones(world, held, found.record)
-            return
-        case HandOver(held):
-            await _hand_over(world, held, seen.request.uid, found.record)
-            return
-        case _:
-            pass
+    if isinstance(effect, Clone):
+        await _clone(world, effect.groups, seen, found, memory)
+        return
     if found.defined is None:
         raise DomainGoneError(f"domain {seen.vm_name} is gone")
     client, ref = found.client, found.defined.ref
@@ -156,7 +146,8 @@ def _targets_now(seen: RestoreSeen, targets: tuple[str, ...]) -> tuple[str, ...]
 async def _revert(
     world: World, groups: tuple[RestoreGroup, ...], seen: RestoreSeen, found: Found, memory: Memory
 ) -> None:
-    await _set_back(world, groups, found.record, seen.request.uid, memory)
+    assert seen.record is not None, "told with the groups"  # noqa: S101 - for the type checker
+    await _set_back(world, groups, seen.record, seen.request.uid, memory)
     await _open(seen, found, reopen=False)
 
 
@@ -211,7 +202,8 @@ async def _open(seen: RestoreSeen, found: Found, *, reopen: bool) -> None:
 async def _go_back(world: World, seen: RestoreSeen, found: Found, memory: Memory) -> None:
     record = seen.safety_record
     assert record is not None, "one goes back to a safety snapshot that is Ready"  # noqa: S101 - invariant of decide
-    volumes = tuple(v for v in record.plan.volumes if _is_wanted(seen, v.volume.id))
+    touched = _touched(seen, found, record)
+    volumes = tuple(v for v in record.plan.volumes if v.volume.id in touched)
     plan = restore_plan.make(record, volumes, {v.target: v.volume for v in volumes})
     await _set_back(world, plan.groups, record, seen.request.uid, memory)
     await _open(seen, found, reopen=True)
@@ -219,19 +211,37 @@ async def _go_back(world: World, seen: RestoreSeen, found: Found, memory: Memory
         memory.broken = Failure(reason=seen.refusal.reason, message=seen.refusal.message)
 
 
-def _is_wanted(seen: RestoreSeen, volume: VolumeId) -> bool:
-    include = seen.request.include
-    record = seen.record
-    return record is None or any(
-        v.volume.id == volume and (not include or v.target in include) for v in record.plan.volumes
-    )
+def _touched(seen: RestoreSeen, found: Found, safety: Record) -> frozenset[VolumeId]:
+    """Return what may have been changed: what was asked for, or, where the snapshot is gone, at least that.
+
+    The gate names the disks then; whether the variables of the firmware were among it follows from the request. Raises
+    RefusedError unless the safety snapshot holds all of it.
+    """
+    request, record = seen.request, seen.record
+    if record is not None:
+        return frozenset(v.volume.id for v in record.plan.volumes if not request.include or v.target in request.include)
+    assert seen.marker is not None, "told with the gate"  # noqa: S101 - for the type checker
+    assert found.defined is not None, "asked before"  # noqa: S101 - for the type checker
+    gate = definition.gate_of(found.defined.xml)
+    if gate is None:
+        raise ConflictError("the VM bears no gate any more; looking again")
+    disks, _ = domain_xml.parse(definition.reopened(found.defined.xml, seen.marker))
+    taken = frozenset(volume_id(d.layers[0]) for d in disks if d.target in gate.targets and d.layers)
+    held = frozenset(v.volume.id for v in safety.plan.volumes)
+    if lacks := len(taken - held):
+        text = f'the safety snapshot "{seen.safety_name}" lacks {lacks} of the {len(taken)} disks that were taken from the VM'
+        raise RefusedError(text, reason="DisksChanged")
+    if request.include and NVRAM not in request.include:
+        return taken
+    return taken | {v.volume.id for v in safety.plan.volumes if v.volume.is_nvram}
 
 
 async def _clone(
     world: World, groups: tuple[RestoreGroup, ...], seen: RestoreSeen, found: Found, memory: Memory
 ) -> None:
     """Clone all wanted volumes, and define the new VM on them."""
-    request, record, marker = seen.request, found.record, seen.marker
+    request, record, marker = seen.request, seen.record, seen.marker
+    assert record is not None, "told with the groups"  # noqa: S101 - for the type checker
     assert marker is not None, "told with the record"  # noqa: S101 - for the type checker
     made: dict[VolumeId, Layer] = {}
 
@@ -259,18 +269,16 @@ async def _clone(
         await definitions.define(found.client, endpoint, new.xml)
 
 
-async def _hand_over(world: World, held: frozenset[str], uid: str, record: Record) -> None:
-    for class_name, group in record.groups.items():
-        host = await world.classes.host_of_record(group)
+async def _hand_over(world: World, held: frozenset[str], uid: str, record: Record | None) -> None:
+    for class_name, host in (await hosts_of(world, record)).items():
         for name in sorted(held):
             async with step(Step.CLONE_KEEP, uid, class_name):
                 await host.keep(name, timeout=DELETE_TIMEOUT)
 
 
-async def _remove_clones(world: World, held: frozenset[str], record: Record) -> None:
+async def _remove_clones(world: World, held: frozenset[str], record: Record | None) -> None:
     problems = []
-    for class_name, group in record.groups.items():
-        host = await world.classes.host_of_record(group)
+    for class_name, host in (await hosts_of(world, record)).items():
         for name in sorted(held):
             try:
                 await host.delete(name, timeout=DELETE_TIMEOUT)

@@ -22,10 +22,13 @@ from vmsnapshot_operator.core.restoring import (
     Safety,
 )
 from vmsnapshot_operator.core.volumes import Seconds
+from vmsnapshot_operator.drivers.host import DriverHost
 from vmsnapshot_operator.errors import (
     DomainAmbiguousError,
     DriverError,
+    DriverUnavailableError,
     HypervisorError,
+    HypervisorUnreachableError,
     RefusedError,
 )
 from vmsnapshot_operator.hypervisors import definitions
@@ -34,6 +37,8 @@ from vmsnapshot_operator.kube import contents, distill
 from vmsnapshot_operator.plan import access, definition, fingerprints, restore_plan
 from vmsnapshot_operator.plan.next_restore import conditions_of_end
 from vmsnapshot_operator.strategies.world import LiveHypervisor, World, clock
+
+HYPERVISOR_GONE = "HypervisorNotFound"
 
 CHECK_TIMEOUT = Seconds(30.0)
 AGENT_SECONDS = Seconds(2.0)
@@ -54,10 +59,8 @@ class Memory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """Where a restore works: the snapshot's record, the hypervisor, and the VM that is set back or was made."""
+    """Where a restore works: the hypervisor, and the VM that is set back or was made."""
 
-    record: Record
-    hypervisor: str
     live: LiveHypervisor
     client: Hypervisor
     defined: definitions.Defined | None
@@ -80,12 +83,14 @@ def safety_name(request: RestoreRequest) -> str:
 
 async def gather(world: World, body: Mapping[str, Any], memory: Memory) -> RestoreSeen:
     """Return one frozen observation of everything that concerns this VMRestore. Raises RefusedError, KubeError."""
-    request = distill.restore(body)
+    request, told = distill.restore(body), body.get("status") or {}
     seen = RestoreSeen(
         request=request,
         deleting=bool(body["metadata"].get("deletionTimestamp")),
         finalizer=FINALIZER in (body["metadata"].get("finalizers") or ()),
         ended=_ended(body),
+        begun=bool(told.get("startTime")),
+        hypervisor=str(told.get("hypervisorName") or ""),
         broken=memory.broken,
         started=memory.started,
         leader=world.leadership.is_leader(),
@@ -95,20 +100,116 @@ async def gather(world: World, body: Mapping[str, Any], memory: Memory) -> Resto
         progress=dict(memory.progress),
     )
     snapshot = await world.cluster.snapshot(request.namespace, request.snapshot)
-    uid = str(snapshot["metadata"]["uid"]) if snapshot is not None else ""
     record = await record_of(world, snapshot)
     refusal = restore_plan.refuse_snapshot(request, restore_plan.SnapshotSeen(body=snapshot, record=record))
-    if record is None or record.problem or snapshot is None:
-        return replace(seen, refusal=refusal)
-    seen = replace(seen, record=record, marker=marker_of(world, request, uid))
-    hypervisor = str(snapshot["spec"]["source"]["hypervisorName"])
+    if snapshot is not None:
+        seen = replace(seen, hypervisor=str(snapshot["spec"]["source"]["hypervisorName"]))
     try:
-        found = await find(world, request, record, hypervisor)
-        return await _look(world, request, seen, found, refusal)
+        if snapshot is None or record is None or record.problem:
+            return await _without_record(world, replace(seen, refusal=refusal))
+        if request.in_place and seen.finalizer and _began_elsewhere(told, record):
+            there = await _search(world, seen)
+            if there.gated:
+                return await _of_another_snapshot(world, there)
+        marker = marker_of(world, request, str(snapshot["metadata"]["uid"]))
+        return await _look(world, request, replace(seen, record=record, marker=marker), record, refusal)
     except HypervisorError as error:
-        return replace(seen, problem=error.message, refusal=refusal)
+        seen = replace(seen, record=record if record is not None and not record.problem else None)
+        gone = error.reason == HYPERVISOR_GONE
+        seen = replace(seen, problem=error.message, no_hypervisor=gone, refusal=refusal)
+        return await _with_clones(world, seen)
     except RefusedError as error:
-        return replace(seen, refusal=Refusal(reason=error.reason, message=error.message))
+        if not seen.finalizer:
+            return replace(seen, refusal=Refusal(reason=error.reason, message=error.message))
+        # What stands in the VM cannot be read, and may be our own gate.
+        return await _with_clones(world, replace(seen, problem=error.message, refusal=refusal))
+
+
+def _began_elsewhere(told: Mapping[str, Any], record: Record) -> bool:
+    """Whether it was begun with another VM than the snapshot is of: then that is another snapshot of the same name."""
+    before = str((told.get("vm") or {}).get("uuid") or "")
+    return bool(before) and before != record.plan.vm_uuid
+
+
+async def _of_another_snapshot(world: World, seen: RestoreSeen) -> RestoreSeen:
+    """The snapshot was deleted after the VM's disks were taken, and its name is another one's now: never mix them."""
+    began = seen.marker.snapshot_uid if seen.marker is not None else ""
+    message = f'VMSnapshot "{seen.request.snapshot}" is another one than this restore began with, whose UID was {began}'
+    seen = replace(seen, record=None, refusal=Refusal(reason="SnapshotUIDMismatch", message=message))
+    return await _with_clones(world, await _safety(world, seen.request, seen))
+
+
+async def _without_record(world: World, seen: RestoreSeen) -> RestoreSeen:
+    """The snapshot is gone, or what was on record of it: what this restore has changed is found by its own marker."""
+    if not seen.finalizer and (seen.ended or not seen.begun):
+        return seen
+    seen = await _search(world, seen)
+    return await _with_clones(world, await _safety(world, seen.request, seen))
+
+
+async def _search(world: World, seen: RestoreSeen) -> RestoreSeen:
+    """Look for this restore's marker on all hypervisors; that it is nowhere is certain only if all of them answer.
+
+    Raises HypervisorError unless it was found, or is certainly nowhere; RefusedError for a marker that cannot be read.
+    """
+    everyone = await world.cluster.hypervisor_names()
+    problems = []
+    for name in sorted(everyone):
+        try:
+            for defined in await _candidates(_client(world, name), seen.request):
+                there = _show(world, replace(seen, hypervisor=name), defined)
+                if there.gated or there.is_done:
+                    return there
+        except HypervisorError as error:
+            problems.append(error.message)
+    lost = seen.hypervisor if seen.hypervisor not in everyone else ""
+    if problems:
+        raise HypervisorUnreachableError("; ".join(problems))
+    if lost:
+        raise HypervisorError(_no_hypervisor(lost), reason=HYPERVISOR_GONE)
+    return seen
+
+
+async def _candidates(client: Hypervisor, request: RestoreRequest) -> tuple[definitions.Defined, ...]:
+    """Return the VMs of a hypervisor that may bear this restore's marker. Raises HypervisorError."""
+    if not request.in_place:
+        return await definitions.look(client, request.new_name)
+    gates, silent = await client.gates()
+    looks = [await definitions.look(client, g.ref.uuid) for g in gates if request.uid in g.definition]
+    there = tuple(d for found in looks for d in found)
+    problems = [*silent.values(), *(f"domain {g.ref.name}: {g.problem}" for g in gates if g.problem)]
+    if problems and not there:
+        raise HypervisorUnreachableError("; ".join(sorted(problems)))
+    return there
+
+
+async def _with_clones(world: World, seen: RestoreSeen) -> RestoreSeen:
+    """Ask the storage what it holds of a new VM's volumes."""
+    if seen.request.in_place or not seen.finalizer:
+        return seen
+    prefix = names.object_prefix(world.installation, seen.request.uid)
+    try:
+        hosts = await hosts_of(world, seen.record)
+        parts = await asyncio.gather(*(h.list(prefix, timeout=CHECK_TIMEOUT) for h in hosts.values()))
+    except DriverError as error:
+        return replace(seen, held=None, trouble=seen.trouble or error.message)
+    return replace(seen, held=frozenset(n for part in parts for n in part if n.startswith(prefix)))
+
+
+async def hosts_of(world: World, record: Record | None) -> dict[str, DriverHost]:
+    """Return by class the drivers that may hold something of a restore: those on record, else those of all classes.
+
+    Raises DriverError, KubeError.
+    """
+    if record is not None:
+        return {c: await world.classes.host_of_record(group) for c, group in record.groups.items()}
+    hosts = {}
+    for name in await world.cluster.class_names():
+        if (host := world.classes.host(name)) is None:
+            text = f'class "{name}": its driver does not run, so what its storage holds is not known; mend the class'
+            raise DriverUnavailableError(text)
+        hosts[name] = host
+    return hosts
 
 
 def _ended(body: Mapping[str, Any]) -> tuple[Condition, ...]:
@@ -135,31 +236,53 @@ async def record_of(world: World, snapshot: Mapping[str, Any] | None) -> Record 
     return contents.from_body(content, asked, world.installation) if content is not None else None
 
 
-async def find(world: World, request: RestoreRequest, record: Record, hypervisor: str) -> Found:
-    """Return where this restore works. Raises HypervisorError."""
+async def find(world: World, request: RestoreRequest, hypervisor: str, vm_uuid: str) -> Found:
+    """Return where this restore works. Raises HypervisorError, with the reason HYPERVISOR_GONE if there is no such object; KubeError."""
     live = world.hypervisors.get(hypervisor)
-    if live is None:
-        raise HypervisorError(f'there is no Hypervisor "{hypervisor}"', reason="HypervisorNotFound")
-    if live.client is None:
-        raise HypervisorError(
-            f'hypervisor "{hypervisor}" cannot be used: {live.problem}', reason="HypervisorUnreachable", retryable=True
-        )
-    wanted = record.plan.vm_uuid if request.in_place else request.new_name
-    seen = await definitions.look(live.client, wanted)
+    if live is None and hypervisor not in await world.cluster.hypervisor_names():
+        raise HypervisorError(_no_hypervisor(hypervisor), reason=HYPERVISOR_GONE)
+    client = _client(world, hypervisor)
+    assert live is not None, "it has a client"  # noqa: S101 - for the type checker
+    seen = await definitions.look(client, vm_uuid if request.in_place else request.new_name)
     # One in which this restore closed its gate comes first, whatever else there is by now: that has to be opened again.
-    seen = tuple(sorted(seen, key=lambda d: not _is_gated_by(request, d))) if len(seen) > 1 else seen
-    return Found(
-        record=record,
-        hypervisor=hypervisor,
-        live=live,
-        client=live.client,
-        defined=seen[0] if seen else None,
+    seen = tuple(sorted(seen, key=lambda d: not _is_gated_by(world, request, d))) if len(seen) > 1 else seen
+    return Found(live=live, client=client, defined=seen[0] if seen else None)
+
+
+def _client(world: World, hypervisor: str) -> Hypervisor:
+    """Return the connections of a Hypervisor object. Raises HypervisorUnreachableError."""
+    live = world.hypervisors.get(hypervisor)
+    if live is None or live.client is None:
+        why = live.problem if live is not None else "it has not been seen yet"
+        raise HypervisorUnreachableError(f'hypervisor "{hypervisor}" cannot be used: {why}')
+    return live.client
+
+
+def _no_hypervisor(name: str) -> str:
+    return f'there is no Hypervisor "{name}" any more'
+
+
+def _show(world: World, seen: RestoreSeen, defined: definitions.Defined) -> RestoreSeen:
+    """Add what a VM shows. By its own marker a restore is known, whatever became of the snapshot. Raises RefusedError."""
+    gate = definition.gate_of(defined.xml) if seen.request.in_place else None
+    done = definition.done(defined.xml)
+    ours = (world.installation, seen.request.uid)
+    there = (gate.marker if gate is not None else None, done)
+    own = next((m for m in there if m is not None and (m.installation, m.restore_uid) == ours), None)
+    return replace(
+        seen,
+        gate=gate,
+        done=done,
+        marker=own or seen.marker,
+        power=defined.power,
+        vm_name=defined.ref.name,
+        vm_uuid=defined.ref.uuid,
     )
 
 
-def _is_gated_by(request: RestoreRequest, defined: definitions.Defined) -> bool:
+def _is_gated_by(world: World, request: RestoreRequest, defined: definitions.Defined) -> bool:
     gate = definition.gate_of(defined.xml)
-    return gate is not None and gate.marker.restore_uid == request.uid
+    return gate is not None and (gate.marker.installation, gate.marker.restore_uid) == (world.installation, request.uid)
 
 
 async def _second(found: Found) -> DomainAmbiguousError | None:
@@ -176,29 +299,30 @@ async def _second(found: Found) -> DomainAmbiguousError | None:
 
 
 async def _look(
-    world: World, request: RestoreRequest, seen: RestoreSeen, found: Found, refusal: Refusal | None
+    world: World, request: RestoreRequest, unseen: RestoreSeen, record: Record, refusal: Refusal | None
 ) -> RestoreSeen:
-    labels = await world.cluster.namespace_labels(request.namespace)
-    name = found.defined.ref.name if found.defined is not None else request.new_name or found.record.plan.vm_name
-    if not access.may_use(found.live.access, labels, name):
-        return replace(seen, refusal=access.not_found(name, found.hypervisor, request.namespace))
+    found = await find(world, request, unseen.hypervisor, record.plan.vm_uuid)
     defined = found.defined
-    if defined is not None:
-        seen = replace(
-            seen,
-            gate=definition.gate_of(defined.xml) if request.in_place else None,
-            done=definition.done(defined.xml),
-            power=defined.power,
-            vm_name=defined.ref.name,
-            vm_uuid=defined.ref.uuid,
-        )
+    seen = _show(world, unseen, defined) if defined is not None else unseen
     if seen.gated and (second := await _second(found)) is not None:
         return replace(seen, problem=second.message, problem_reason=second.reason)
+    own = seen.gated or seen.done == seen.marker
+    labels = await world.cluster.namespace_labels(request.namespace)
+    name = seen.vm_name or request.new_name or record.plan.vm_name
+    if not access.may_use(found.live.access, labels, name):
+        refused = access.not_found(name, seen.hypervisor, request.namespace)
+        if not own:
+            return await _with_clones(world, replace(unseen, refusal=refused))
+        # It was allowed when it began: what is half done is brought back, and nothing else is done any more.
+        broken = seen.broken or Failure(reason=refused.reason, message=refused.message)
+        seen = await _safety(world, request, replace(seen, refusal=refused, broken=broken))
+        return await _with_clones(world, seen)
+    if own and seen.marker != unseen.marker:
+        return await _of_another_snapshot(world, seen)
     if seen.is_done and request.start_after and seen.power is PowerState.RUNNING and defined is not None:
         seen = replace(seen, agent_answers=await _agent(found.client, defined))
-    if not request.in_place and seen.finalizer:
-        seen = replace(seen, held=await _held(world, request, found.record))
-    if seen.ended:
+    seen = await _with_clones(world, seen)
+    if seen.ended and not seen.gated:
         return seen
     seen = await _safety(world, request, seen)
     if seen.is_done:
@@ -206,8 +330,8 @@ async def _look(
     if refusal is not None and not seen.gated:
         return replace(seen, refusal=refusal)
     if request.in_place:
-        return await _plan_in_place(world, request, seen, found)
-    return await _plan_new(world, request, seen, found)
+        return await _plan_in_place(world, request, seen, record, found)
+    return await _plan_new(world, request, seen, record, found)
 
 
 async def _agent(client: Hypervisor, defined: definitions.Defined) -> bool | None:
@@ -239,12 +363,14 @@ async def _safety(world: World, request: RestoreRequest, seen: RestoreSeen) -> R
     return replace(seen, safety_name=name, safety=Safety.TAKING, safety_message=under_way)
 
 
-async def _plan_in_place(world: World, request: RestoreRequest, seen: RestoreSeen, found: Found) -> RestoreSeen:
-    volumes = restore_plan.wanted(request, found.record)
+async def _plan_in_place(
+    world: World, request: RestoreRequest, seen: RestoreSeen, record: Record, found: Found
+) -> RestoreSeen:
+    volumes = restore_plan.wanted(request, record)
     if isinstance(volumes, Refusal):
         return replace(seen, refusal=volumes)
     if found.defined is None:
-        return replace(seen, refusal=access.not_found(found.record.plan.vm_name, found.hypervisor, request.namespace))
+        return replace(seen, refusal=access.not_found(record.plan.vm_name, seen.hypervisor, request.namespace))
     if seen.gate is not None and not seen.gated:
         message = f"VMRestore {seen.gate.marker.restore} has begun to set this VM back; waiting until that has ended"
         return replace(seen, in_use_by=message)
@@ -253,7 +379,7 @@ async def _plan_in_place(world: World, request: RestoreRequest, seen: RestoreSee
         return replace(seen, in_use_by="another operation on this VM is under way; waiting until it has ended")
     if seen.gated:
         # The disks were held against what is on record before the gate was closed; now the gate holds them.
-        return replace(seen, plan=restore_plan.make(found.record, volumes, {v.target: v.volume for v in volumes}))
+        return replace(seen, plan=restore_plan.make(record, volumes, {v.target: v.volume for v in volumes}))
     if (second := await _second(found)) is not None:
         return replace(seen, refusal=Refusal(reason=second.reason, message=second.message))
     machine = await found.client.describe(found.defined.ref, ask_agent=False)
@@ -262,12 +388,12 @@ async def _plan_in_place(world: World, request: RestoreRequest, seen: RestoreSee
     bear = restore_plan.onto(volumes, machine.disks)
     if isinstance(bear, Refusal):
         return replace(seen, refusal=bear)
-    plan = restore_plan.make(found.record, volumes, bear)
-    if (refusal := await _refuse_formats(world, plan, found.record)) is not None:
+    plan = restore_plan.make(record, volumes, bear)
+    if (refusal := await _refuse_formats(world, plan, record)) is not None:
         return replace(seen, refusal=refusal)
     if machine.power is PowerState.SHUT_OFF:  # while it runs, every driver would say that its disks are in use
         try:
-            answers = await _ask(world, plan, found.record)
+            answers = await _ask(world, plan, record)
         except DriverError as error:
             refusal = Refusal(reason=error.reason, message=error.message, patience=Patience.WAIT)
             return replace(seen, refusal=refusal)
@@ -293,20 +419,22 @@ def _judge_safety(seen: RestoreSeen, machine: Machine) -> RestoreSeen:
     return replace(seen, safety=Safety.FAILED, safety_message=f"disk {', '.join(ran)} was written to after it")
 
 
-async def _plan_new(world: World, request: RestoreRequest, seen: RestoreSeen, found: Found) -> RestoreSeen:
-    volumes = restore_plan.wanted(request, found.record)
+async def _plan_new(
+    world: World, request: RestoreRequest, seen: RestoreSeen, record: Record, found: Found
+) -> RestoreSeen:
+    volumes = restore_plan.wanted(request, record)
     if isinstance(volumes, Refusal):
         return replace(seen, refusal=volumes)
     if found.defined is not None:
         message = f'there is a VM "{request.new_name}" already; take another name (spec.newVM.name)'
         return replace(seen, refusal=Refusal(reason="NameTaken", message=message))
-    if not found.record.plan.definition:
+    if not record.plan.definition:
         message = "the snapshot does not hold the VM's definition: define the new VM by hand, from clones"
         return replace(seen, refusal=Refusal(reason="DefinitionMissing", message=message))
-    plan = restore_plan.make(found.record, volumes, {})
-    if (refusal := restore_plan.refuse_clone(plan, found.record)) is not None:
+    plan = restore_plan.make(record, volumes, {})
+    if (refusal := restore_plan.refuse_clone(plan, record)) is not None:
         return replace(seen, refusal=refusal)
-    refusal = await _refuse_formats(world, plan, found.record)
+    refusal = await _refuse_formats(world, plan, record)
     return replace(seen, refusal=refusal) if refusal is not None else replace(seen, plan=plan)
 
 
@@ -336,17 +464,3 @@ def clone_name(world: World, request: RestoreRequest, group: RestoreGroup | str)
     """What the clones of one class are called until they are the new VM's."""
     class_name = group if isinstance(group, str) else group.class_name
     return names.request_name(world.installation, request.uid, 1, class_name, ())
-
-
-async def _held(world: World, request: RestoreRequest, record: Record) -> frozenset[str] | None:
-    prefix = names.object_prefix(world.installation, request.uid)
-
-    async def ask(class_name: str) -> Sequence[str]:
-        host = await world.classes.host_of_record(record.groups[class_name])
-        return await host.list(prefix, timeout=CHECK_TIMEOUT)
-
-    try:
-        found = await asyncio.gather(*(ask(c) for c in record.groups))
-    except DriverError:
-        return None
-    return frozenset(n for part in found for n in part if n.startswith(prefix))

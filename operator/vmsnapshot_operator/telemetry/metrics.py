@@ -79,6 +79,12 @@ class Metrics:
             ("hypervisor",),
             registry=self.registry,
         )
+        self._left_gates = Gauge(
+            "vmsnapshot_left_gates",
+            "VMs that bear the gate of a restore which nobody opens any more: they cannot be started, and their disks may be half set back",
+            ("hypervisor",),
+            registry=self.registry,
+        )
         self._guardian = Gauge(
             "vmsnapshot_guardian_answers",
             "1 while a guardian answers that reaches this hypervisor; nothing is frozen there otherwise",
@@ -193,6 +199,10 @@ class Metrics:
         """So many overlays were found that are kept for good."""
         self._kept_overlays.labels(hypervisor).set(count)
 
+    def left_gates(self, count: int, *, hypervisor: str) -> None:
+        """So many VMs bear a restore's gate that nobody opens."""
+        self._left_gates.labels(hypervisor).set(count)
+
     def guardian(self, *, answers: bool, hypervisor: str) -> None:
         """Whether a guardian answered that reaches a hypervisor."""
         self._guardian.labels(hypervisor).set(answers)
@@ -249,6 +259,7 @@ class Metrics:
             self._journals,
             self._overlays,
             self._kept_overlays,
+            self._left_gates,
             self._guardian,
             self._hypervisor_answers,
             self._thaw_failures,

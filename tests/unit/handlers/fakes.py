@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from vmsnapshot_operator.core.journal import Journal
 from vmsnapshot_operator.core.planning import StorageClass
 from vmsnapshot_operator.errors import ConflictError, DriverError, GuardianError, KubeUnavailableError, SnapshotError
 from vmsnapshot_operator.hypervisors.checkpoints import Seen as Checkpoint
-from vmsnapshot_operator.hypervisors.domains import Ref, Sighting
+from vmsnapshot_operator.hypervisors.domains import Gated, Ref, Sighting
 from vmsnapshot_operator.strategies.world import World
 from vmsnapshot_operator.telemetry.metrics import Metrics
 
@@ -50,6 +50,25 @@ class FakeCluster:
     deleted: list[tuple[str, str | None]] = field(default_factory=list)
     lists: int = 0
     down: bool = False
+    restores: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
+    hypervisors: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
+
+    async def restore(self, namespace: str, name: str) -> dict[str, Any] | None:
+        self._ask()
+        return self.restores.get((namespace, name))
+
+    async def hypervisor_names(self) -> tuple[str, ...]:
+        self._ask()
+        return self.hypervisors
+
+    async def class_names(self) -> tuple[str, ...]:
+        self._ask()
+        return self.classes
+
+    async def namespace_labels(self, name: str) -> dict[str, str]:
+        self._ask()
+        return {"kubernetes.io/metadata.name": name}
 
     def _ask(self) -> None:
         if self.down:
@@ -91,6 +110,7 @@ class FakeCluster:
         return {**body, "status": dict(status)}
 
     write_content_status = write_class_status = write_hypervisor_status = write_snapshot_status = _write
+    write_restore_status = _write
 
     async def replace_content(self, _body: Mapping[str, Any]) -> dict[str, Any]:
         raise ConflictError("not in these tests")
@@ -144,6 +164,9 @@ class FakeClasses:
     def all(self) -> tuple[StorageClass, ...]:
         return self.known
 
+    def host(self, name: str) -> FakeHost | None:
+        return self.by_name.get(name)
+
     def hosts(self) -> dict[str, FakeHost]:
         return dict(self.by_name)
 
@@ -187,7 +210,8 @@ class FakeClient:
     removed: list[str] = field(default_factory=list)
     hangs: float = 0.0
     left: list[tuple[str, str]] = field(default_factory=list)
-
+    gated: tuple[Gated, ...] = ()
+    gates_silent: dict[str, str] = field(default_factory=dict)
     seen: tuple[Checkpoint, ...] = ()
     off: bool = False
 
@@ -211,6 +235,14 @@ class FakeClient:
             return frozenset(asked)
         self.seen = tuple(c for c in self.seen if c.name not in asked)
         return frozenset()
+
+    disks: dict[str, str] = field(default_factory=dict)
+
+    async def users(self, names: Collection[str]) -> tuple[dict[str, str], dict[str, str]]:
+        return {n: d for n in names for path, d in self.disks.items() if n in path}, self.silent
+
+    async def gates(self) -> tuple[tuple[Gated, ...], dict[str, str]]:
+        return self.gated, self.gates_silent
 
     async def overlay_files(self, prefix: str, pool: str = "") -> tuple[tuple[OverlayFile, ...], dict[str, str]]:
         await asyncio.sleep(self.hangs)

@@ -12,9 +12,11 @@ import pytest_asyncio
 from tests.unit.handlers import fakes
 from tests.unit.kube import records
 from vmsnapshot_operator.core.effects import Effect, Prepare, Recover, RollBack, Settle, TakeWindow
+from vmsnapshot_operator.core.restoring import Revert
 from vmsnapshot_operator.handlers.operator import Operator, Options
 from vmsnapshot_operator.handlers.reconcile import Reconciler, _Running
 from vmsnapshot_operator.handlers.restores import Restores
+from vmsnapshot_operator.handlers.restores import _Running as Restoring
 
 pytestmark = pytest.mark.looptime
 
@@ -43,7 +45,7 @@ class Lab:
 
     def restore(self) -> asyncio.Task[Any]:
         task = asyncio.create_task(asyncio.Event().wait())
-        self.restores._running["uid"] = cast("Any", task)
+        self.restores._running["uid"] = Restoring(Revert(()), cast("Any", task))
         return task
 
 
@@ -52,7 +54,8 @@ async def lab() -> AsyncIterator[Lab]:
     made = Lab()
     yield made
     fencing = [made.fencing] if made.fencing is not None else []
-    tasks = [*fencing, *(r.task for r in made.snapshots._running.values()), *made.restores._running.values()]
+    running = [*made.snapshots._running.values(), *made.restores._running.values()]
+    tasks = [*fencing, *(r.task for r in running)]
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)

@@ -18,10 +18,19 @@ from vmsnapshot_operator.core.driver import Capabilities, CutKind
 from vmsnapshot_operator.core.planning import StorageClass
 from vmsnapshot_operator.core.volumes import VolumeId
 from vmsnapshot_operator.errors import HypervisorError
-from vmsnapshot_operator.handlers.orphans import LIST_TIMEOUT, SCAN_EVERY, Known, OrphanScan
+from vmsnapshot_operator.handlers.orphans import (
+    CONNECT_SECONDS,
+    LIST_TIMEOUT,
+    LOOK_AGAIN,
+    SCAN_EVERY,
+    Known,
+    OrphanScan,
+)
 from vmsnapshot_operator.kube import contents
+from vmsnapshot_operator.plan import class_report
 from vmsnapshot_operator.plan.orphans import Kept, Place, Proof
 from vmsnapshot_operator.strategies import backups
+from vmsnapshot_operator.strategies.world import LiveHypervisor
 
 pytestmark = pytest.mark.looptime
 
@@ -342,3 +351,69 @@ async def test_a_class_that_is_gone_is_forgotten() -> None:
         lab.classes.by_name["files"] = lab.files
         await asyncio.sleep(2)
         assert len(lab.files.lists) == 2
+
+
+# --- disks of VMs under our names -----------------------------------------------------------------------------------------
+
+
+class Live:
+    """One hypervisor, which is connected to or not."""
+
+    def __init__(self, lab: Lab) -> None:
+        self.client: fakes.FakeClient | None = fakes.FakeClient()
+        lab.cluster.hypervisors = ("lab",)
+        lab.world.hypervisors = self
+
+    def get(self, name: str) -> LiveHypervisor | None:
+        return LiveHypervisor(name=name, client=self.client)  # type: ignore[arg-type]  # a stand-in
+
+
+async def test_what_a_vm_has_among_its_disks_is_listed_as_nobodys() -> None:
+    """A clone of a restore that was taken away by force: who deletes orphans by hand would delete the VM's disk."""
+    lab = Lab()
+    live = Live(lab)
+    used, free = name(1, "clone"), name(2, "clone")
+    lab.files.held = {used, free}
+    assert live.client is not None
+    live.client.disks = {f"/pool/{used}-abcdefgh.img": "vm1"}
+    async with lab.running():
+        found = lab.classes.found["files"]
+        assert [o.name for o in found.listed] == [free]
+        assert class_report.findings(found)["orphans"] == [free]
+        assert class_report.findings(found)["orphansFound"] == 1
+        assert lab.world.metrics.registry.get_sample_value("vmsnapshot_orphans", {"class_name": "files"}) == 1
+        (said,) = [e for e in lab.world.events.posted if "OrphansFound" in e]  # type: ignore[attr-defined]  # a stand-in
+        assert f"{used}: no VMSnapshot or VMSnapshotContent knows it; VM vm1 has it among its disks" in said
+
+
+async def test_what_is_proved_to_be_ours_stays_while_a_vm_uses_it() -> None:
+    lab = Lab()
+    live = Live(lab)
+    lab.journals["gone"] = Proof(1, VM)
+    lab.files.held = {name(1, "gone")}
+    assert live.client is not None
+    live.client.disks = {f"/pool/{name(1, 'gone')}-abcdefgh.img": "vm1"}
+    async with lab.running():
+        assert not lab.files.deleted
+        assert not lab.classes.found["files"].listed
+
+
+@pytest.mark.parametrize("silent", [False, True])
+async def test_without_the_hypervisors_word_nothing_is_listed_for_deletion(silent: bool) -> None:
+    lab = Lab()
+    live = Live(lab)
+    lab.files.held = {name(1, "clone")}
+    client = live.client
+    assert client is not None
+    if silent:
+        client.silent = {"second": "second does not answer"}
+    else:
+        live.client = None
+    async with lab.running():
+        await asyncio.sleep(CONNECT_SECONDS + 1)
+        found = lab.classes.found["files"]
+        assert (found.listed, len(found.reported)) == ((), 1)
+        assert "is not known" in found.reported[0].why
+        client.silent, live.client = {}, client
+        await asyncio.sleep(LOOK_AGAIN + 2)
+        assert len(lab.classes.found["files"].listed) == 1, "it is asked again soon"

@@ -12,9 +12,20 @@ import pytest
 
 from tests.unit.handlers import fakes
 from tests.unit.plan import builders as b
-from vmsnapshot_operator.core.effects import Condition, Decision, Effect, Observation, Record, Settle, Wait
+from vmsnapshot_operator.core.effects import Condition, Decision, Effect, Observation, Record, RollBack, Settle, Wait
 from vmsnapshot_operator.core.planning import Request
-from vmsnapshot_operator.handlers import reconcile
+from vmsnapshot_operator.core.restoring import (
+    Clone,
+    GoBack,
+    RestoreDecision,
+    RestoreEffect,
+    RestoreRequest,
+    RestoreSeen,
+    Revert,
+    Start,
+    Stop,
+)
+from vmsnapshot_operator.handlers import reconcile, restores
 from vmsnapshot_operator.handlers.reconcile import TELL_EVERY, Reconciler
 from vmsnapshot_operator.handlers.restores import Restores
 from vmsnapshot_operator.strategies.window import LEASE_MARGIN
@@ -141,3 +152,66 @@ async def test_what_failed_after_it_began_has_had_its_event(monkeypatch: pytest.
     stage.record = Record(name="c", attempt=1, plan=b.plan(), groups={})
     await stage.look()
     assert (stage.told, stage.events) == (["ClassTie"], [])
+
+
+# --- an object that was taken away by force while something is under way ---------------------------------------------------
+
+
+@pytest.mark.parametrize(("effect", "ends"), [(Settle({}, False), "Cancelled"), (RollBack({}), "Done")])
+async def test_no_worker_waits_for_a_snapshot_that_is_gone(
+    monkeypatch: pytest.MonkeyPatch, effect: Effect, ends: str
+) -> None:
+    script = Script([(effect, "Settling")], seconds=300.0)
+    stage = Stage(monkeypatch, script)
+    await stage.look()
+    await asyncio.sleep(1)
+    stage.cluster.snapshots.clear()
+    stage.world.claims["vm"] = REQUEST.uid
+    start = asyncio.get_running_loop().time()
+    await stage.look()
+    assert asyncio.get_running_loop().time() == start
+    assert stage.world.claims, "the VM is still being worked on"
+    await stage.woken.wait()
+    assert script.done == ([effect] if ends == "Done" else [])
+    await stage.look()
+    assert not stage.world.claims
+    assert not stage.world.memories
+
+
+@pytest.mark.parametrize(
+    ("effect", "ends"),
+    [(Clone(()), "Cancelled"), (Stop(), "Cancelled"), (Start(), "Cancelled"), (Revert(()), "Done"), (GoBack(), "Done")],
+)
+async def test_no_worker_waits_for_a_restore_that_is_gone(
+    monkeypatch: pytest.MonkeyPatch, effect: RestoreEffect, ends: str
+) -> None:
+    """What nobody wants any more is cancelled: no VM is defined for nobody. What is half done is brought to its end."""
+    stage = Stage(monkeypatch, Script([]))
+    done: list[RestoreEffect] = []
+    request = RestoreRequest(uid="r1", namespace="ns", name="back", generation=1, created=b.CREATED, snapshot="snap")
+
+    async def gather(*_: object) -> RestoreSeen:
+        return RestoreSeen(request=request)
+
+    async def apply(_world: World, given: RestoreEffect, *_: object) -> None:
+        await asyncio.sleep(300.0)
+        done.append(given)
+
+    conditions = tuple(Condition(type=t, status=None, reason="Cloning") for t in ("Ready", "Reconciling", "Stalled"))
+    monkeypatch.setattr(restores.restore_gather, "gather", gather)
+    monkeypatch.setattr(restores.restore_apply, "apply", apply)
+    monkeypatch.setattr(restores, "decide", lambda *_: RestoreDecision(effect=effect, conditions=conditions))
+    stage.cluster.restores["ns", "back"] = {"kind": "VMRestore", "metadata": {"uid": "r1", "name": "back"}}
+    driven = Restores(stage.world, lambda *_: stage.woken.set())
+    await driven.reconcile("ns", "back", "r1")
+    await asyncio.sleep(1)
+    stage.cluster.restores.clear()
+    stage.world.claims["vm"] = "r1"
+    start = asyncio.get_running_loop().time()
+    await driven.reconcile("ns", "back", "r1")
+    assert asyncio.get_running_loop().time() == start
+    assert stage.world.claims
+    await stage.woken.wait()
+    assert done == ([effect] if ends == "Done" else [])
+    await driven.reconcile("ns", "back", "r1")
+    assert not stage.world.claims

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import pytest
 from click.testing import CliRunner
 
+from tests.unit.handlers import test_gates as gates
+from vmsnapshot_operator.api.meta import FINALIZER
 from vmsnapshot_operator.cli import main
 from vmsnapshot_operator.core import names
 from vmsnapshot_operator.core.chains import OverlayFile
@@ -19,7 +21,7 @@ from vmsnapshot_operator.core.volumes import VolumeId
 from vmsnapshot_operator.errors import HypervisorUnreachableError, KubeUnavailableError, QuiesceError
 from vmsnapshot_operator.handlers import sweep, thaw
 from vmsnapshot_operator.hypervisors.checkpoints import Seen as Checkpoint
-from vmsnapshot_operator.hypervisors.domains import Hypervisor, Ref, Sighting
+from vmsnapshot_operator.hypervisors.domains import Gated, Hypervisor, Ref, Sighting
 
 pytestmark = pytest.mark.looptime
 
@@ -37,10 +39,14 @@ class FakeHypervisor:
     closed: bool = False
     files: tuple[OverlayFile, ...] = ()
     silent: dict[str, str] = field(default_factory=dict)
+    gated: tuple[Gated, ...] = ()
     checkpoints: tuple[Checkpoint, ...] = ()
 
     async def all_checkpoints(self, prefix: str) -> tuple[Checkpoint, ...]:
         return tuple(c for c in self.checkpoints if c.name.startswith(prefix))
+
+    async def gates(self) -> tuple[tuple[Gated, ...], dict[str, str]]:
+        return self.gated, self.silent
 
     async def overlay_files(self, prefix: str) -> tuple[tuple[OverlayFile, ...], dict[str, str]]:
         return tuple(f for f in self.files if f.name.startswith(prefix)), self.silent
@@ -69,6 +75,7 @@ class Lab:
         self.hypervisors: dict[str, FakeHypervisor] = {}
         self.api, self.installation = True, OURS
         self.freed: list[str] = []
+        self.restores: dict[tuple[str, str], dict[str, Any]] = {}
         self.error: QuiesceError | None = None
         lab = self
 
@@ -86,6 +93,9 @@ class Lab:
 
             async def known_installation(self) -> str | None:
                 return lab.installation or None
+
+            async def restore(self, namespace: str, name: str) -> dict[str, Any] | None:
+                return lab.restores.get((namespace, name))
 
             async def hypervisor_names(self) -> tuple[str, ...]:
                 return tuple(lab.hypervisors)
@@ -226,3 +236,28 @@ def test_help_teaches() -> None:
     assert shown.exit_code == 0
     for taught in ("--dry-run", "qemu+tls://", "--installation abc123", "Exit status", "thaw"):
         assert taught in shown.output
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+async def test_gates_that_nobody_opens_are_said_and_left(lab: Lab, dry_run: bool) -> None:
+    host = lab.hypervisors["lab"] = FakeHypervisor([[]])
+    host.gated = (gates.gated(),)
+    said, ok = await lab.sweep(dry_run=dry_run)
+    assert "hypervisor lab: domain vm1: VMRestore team-a/back (UID r1) has taken its disks vda and is gone" in said
+    assert not ok
+    lab.restores["team-a", "back"] = {"metadata": {"uid": "r1", "finalizers": [FINALIZER]}}
+    said, ok = await lab.sweep(dry_run=dry_run)
+    assert "has taken its disks vda, and gives them back when it has come to its end" in said
+    assert ok
+
+
+async def test_gates_are_said_without_the_api_server(lab: Lab) -> None:
+    host = lab.hypervisors["lab"] = FakeHypervisor([[]])
+    broken = replace(gates.gated(name="vm3"), definition="", problem="it cannot be asked")
+    host.gated = (gates.gated(), gates.gated(installation="zzzzzz", name="vm2"), broken)
+    lab.api = False
+    said, ok = await lab.sweep("lab", installation=OURS, dry_run=True)
+    assert "domain vm1: VMRestore team-a/back (UID r1) has taken its disks vda; whether that is still there" in said
+    assert "domain vm2: VMRestore team-a/back (UID r1) has taken its disks vda; it is of installation zzzzzz" in said
+    assert "domain vm3: its gate cannot be read: it cannot be asked" in said
+    assert not ok

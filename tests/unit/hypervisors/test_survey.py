@@ -215,3 +215,16 @@ def test_one_on_which_another_image_lies_is_not_removed() -> None:
     with pytest.raises(HypervisorError, match="beneath /pool/theirs"):
         overlays.remove_pristine(host, "/pool/ovl-abcdef-a")
     assert not host.volumes[0].deleted
+
+
+@pytest.mark.parametrize(
+    "nvram", ["<nvram>/pool/vars.fd</nvram>", "<nvram type='file'><source file='/pool/vars.fd'/></nvram>"]
+)
+def test_the_file_of_a_firmwares_variables_is_used(nvram: str) -> None:
+    class Firmware(Domain):
+        def XMLDesc(self, _flags: int = 0) -> str:  # noqa: N802 - libvirt's name
+            return f"<domain><metadata><x y='/pool/no'/></metadata><os>{nvram}</os><devices/></domain>"
+
+    found = overlays.users(Connection(domains=[Firmware("vm", live="")]))
+    assert found["/pool/vars.fd"] == "vm"
+    assert "/pool/no" not in found

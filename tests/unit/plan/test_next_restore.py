@@ -374,12 +374,13 @@ def test_a_vm_that_was_started_after_its_safety_snapshot_is_not_stopped_again() 
 
 @pytest.mark.parametrize("on_record", [True, False])
 def test_an_end_that_somebody_else_wrote_waits_for_a_storage_that_does_not_answer(on_record: bool) -> None:
+    """On record or not: without a record the drivers of all classes are asked."""
     told = World(request=request(new_name="copy"))
     told.settle()
     world = World(request=request(new_name="copy"), finalizer=True, clones={"clone"}, ended=told.ended)
     seen = replace(world.see(), held=None, record=records.example() if on_record else None)
     effect = next_restore.decide(seen, b.CREATED).effect
-    assert isinstance(effect, Rest if on_record else LetGo)
+    assert isinstance(effect, Rest)
     assert effect != Rest(), "it looks again"
 
 
@@ -396,3 +397,110 @@ def test_an_end_that_somebody_else_wrote_leaves_no_clones(defined: bool) -> None
     assert world.new_vm is defined
     assert not world.clones
     assert not world.finalizer
+
+
+# --- where nobody can look --------------------------------------------------------------------------------------------------
+
+UNSEEN = RestoreSeen(request=request(), finalizer=True, problem="it does not answer", known_for=Seconds(60.0))
+
+
+def told_of(seen: RestoreSeen, seconds: float = 0.0) -> tuple[RestoreEffect, dict[str, Condition]]:
+    made = next_restore.decide(seen, b.at(seconds))
+    return made.effect, {c.type: c for c in made.conditions}
+
+
+def test_what_was_never_begun_comes_to_its_end_without_its_hypervisor() -> None:
+    gone = replace(UNSEEN, no_hypervisor=True)
+    assert isinstance(told_of(gone)[0], Rest)
+    assert isinstance(told_of(replace(gone, deleting=True))[0], LetGo)
+    effect, told = told_of(gone, 7200)
+    assert isinstance(effect, LetGo)
+    assert (told["Stalled"].status, told["Stalled"].reason) == (True, "DeadlineExceeded")
+    assert "it does not answer" in told["Stalled"].message
+
+
+@pytest.mark.parametrize("deleting", [False, True])
+@pytest.mark.parametrize("seconds", [0.0, 7200.0])
+def test_what_may_be_half_done_waits_for_a_hypervisor_that_is_gone(deleting: bool, seconds: float) -> None:
+    effect, told = told_of(replace(UNSEEN, begun=True, no_hypervisor=True, deleting=deleting), seconds)
+    assert isinstance(effect, Rest)
+    assert effect != Rest()
+    assert told["Stalled"].status is False
+    assert "create the Hypervisor again" in told["Reconciling"].message
+
+
+@pytest.mark.parametrize("deleting", [False, True])
+def test_a_hypervisor_that_only_does_not_answer_is_waited_for(deleting: bool) -> None:
+    """Status alone says that nothing was begun; whoever answers again says it better."""
+    effect, told = told_of(replace(UNSEEN, deleting=deleting), 7200)
+    assert isinstance(effect, Rest)
+    assert told["Reconciling"].reason == "HypervisorUnreachable"
+
+
+@pytest.mark.parametrize(("held", "end"), [(frozenset(), LetGo), (frozenset({"clone"}), Rest), (None, Rest)])
+def test_a_new_vm_that_nobody_can_look_at_ends_once_storage_holds_nothing(
+    held: frozenset[str] | None, end: type[RestoreEffect]
+) -> None:
+    seen = replace(UNSEEN, request=request(new_name="copy"), begun=True, no_hypervisor=True, deleting=True, held=held)
+    assert isinstance(told_of(seen)[0], end), "clones may be the disks of a VM that is defined"
+
+
+@pytest.mark.parametrize("finalizer", [False, True])
+@pytest.mark.parametrize(
+    "changes",
+    [{"problem": "it is being connected to"}, {"leader": False}, {"retry_in": Seconds(5.0)}],
+    ids=lambda c: next(iter(c)),
+)
+def test_an_end_stays_told_whatever_is_waited_for(changes: dict[str, Any], finalizer: bool) -> None:
+    """An operator that starts does not reach the hypervisor yet: what has ended must not be begun anew for that."""
+    done = World()
+    done.settle()
+    seen = RestoreSeen(request=request(), ended=done.ended, begun=True, finalizer=finalizer)
+    effect, _ = told_of(replace(seen, **changes))
+    assert isinstance(effect, Rest)
+    assert next_restore.decide(replace(seen, **changes), b.CREATED).conditions == done.ended
+
+
+# --- the gate without a record --------------------------------------------------------------------------------------------
+
+GATED = RestoreSeen(
+    request=request(),
+    finalizer=True,
+    begun=True,
+    marker=MARKER,
+    gate=Gate(marker=MARKER, targets=DISKS, autostart=False),
+    refusal=Refusal(reason="SnapshotNotFound", message="there is no VMSnapshot"),
+    power=PowerState.SHUT_OFF,
+    known_for=Seconds(60.0),
+)
+
+
+@pytest.mark.parametrize("deleting", [False, True])
+@pytest.mark.parametrize("patience", list(Patience))
+def test_a_gate_without_a_record_is_opened_onto_the_safety_snapshot(deleting: bool, patience: Patience) -> None:
+    refusal = Refusal(reason="SnapshotNotReady", message="not Ready", patience=patience)
+    effect, _ = told_of(replace(GATED, refusal=refusal, safety=Safety.READY, deleting=deleting))
+    assert isinstance(effect, GoBack)
+
+
+@pytest.mark.parametrize("deleting", [False, True])
+@pytest.mark.parametrize("seconds", [0.0, 7200.0])
+@pytest.mark.parametrize("safety", [Safety.NONE, Safety.TAKING, Safety.FAILED])
+def test_a_gate_with_neither_record_nor_safety_snapshot_is_never_let_go(
+    safety: Safety, seconds: float, deleting: bool
+) -> None:
+    seen = replace(GATED, safety=safety, safety_name="back-safety", safety_message="its storage is gone")
+    effect, told = told_of(replace(seen, deleting=deleting), seconds)
+    assert isinstance(effect, Rest)
+    assert effect != Rest(), "it looks again"
+    assert told["Reconciling"].reason == "Blocked"
+    assert told["VolumesRestored"].reason == "HalfDone"
+    assert "there is no VMSnapshot" in told["Reconciling"].message
+    assert "VMSnapshotContent back" in told["Reconciling"].message
+    assert ("its storage is gone" in told["Reconciling"].message) is (safety is not Safety.NONE)
+
+
+def test_a_finalizer_that_was_taken_away_while_the_gate_is_closed_is_put_on_again() -> None:
+    seen = replace(GATED, finalizer=False, safety=Safety.READY)
+    assert isinstance(told_of(seen)[0], Claim)
+    assert isinstance(told_of(replace(seen, deleting=True))[0], GoBack), "it cannot be put on any more"

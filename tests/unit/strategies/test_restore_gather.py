@@ -1,9 +1,9 @@
-"""A safety snapshot holds what the VM would lose, or it is none; and a VM that is defined twice is not set back."""
+"""What a restore finds of itself in the world, whatever became of its snapshot; and what a safety snapshot is worth."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import pytest
@@ -11,16 +11,36 @@ import pytest
 from tests.unit.handlers import fakes
 from tests.unit.kube import records
 from tests.unit.plan import builders as b
+from vmsnapshot_operator.core import names
+from vmsnapshot_operator.core.effects import Record
 from vmsnapshot_operator.core.machine import Machine, PowerState
-from vmsnapshot_operator.core.markers import Gate
-from vmsnapshot_operator.core.restoring import RestoreRequest, RestoreSeen, Safety
-from vmsnapshot_operator.errors import DomainAmbiguousError
+from vmsnapshot_operator.core.markers import Gate, Marker
+from vmsnapshot_operator.core.planning import Request
+from vmsnapshot_operator.core.restoring import (
+    CloseGate,
+    GoBack,
+    HandOver,
+    LetGo,
+    RemoveClones,
+    Rest,
+    RestoreDecision,
+    RestoreEffect,
+    RestoreRequest,
+    RestoreSeen,
+    Safety,
+)
+from vmsnapshot_operator.core.volumes import NVRAM, Seconds, volume_id
+from vmsnapshot_operator.errors import HypervisorUnreachableError
+from vmsnapshot_operator.hypervisors import definitions
 from vmsnapshot_operator.hypervisors.definitions import Defined
-from vmsnapshot_operator.hypervisors.domains import Hypervisor, Ref
-from vmsnapshot_operator.plan import definition, restore_plan
+from vmsnapshot_operator.hypervisors.domains import Gated, Ref
+from vmsnapshot_operator.kube import contents
+from vmsnapshot_operator.plan import definition, next_restore, restore_plan, restore_report
+from vmsnapshot_operator.plan import domain_tree as tree
 from vmsnapshot_operator.plan.access import AccessRule
-from vmsnapshot_operator.strategies import restore_gather
-from vmsnapshot_operator.strategies.world import LiveHypervisor
+from vmsnapshot_operator.strategies import restore_apply, restore_gather
+from vmsnapshot_operator.strategies.restore_gather import Memory
+from vmsnapshot_operator.strategies.world import LiveHypervisor, World
 
 _REQUEST = RestoreRequest(uid="r1", namespace="team-a", name="back", generation=1, created=b.CREATED, snapshot="snap")
 
@@ -61,87 +81,447 @@ def test_one_that_lacks_what_is_set_back_is_none(lacks: bool) -> None:
     assert ("does not hold vda" in judged.safety_message) is lacks
 
 
-# --- a VM that is defined twice --------------------------------------------------------------------------------------------
+# --- a snapshot that is gone, or of which nothing is on record any more ------------------------------------------------------
 
-WORLD = fakes.world(installation=records.INSTALLATION)
-MARKER = restore_gather.marker_of(WORLD, _REQUEST, "s1")
-OPEN = (
-    "<domain><name>demo</name><devices><disk type='file'><driver name='qemu' type='raw'/><source file='/a'/><target dev='vda'/></disk>"
-    "</devices></domain>"
+UID = "6f1d3c0a-58f2-4a57-9f0e-2d6f4a1b7c33"
+MARKER = Marker(
+    installation=records.INSTALLATION, restore="team-a/back", restore_uid=UID, snapshot_uid=records.REQUEST.uid
 )
-GATED = definition.gated(OPEN, Gate(marker=MARKER, targets=("vda",), autostart=False))
-OTHERS = definition.gated(
-    OPEN, Gate(marker=replace(MARKER, restore="team-a/other", restore_uid="r2"), targets=("vda",), autostart=False)
-)
+SAFETY = replace(records.REQUEST, name=f"back-safety-{UID[:8]}", uid="7b0c2f5e-0f7e-4e0a-9f83-0d3c0e0a0002")
+XML = """<domain type='kvm'><name>demo</name><uuid>u</uuid><devices>
+<disk type='file' device='disk'><driver name='qemu' type='raw'/><source file='/a'/><target dev='vda' bus='virtio'/></disk>
+<disk type='file' device='disk'><driver name='qemu' type='raw'/><source file='/b'/><target dev='vdb' bus='virtio'/></disk>
+<disk type='file' device='disk'><driver name='qemu' type='raw'/><source file='/c'/><target dev='vdc' bus='virtio'/></disk>
+</devices></domain>"""
+
+
+def gated(*targets: str, marker: Marker = MARKER) -> str:
+    gate = Gate(marker=marker, targets=targets or ("vda", "vdb", "vdc"), autostart=False)
+    return definition.gated(XML, gate)
+
+
+def new_vm(marker: Marker = MARKER) -> str:
+    root = tree.parse(XML.replace(">demo<", ">copy<"))
+    definition.add_done(root, marker)
+    return tree.text_of(root)
+
+
+def content_of(asked: Request, **changes: Any) -> dict[str, Any]:
+    plan = records.example().plan
+    record = records.example()
+    if asked.uid != records.REQUEST.uid:
+        requests = requests_of(record, asked)
+        record = replace(record, groups=requests)
+    record = replace(record, name=contents.name_for(asked.uid), plan=plan, ready=True, ready_time=b.CREATED, **changes)
+    return contents.to_body(record, asked, records.INSTALLATION)
+
+
+def requests_of(record: Record, asked: Request) -> dict[str, Any]:
+    """The same groups, held under the names of another VMSnapshot."""
+    made = {}
+    for name, group in record.groups.items():
+        request_name = names.request_name(
+            records.INSTALLATION, asked.uid, 1, name, [v.id for v in group.request.volumes]
+        )
+        made[name] = replace(group, request=replace(group.request, name=request_name))
+    return made
+
+
+def snapshot_body(asked: Request) -> dict[str, Any]:
+    return {
+        "metadata": {
+            "namespace": asked.namespace,
+            "name": asked.name,
+            "uid": asked.uid,
+            "generation": 1,
+            "creationTimestamp": "2026-01-02T03:04:05Z",
+        },
+        "spec": {"source": {"hypervisorName": "lab", "domain": "demo"}},
+    }
+
+
+class Client(fakes.FakeClient):
+    """All of its VMs are off, and none has the disks of the snapshot any more: nothing can begin."""
+
+    async def describe(self, _ref: Ref, *, ask_agent: bool) -> Machine:
+        assert not ask_agent
+        return b.machine(power=PowerState.SHUT_OFF)
+
+    async def places(self, ref: Ref) -> tuple[Ref, ...]:
+        return (ref,)
 
 
 @dataclass
-class Pool:
-    """Endpoints that define the VM so; `running`: the only one that is found without asking all."""
+class Scene:
+    """One VMRestore whose gate is closed, a snapshot, a safety snapshot, and hypervisors; tests take parts of it away."""
 
-    by_endpoint: Mapping[str, str]
-    running: str = ""
+    world: World
+    spec: dict[str, Any] = field(default_factory=lambda: {"snapshotName": "backup", "mode": "InPlace"})
+    status: dict[str, Any] = field(
+        default_factory=lambda: {"startTime": "2026-01-02T03:05:00Z", "hypervisorName": "lab"}
+    )
+    finalizers: list[str] = field(default_factory=lambda: [restore_gather.FINALIZER])
+    deleting: bool = False
+    memory: Memory = field(default_factory=lambda: Memory(since=Seconds(restore_gather.clock() - 60.0)))
+    live: dict[str, LiveHypervisor] = field(default_factory=dict)
+    domains: dict[tuple[str, str], str] = field(default_factory=dict)
 
-    async def places(self, _ref: Ref) -> tuple[Ref, ...]:
-        return tuple(Ref(uuid="u", name="demo", endpoint=e) for e in self.by_endpoint)
+    @property
+    def cluster(self) -> fakes.FakeCluster:
+        return cast("fakes.FakeCluster", self.world.cluster)
 
-    async def definitions(self, _domain: str) -> tuple[Ref, ...]:
-        return tuple(r for r in await self.places(cast("Ref", None)) if self.running in ("", r.endpoint))
+    @property
+    def classes(self) -> fakes.FakeClasses:
+        return cast("fakes.FakeClasses", self.world.classes)
 
-    async def act_on(self, endpoint: str, _what: str, act: Callable[[Any], Any], *, timeout: float) -> Defined:  # noqa: ASYNC109 - as the real one
-        assert act
-        assert timeout
-        return Defined(
-            ref=Ref(uuid="u", name="demo", endpoint=endpoint),
-            xml=self.by_endpoint[endpoint],
-            power=PowerState.RUNNING if self.running else PowerState.SHUT_OFF,
+    def add(self, hypervisor: str, **domains: str) -> fakes.FakeClient:
+        """A hypervisor with domains by name, each by its definition; those with a gate are found by it."""
+        client = Client()
+        client.gated = tuple(
+            Gated(ref=Ref(uuid=f"uuid of {n}", name=n, endpoint=hypervisor), definition=x)
+            for n, x in domains.items()
+            if "gate" in x
+        )
+        rule = AccessRule(namespace=(), domains=("*",))
+        self.live[hypervisor] = LiveHypervisor(name=hypervisor, access=(rule,), client=cast("Any", client))
+        self.cluster.hypervisors = tuple(sorted({*self.cluster.hypervisors, hypervisor}))
+        for name, xml in domains.items():
+            for key in (name, f"uuid of {name}", *(["u"] if name == "demo" else [])):
+                self.domains[hypervisor, key] = xml
+        return client
+
+    def get(self, name: str) -> LiveHypervisor | None:
+        return self.live.get(name)
+
+    @property
+    def body(self) -> dict[str, Any]:
+        meta: dict[str, Any] = {
+            "namespace": "team-a",
+            "name": "back",
+            "uid": UID,
+            "generation": 1,
+            "creationTimestamp": b.CREATED.isoformat(),
+            "finalizers": self.finalizers,
+        }
+        if self.deleting:
+            meta["deletionTimestamp"] = b.CREATED.isoformat()
+        return {"kind": "VMRestore", "metadata": meta, "spec": self.spec, "status": self.status}
+
+    async def seen(self) -> RestoreSeen:
+        return await restore_gather.gather(self.world, self.body, self.memory)
+
+    async def decided(self) -> RestoreDecision:
+        return next_restore.decide(await self.seen(), b.CREATED)
+
+    async def next(self) -> RestoreEffect:
+        return (await self.decided()).effect
+
+
+@pytest.fixture
+def scene(monkeypatch: pytest.MonkeyPatch) -> Scene:
+    made = Scene(world=fakes.world(installation=records.INSTALLATION, classes=fakes.FakeClasses()))
+    made.world.hypervisors = made
+    for asked in (records.REQUEST, SAFETY):
+        made.cluster.snapshots["team-a", asked.name] = snapshot_body(asked)
+        made.cluster.contents_by_name[contents.name_for(asked.uid)] = content_of(asked)
+
+    async def look(client: Any, domain: str) -> tuple[Defined, ...]:
+        hypervisor = next(n for n, live in made.live.items() if live.client is client)
+        if client.error is not None:
+            raise client.error
+        xml = made.domains.get((hypervisor, domain))
+        if xml is None:
+            return ()
+        name = next(n for h, n in made.domains if (h, made.domains[h, n]) == (hypervisor, xml))
+        found = Defined(
+            ref=Ref(uuid=f"uuid of {name}", name=name, endpoint=hypervisor),
+            xml=xml,
+            power=PowerState.SHUT_OFF,
             persistent=True,
             autostart=False,
             managed_save=False,
             agent_channel=False,
         )
+        return (found,)
 
-    async def describe(self, _ref: Ref, *, ask_agent: bool) -> Machine:
-        assert not ask_agent
-        return b.machine(power=PowerState.SHUT_OFF, disks=())
-
-
-async def looked(pool: Pool) -> tuple[str, RestoreSeen]:
-    """Where the restore works, and what it sees."""
-    live = LiveHypervisor(
-        name="lab", client=cast("Hypervisor", pool), access=(AccessRule(namespace=(), domains=("*",)),)
-    )
-    world = replace(WORLD, hypervisors=cast("Any", {"lab": live}))
-
-    async def labels(_namespace: str) -> Mapping[str, str]:
-        return {}
-
-    cast("Any", world.cluster).namespace_labels = labels
-    request = replace(_REQUEST, safety=False, stop_running=True)
-    found = await restore_gather.find(world, request, records.example(), "lab")
-    assert found.defined is not None
-    seen = RestoreSeen(request=request, marker=MARKER, record=records.example())
-    return found.defined.ref.endpoint, await restore_gather._look(world, request, seen, found, None)
+    monkeypatch.setattr(definitions, "look", look)
+    return made
 
 
-@pytest.mark.parametrize("running", ["", "b"])
-async def test_a_vm_that_is_defined_twice_is_not_set_back(running: str) -> None:
-    """Even if both are equal, or the VM runs: off, it could be started half done where it is not gated."""
-    _, seen = await looked(Pool({"a": OPEN, "b": OPEN}, running))
+def _no_snapshot(scene: Scene) -> None:
+    del scene.cluster.snapshots["team-a", "backup"]
+
+
+def _no_content(scene: Scene) -> None:
+    del scene.cluster.contents_by_name[contents.name_for(records.REQUEST.uid)]
+
+
+def _forged_content(scene: Scene) -> None:
+    scene.cluster.contents_by_name[contents.name_for(records.REQUEST.uid)]["spec"]["attempt"] = 7
+
+
+def _another_snapshot(scene: Scene) -> None:
+    """It was deleted, and somebody made another one of its name."""
+    other = replace(records.REQUEST, uid="8b0c2f5e-0f7e-4e0a-9f83-0d3c0e0a0003")
+    scene.cluster.snapshots["team-a", "backup"] = snapshot_body(other)
+    scene.cluster.contents_by_name[contents.name_for(other.uid)] = content_of(other)
+
+
+def _no_access(scene: Scene) -> None:
+    scene.live["lab"] = replace(scene.live["lab"], access=())
+
+
+LOST = pytest.mark.parametrize(
+    "lose", [_no_snapshot, _no_content, _forged_content, _another_snapshot, _no_access], ids=lambda f: f.__name__
+)
+
+
+@LOST
+@pytest.mark.parametrize("deleting", [False, True])
+async def test_a_closed_gate_is_found_and_brought_back(
+    scene: Scene, lose: Callable[[Scene], None], deleting: bool
+) -> None:
+    scene.add("lab", demo=gated())
+    scene.add("another", stranger=XML)
+    lose(scene)
+    scene.deleting = deleting
+    seen = await scene.seen()
+    assert seen.gated
+    assert (seen.vm_name, seen.hypervisor, seen.safety) == ("demo", "lab", Safety.READY)
+    assert isinstance(await scene.next(), GoBack)
+
+
+@LOST
+@pytest.mark.parametrize("deleting", [False, True])
+async def test_a_closed_gate_without_a_way_back_is_never_let_go(
+    scene: Scene, lose: Callable[[Scene], None], deleting: bool
+) -> None:
+    scene.add("lab", demo=gated())
+    lose(scene)
+    scene.deleting = deleting
+    scene.cluster.contents_by_name.pop(contents.name_for(SAFETY.uid))
+    made = await scene.decided()
+    assert isinstance(made.effect, Rest)
+    assert {c.type: c.reason for c in made.conditions}["Reconciling"] == "Blocked"
+
+
+async def test_it_is_found_by_its_own_marker_alone(scene: Scene) -> None:
+    scene.add("lab", demo=gated(marker=replace(MARKER, restore_uid="another")))
+    scene.add("other", elsewhere=gated())
+    scene.status = {}  # whatever a tenant writes there
+    _no_snapshot(scene)
+    seen = await scene.seen()
+    assert (seen.hypervisor, seen.vm_name, seen.gated) == ("other", "elsewhere", True)
+
+
+@LOST
+async def test_without_a_gate_it_ends(scene: Scene, lose: Callable[[Scene], None]) -> None:
+    """It went back, and the process died before it said so."""
+    scene.add("lab", demo=XML)
+    lose(scene)
+    made = next_restore.decide(await scene.seen(), b.at(7200))
+    assert isinstance(made.effect, LetGo)
+    assert {c.type: c.status for c in made.conditions}["Stalled"] is True
+    scene.deleting = True
+    assert isinstance(await scene.next(), LetGo)
+
+
+@pytest.mark.parametrize("how", ["silent", "unreadable", "not connected", "not seen yet"])
+async def test_a_gate_that_may_be_where_nobody_can_look_is_waited_for(scene: Scene, how: str) -> None:
+    client = scene.add("lab", demo=XML)
+    match how:
+        case "silent":
+            client.gates_silent = {"second": "second does not answer"}
+        case "unreadable":
+            client.gated = (
+                Gated(ref=Ref(uuid="x", name="x", endpoint="lab"), definition="", problem="it cannot be seen"),
+            )
+        case "not connected":
+            scene.live["lab"] = LiveHypervisor(name="lab", problem="it is being connected to")
+        case "not seen yet":
+            del scene.live["lab"]
+    _no_snapshot(scene)
+    scene.deleting = True
+    made = await scene.decided()
+    assert isinstance(made.effect, Rest)
+    assert {c.type: c.reason for c in made.conditions}["Reconciling"] == "HypervisorUnreachable"
+
+
+async def test_nothing_is_looked_for_where_nothing_was_begun_or_all_has_ended(scene: Scene) -> None:
+    client = scene.add("lab", demo=XML)
+    client.gates_silent = {"second": "second does not answer"}
+    _no_snapshot(scene)
+    scene.finalizers, scene.status = [], {}
+    assert not (await scene.seen()).problem
+    ended = [{"type": "Ready", "status": "True", "reason": "Ready"}]
+    scene.status = {"startTime": "2026-01-02T03:05:00Z", "conditions": ended}
+    assert not (await scene.seen()).problem
+
+
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("lose", [None, _no_snapshot])
+async def test_a_hypervisor_object_that_is_gone(
+    scene: Scene, lose: Callable[[Scene], None] | None, begun: bool
+) -> None:
+    scene.status = {"hypervisorName": "lab"} | ({"startTime": "2026-01-02T03:05:00Z"} if begun else {})
+    if lose is not None:
+        lose(scene)
+    made = await scene.decided()
+    assert isinstance(made.effect, Rest) or lose is not None
+    scene.deleting = True
+    made = await scene.decided()
+    assert isinstance(made.effect, Rest if begun else LetGo)
+    assert {c.type: c.reason for c in made.conditions}["Reconciling"] == ("HypervisorNotFound" if begun else "Deleting")
+
+
+async def test_a_marker_that_cannot_be_read_is_not_taken_for_none(scene: Scene) -> None:
+    scene.add("lab", demo=gated().replace(f'uid="{UID}"', f'uid="{UID}!"'))
+    assert isinstance(await scene.next(), Rest)
+    scene.deleting = True
+    assert isinstance(await scene.next(), Rest)
+    scene.finalizers, scene.deleting = [], False
+    seen = await scene.seen()
     assert seen.refusal is not None
-    assert seen.refusal.reason == DomainAmbiguousError.reason
-    assert "defined on a and on b" in seen.refusal.message
-    assert seen.plan is None
-    _, alone = await looked(Pool({"b": OPEN}, running))
-    assert alone.refusal is not None
-    assert alone.refusal.reason == "DisksChanged", "it was looked at further"
+    assert seen.refusal.reason == "MarkerUnreadable"
 
 
-@pytest.mark.parametrize("first", [OPEN, OTHERS])
-async def test_one_that_is_half_done_is_never_taken_for_one_that_was_not_begun(first: str) -> None:
-    where, seen = await looked(Pool({"a": first, "b": GATED}))
-    assert (where, seen.gated) == ("b", True)
-    assert (seen.problem_reason, seen.refusal) == (DomainAmbiguousError.reason, None)
-    assert "defined on a and on b" in seen.problem
-    where, seen = await looked(Pool({"b": GATED}))
-    assert (where, seen.gated, seen.problem) == ("b", True, "")
+async def test_what_is_about_to_be_begun_is_told_before(scene: Scene) -> None:
+    scene.add("lab", demo=XML)
+    seen = await scene.seen()
+
+    def status(effect: RestoreEffect) -> dict[str, Any]:
+        conditions = next_restore.decide(seen, b.CREATED).conditions
+        return restore_report.status(seen, RestoreDecision(effect=effect, conditions=conditions), {}, b.CREATED)
+
+    assert "startTime" not in status(Rest())
+    told = status(CloseGate(("vda",)))
+    assert "startTime" in told
+    assert told["hypervisorName"] == "lab"
+
+
+# --- the clones of a new VM without a record ------------------------------------------------------------------------------
+
+CLONE = names.request_name(records.INSTALLATION, UID, 1, "fast", ())
+
+
+@pytest.fixture
+def copy(scene: Scene) -> Scene:
+    """A new VM whose clones are on storage; the snapshot's record is gone."""
+    scene.spec = {"snapshotName": "backup", "mode": "NewVM", "newVM": {"name": "copy"}}
+    scene.cluster.classes = ("fast", "slow")
+    scene.classes.by_name = {"fast": fakes.FakeHost(held={CLONE}), "slow": fakes.FakeHost()}
+    return scene
+
+
+@LOST
+@pytest.mark.parametrize("deleting", [False, True])
+async def test_clones_of_a_vm_that_will_not_be_are_removed(
+    copy: Scene, lose: Callable[[Scene], None], deleting: bool
+) -> None:
+    copy.add("lab", demo=XML)
+    lose(copy)
+    copy.deleting = deleting
+    seen = await copy.seen()
+    effect = next_restore.decide(seen, b.at(7200)).effect
+    assert effect == RemoveClones(frozenset({CLONE}))
+    await restore_apply.apply(copy.world, effect, seen, copy.body, copy.memory)
+    assert isinstance(next_restore.decide(await copy.seen(), b.at(7200)).effect, LetGo)
+
+
+@LOST
+@pytest.mark.parametrize("deleting", [False, True])
+async def test_clones_that_are_a_vms_disks_are_handed_over(
+    copy: Scene, lose: Callable[[Scene], None], deleting: bool
+) -> None:
+    copy.add("lab", copy=new_vm())
+    lose(copy)
+    copy.deleting = deleting
+    assert await copy.next() == HandOver(frozenset({CLONE}))
+
+
+async def test_clones_stay_while_their_vm_may_be_defined_where_nobody_can_look(copy: Scene) -> None:
+    copy.add("lab", copy=new_vm()).error = HypervisorUnreachableError("lab does not answer")
+    _no_snapshot(copy)
+    copy.deleting = True
+    assert isinstance(await copy.next(), Rest)
+    copy.cluster.hypervisors = ()  # the object is deleted; that the VM was there is in status
+    assert isinstance(await copy.next(), Rest)
+
+
+async def test_a_class_whose_driver_does_not_run_is_named(copy: Scene) -> None:
+    copy.add("lab", demo=XML)
+    _no_snapshot(copy)
+    copy.classes.by_name.pop("slow")
+    made = await copy.decided()
+    assert isinstance(made.effect, Rest)
+    assert 'class "slow"' in {c.type: c.message for c in made.conditions}["Reconciling"]
+
+
+# --- the way back ---------------------------------------------------------------------------------------------------------
+
+
+async def test_going_back_sets_back_what_the_gate_took_and_nothing_else(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene.add("lab", demo=gated("vda", "vdc"))
+    _no_snapshot(scene)
+    reverted: list[str] = []
+    opened: list[str] = []
+
+    class Host(fakes.FakeHost):
+        async def revert(self, _cut: Any, onto: Any, **_: Any) -> None:
+            reverted.extend(v.label for v in onto)
+
+    async def redefine(_client: Any, _ref: Ref, change: Callable[[str], str]) -> None:
+        opened.append(change(gated("vda", "vdc")))
+
+    scene.classes.by_name = {"fast": Host(), "slow": Host()}
+    monkeypatch.setattr(definitions, "redefine", redefine)
+    seen = await scene.seen()
+    effect = next_restore.decide(seen, b.CREATED).effect
+    await restore_apply.apply(scene.world, effect, seen, scene.body, scene.memory)
+    assert sorted(reverted) == ["vda", "vdc"]
+    assert definition.gate_of(opened[0]) is None
+    assert definition.done(opened[0]) is None
+    assert scene.memory.broken is not None
+    assert scene.memory.broken.reason == "SnapshotNotFound"
+
+
+async def test_a_safety_snapshot_that_lacks_a_disk_opens_nothing(scene: Scene) -> None:
+    scene.add("lab", demo=gated().replace("/b'", "/elsewhere'").replace('"/b"', '"/elsewhere"'))
+    _no_snapshot(scene)
+    seen = await scene.seen()
+    with pytest.raises(restore_apply.RefusedError, match="lacks 1 of the 3 disks"):
+        await restore_apply.apply(scene.world, GoBack(), seen, scene.body, scene.memory)
+
+
+async def test_a_gate_on_the_vm_that_it_began_with_is_found_although_the_snapshot_is_of_another_one_now(
+    scene: Scene,
+) -> None:
+    scene.add("lab", demo=XML, elder=gated())
+    _another_snapshot(scene)
+    scene.status["vm"] = {"name": "elder", "uuid": "uuid of elder"}
+    seen = await scene.seen()
+    assert (seen.gated, seen.vm_name) == (True, "elder")
+    assert isinstance(await scene.next(), GoBack)
+
+
+@pytest.mark.parametrize(("include", "with_nvram"), [((), True), (("vda",), False), (("vda", NVRAM), True)])
+async def test_the_variables_of_the_firmware_go_back_if_they_were_asked_for(
+    scene: Scene, include: tuple[str, ...], with_nvram: bool
+) -> None:
+    """They are no disk, so the gate does not name them."""
+    scene.add("lab", demo=gated("vda"))
+    scene.spec["volumes"] = {"include": list(include)}
+    _no_snapshot(scene)
+    seen = await scene.seen()
+    safety = records.example()
+    layer = replace(safety.plan.volumes[0].volume.writable, source="/nvram")
+    volume = replace(safety.plan.volumes[0].volume, id=volume_id(layer), label=NVRAM, writable=layer)
+    more = replace(safety.plan.volumes[0], target=NVRAM, volume=volume)
+    safety = replace(safety, plan=replace(safety.plan, volumes=(*safety.plan.volumes, more)))
+    found = await restore_gather.find(scene.world, seen.request, "lab", seen.vm_uuid)
+    touched = restore_apply._touched(seen, found, safety)
+    assert (volume.id in touched) is with_nvram
+    assert safety.plan.volumes[0].volume.id in touched
+    assert len(touched) == 1 + with_nvram

@@ -1,0 +1,107 @@
+"""A VM that is defined twice is not set back; and one that is half done is found wherever its gate is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import pytest
+
+from tests.unit.handlers import fakes
+from tests.unit.kube import records
+from tests.unit.plan import builders as b
+from vmsnapshot_operator.core.machine import Machine, PowerState
+from vmsnapshot_operator.core.markers import Gate
+from vmsnapshot_operator.core.restoring import RestoreRequest, RestoreSeen
+from vmsnapshot_operator.errors import DomainAmbiguousError
+from vmsnapshot_operator.hypervisors.definitions import Defined
+from vmsnapshot_operator.hypervisors.domains import Hypervisor, Ref
+from vmsnapshot_operator.plan import definition
+from vmsnapshot_operator.plan.access import AccessRule
+from vmsnapshot_operator.strategies import restore_gather
+from vmsnapshot_operator.strategies.world import LiveHypervisor
+
+_REQUEST = RestoreRequest(uid="r1", namespace="team-a", name="back", generation=1, created=b.CREATED, snapshot="snap")
+WORLD = fakes.world(installation=records.INSTALLATION)
+MARKER = restore_gather.marker_of(WORLD, _REQUEST, "s1")
+OPEN = (
+    "<domain><name>demo</name><devices><disk type='file'><driver name='qemu' type='raw'/><source file='/a'/><target dev='vda'/></disk>"
+    "</devices></domain>"
+)
+GATED = definition.gated(OPEN, Gate(marker=MARKER, targets=("vda",), autostart=False))
+OTHERS = definition.gated(
+    OPEN, Gate(marker=replace(MARKER, restore="team-a/other", restore_uid="r2"), targets=("vda",), autostart=False)
+)
+
+
+@dataclass
+class Pool:
+    """Endpoints that define the VM so; `running`: the only one that is found without asking all."""
+
+    by_endpoint: Mapping[str, str]
+    running: str = ""
+
+    async def places(self, _ref: Ref) -> tuple[Ref, ...]:
+        return tuple(Ref(uuid="u", name="demo", endpoint=e) for e in self.by_endpoint)
+
+    async def definitions(self, _domain: str) -> tuple[Ref, ...]:
+        return tuple(r for r in await self.places(cast("Ref", None)) if self.running in ("", r.endpoint))
+
+    async def act_on(self, endpoint: str, _what: str, act: Callable[[Any], Any], *, timeout: float) -> Defined:  # noqa: ASYNC109 - as the real one
+        assert act
+        assert timeout
+        return Defined(
+            ref=Ref(uuid="u", name="demo", endpoint=endpoint),
+            xml=self.by_endpoint[endpoint],
+            power=PowerState.RUNNING if self.running else PowerState.SHUT_OFF,
+            persistent=True,
+            autostart=False,
+            managed_save=False,
+            agent_channel=False,
+        )
+
+    async def describe(self, _ref: Ref, *, ask_agent: bool) -> Machine:
+        assert not ask_agent
+        return b.machine(power=PowerState.SHUT_OFF, disks=())
+
+
+async def looked(pool: Pool) -> tuple[str, RestoreSeen]:
+    """Where the restore works, and what it sees."""
+    live = LiveHypervisor(
+        name="lab", client=cast("Hypervisor", pool), access=(AccessRule(namespace=(), domains=("*",)),)
+    )
+    world = replace(WORLD, hypervisors=cast("Any", {"lab": live}))
+
+    async def labels(_namespace: str) -> Mapping[str, str]:
+        return {}
+
+    cast("Any", world.cluster).namespace_labels = labels
+    request = replace(_REQUEST, safety=False, stop_running=True)
+    found = await restore_gather.find(world, request, "lab", records.example().plan.vm_uuid)
+    assert found.defined is not None
+    seen = RestoreSeen(request=request, marker=MARKER, record=records.example(), hypervisor="lab")
+    return found.defined.ref.endpoint, await restore_gather._look(world, request, seen, records.example(), None)
+
+
+@pytest.mark.parametrize("running", ["", "b"])
+async def test_a_vm_that_is_defined_twice_is_not_set_back(running: str) -> None:
+    """Even if both are equal, or the VM runs: off, it could be started half done where it is not gated."""
+    _, seen = await looked(Pool({"a": OPEN, "b": OPEN}, running))
+    assert seen.refusal is not None
+    assert seen.refusal.reason == DomainAmbiguousError.reason
+    assert "defined on a and on b" in seen.refusal.message
+    assert seen.plan is None
+    _, alone = await looked(Pool({"b": OPEN}, running))
+    assert alone.refusal is not None
+    assert alone.refusal.reason == "DisksChanged", "it was looked at further"
+
+
+@pytest.mark.parametrize("first", [OPEN, OTHERS])
+async def test_one_that_is_half_done_is_never_taken_for_one_that_was_not_begun(first: str) -> None:
+    where, seen = await looked(Pool({"a": first, "b": GATED}))
+    assert (where, seen.gated) == ("b", True)
+    assert (seen.problem_reason, seen.refusal) == (DomainAmbiguousError.reason, None)
+    assert "defined on a and on b" in seen.problem
+    where, seen = await looked(Pool({"b": GATED}))
+    assert (where, seen.gated, seen.problem) == ("b", True, "")
