@@ -279,7 +279,7 @@ async def test_one_that_was_begun_in_time_goes_on(host, tmp_path, monkeypatch):
     # The lease as it is known when the order is sent is renewed meanwhile, and the driver does not know of it.
     async with host.reserve() as slot:
         await slot.prepare(order("sleep"))
-        begin = wire.boottime() + ARRIVES
+        begin = wire.boottime() + 1.0  # it is there already, and sleeps for longer
         assert await slot.cut(order("sleep"), until=begin)
     assert wire.boottime() > begin
     assert held(tmp_path) == ["sleep"]
