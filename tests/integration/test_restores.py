@@ -9,7 +9,7 @@ import libvirt
 import pytest
 
 from tests import proof
-from tests.lab import Lab, LabError
+from tests.lab import Lab
 from tests.lab.definition import GuestDisk
 from tests.lab.guests import Guest
 from tests.stack import Stack, conditions, until
