@@ -180,7 +180,7 @@ def test_what_the_guest_writes_meanwhile_is_of_a_moment_of_its_own(
     stack: Stack, guest: Guest, vmsnapshot: Callable[..., str]
 ) -> None:
     guest.up()
-    once = rf'i=$(((i+1)%10)); printf "\007\000\000\000n$i" > {CHANGED}; usleep 5000'
+    once = rf'i=$(((i+1)%10)); printf "\007\000\000\000n$i" > {CHANGED}; usleep 50000'
     shell(guest, f"touch /run/busy; (while [ -e /run/busy ]; do {once}; done) > /dev/null 2>&1 < /dev/null &")
     until("the guest writes variables", lambda: "DriverOrder" in shell(guest, f"ls {VARIABLES}"))
     try:
