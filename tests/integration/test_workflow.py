@@ -216,12 +216,13 @@ def test_a_forged_name_of_a_content_leads_nowhere(
             *("-n", "team-a", "patch", "vmsnapshots.vmsnapshot.io", forger),
             *("--subresource=status", "--type=merge", "-p", json.dumps(patch)),
         )
-        told = conditions(stack.wait(forger, "Stalled"))
+        body = stack.wait(forger, "Stalled")
+        told = conditions(body)
         assert (told["Stalled"]["reason"], told["Ready"]["status"]) == ("ContentLost", "False")
     finally:
         guest.agent("guest-fsfreeze-thaw")
     events = lab.kubectl("-n", "team-a", "get", "events.events.k8s.io", "-o", "json")
-    about = [e for e in json.loads(events)["items"] if e["regarding"]["name"] == forger]
+    about = [e for e in json.loads(events)["items"] if e["regarding"]["uid"] == body["metadata"]["uid"]]
     assert [(e["type"], e["reason"]) for e in about] == [("Warning", "ContentLost")]
     stack.delete(forger)
     held = proof.read(lab, stack.content(victim) or {}, tmp_path)
