@@ -20,7 +20,7 @@ from vmsnapshot_operator.core.steps import Moment, Step
 
 CLASS = "copied-changes"
 DISKS = {
-    "vda": GuestDisk(kind="file", format="qcow2", size_mib=640),
+    "vda": GuestDisk(kind="file", format="qcow2", size_mib=1024),
     "vdb": GuestDisk(kind="file", format="qcow2"),
     "vdc": GuestDisk(kind="file"),
 }
@@ -204,7 +204,7 @@ def test_an_operator_that_is_killed_while_it_copies_goes_on(
     lab: Lab, stack: Stack, guest: Guest, take: Callable[..., str], vmsnapshot: Callable[..., str], tmp_path: Path
 ) -> None:
     take("before")
-    guest.control(["sh", "-c", "dd if=/dev/zero of=/mnt/vda/much bs=1M count=512 && sync"], timeout=120)
+    guest.control(["sh", "-c", "dd if=/dev/zero of=/mnt/vda/much bs=1M count=800 && sync"], timeout=120)
     brake = Brake(lab, guest)
     try:
         name = vmsnapshot("killed", domain=guest.name, quiesce={"policy": "Require"})
@@ -226,7 +226,7 @@ def test_a_copy_that_is_given_up_takes_its_checkpoint_with_it(
     lab: Lab, stack: Stack, guest: Guest, take: Callable[..., str], fresh: Callable[[str], str], tmp_path: Path
 ) -> None:
     before = take("before")
-    guest.control(["sh", "-c", "dd if=/dev/zero of=/mnt/vda/much bs=1M count=512 && sync"], timeout=120)
+    guest.control(["sh", "-c", "dd if=/dev/zero of=/mnt/vda/much bs=1M count=800 && sync"], timeout=120)
     brake = Brake(lab, guest)
     try:
         name = stack.snapshot(fresh("given-up"), guest.name)
