@@ -195,7 +195,8 @@ def test_a_guest_that_is_frozen_behind_its_agent(world: World, monkeypatch: pyte
     monkeypatch.setattr(hosts, "WRITES_SECONDS", 1.0)
     world.guest.control(["fsfreeze", "--freeze", "/mnt/vdb"])
     try:
-        world.one("frozen", "guest demo", "its agent says thawed", "no write to vda, vdb, vdc")
+        # Its writer waits; what the guest had still to write to the other disks may be counted there.
+        world.one("frozen", "guest demo", "its agent says thawed", "no write to", "vdb")
     finally:
         world.guest.control(["fsfreeze", "--unfreeze", "/mnt/vdb"])
 
