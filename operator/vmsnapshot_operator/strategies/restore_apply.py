@@ -41,7 +41,8 @@ from vmsnapshot_operator.errors import (
 )
 from vmsnapshot_operator.hypervisors import definitions, domain_xml
 from vmsnapshot_operator.plan import definition, new_definition, restore_plan
-from vmsnapshot_operator.strategies.restore_gather import Found, Memory, clone_name, find, hosts_of, safety_name
+from vmsnapshot_operator.strategies.restore_gather import Memory, safety_name
+from vmsnapshot_operator.strategies.restore_search import Found, clone_name, find, hosts_of
 from vmsnapshot_operator.strategies.world import World
 
 WORK_TIMEOUT = Seconds(86_400.0)

@@ -1,4 +1,7 @@
-"""Look at the world once for one VMRestore and write down what was seen. Only looks; what follows is `plan.next_restore`."""
+"""Look at the world once for one VMRestore and write down what was seen: its snapshot, its VM, and a plan or why there is none.
+
+Only looks; what follows is `plan.next_restore`. Where it has changed something already is found by `restore_search`.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vmsnapshot_operator.api.meta import FINALIZER
-from vmsnapshot_operator.core import names
 from vmsnapshot_operator.core.driver import Fit
 from vmsnapshot_operator.core.effects import Condition, Failure, Record
 from vmsnapshot_operator.core.machine import AgentState, Machine, PowerState
-from vmsnapshot_operator.core.markers import Marker
 from vmsnapshot_operator.core.planning import Patience, Refusal
 from vmsnapshot_operator.core.restoring import (
     RestoreGroup,
@@ -22,23 +23,27 @@ from vmsnapshot_operator.core.restoring import (
     Safety,
 )
 from vmsnapshot_operator.core.volumes import Seconds
-from vmsnapshot_operator.drivers.host import DriverHost
 from vmsnapshot_operator.errors import (
-    DomainAmbiguousError,
     DriverError,
-    DriverUnavailableError,
     HypervisorError,
-    HypervisorUnreachableError,
     RefusedError,
 )
 from vmsnapshot_operator.hypervisors import definitions
 from vmsnapshot_operator.hypervisors.domains import Hypervisor
 from vmsnapshot_operator.kube import contents, distill
-from vmsnapshot_operator.plan import access, definition, fingerprints, restore_plan
+from vmsnapshot_operator.plan import access, fingerprints, restore_plan
 from vmsnapshot_operator.plan.next_restore import conditions_of_end
-from vmsnapshot_operator.strategies.world import LiveHypervisor, World, clock
-
-HYPERVISOR_GONE = "HypervisorNotFound"
+from vmsnapshot_operator.strategies.restore_search import (
+    HYPERVISOR_GONE,
+    Found,
+    find,
+    marker_of,
+    search,
+    second_definition,
+    show,
+    with_clones,
+)
+from vmsnapshot_operator.strategies.world import World, clock
 
 CHECK_TIMEOUT = Seconds(30.0)
 AGENT_SECONDS = Seconds(2.0)
@@ -55,25 +60,6 @@ class Memory:
     retry_at: Seconds | None = None
     failures: int = 0
     progress: dict[str, tuple[int, int]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
-    """Where a restore works: the hypervisor, and the VM that is set back or was made."""
-
-    live: LiveHypervisor
-    client: Hypervisor
-    defined: definitions.Defined | None
-
-
-def marker_of(world: World, request: RestoreRequest, snapshot_uid: str) -> Marker:
-    """What stands in a VM that this restore has changed."""
-    return Marker(
-        installation=world.installation,
-        restore=f"{request.namespace}/{request.name}",
-        restore_uid=request.uid,
-        snapshot_uid=snapshot_uid,
-    )
 
 
 def safety_name(request: RestoreRequest) -> str:
@@ -108,7 +94,7 @@ async def gather(world: World, body: Mapping[str, Any], memory: Memory) -> Resto
         if snapshot is None or record is None or record.problem:
             return await _without_record(world, replace(seen, refusal=refusal))
         if request.in_place and seen.finalizer and _began_elsewhere(told, record):
-            there = await _search(world, seen)
+            there = await search(world, seen)
             if there.gated:
                 return await _of_another_snapshot(world, there)
         marker = marker_of(world, request, str(snapshot["metadata"]["uid"]))
@@ -117,12 +103,12 @@ async def gather(world: World, body: Mapping[str, Any], memory: Memory) -> Resto
         seen = replace(seen, record=record if record is not None and not record.problem else None)
         gone = error.reason == HYPERVISOR_GONE
         seen = replace(seen, problem=error.message, no_hypervisor=gone, refusal=refusal)
-        return await _with_clones(world, seen)
+        return await with_clones(world, seen)
     except RefusedError as error:
         if not seen.finalizer:
             return replace(seen, refusal=Refusal(reason=error.reason, message=error.message))
         # What stands in the VM cannot be read, and may be our own gate.
-        return await _with_clones(world, replace(seen, problem=error.message, refusal=refusal))
+        return await with_clones(world, replace(seen, problem=error.message, refusal=refusal))
 
 
 def _began_elsewhere(told: Mapping[str, Any], record: Record) -> bool:
@@ -136,80 +122,15 @@ async def _of_another_snapshot(world: World, seen: RestoreSeen) -> RestoreSeen:
     began = seen.marker.snapshot_uid if seen.marker is not None else ""
     message = f'VMSnapshot "{seen.request.snapshot}" is another one than this restore began with, whose UID was {began}'
     seen = replace(seen, record=None, refusal=Refusal(reason="SnapshotUIDMismatch", message=message))
-    return await _with_clones(world, await _safety(world, seen.request, seen))
+    return await with_clones(world, await _safety(world, seen.request, seen))
 
 
 async def _without_record(world: World, seen: RestoreSeen) -> RestoreSeen:
     """The snapshot is gone, or what was on record of it: what this restore has changed is found by its own marker."""
     if not seen.finalizer and (seen.ended or not seen.begun):
         return seen
-    seen = await _search(world, seen)
-    return await _with_clones(world, await _safety(world, seen.request, seen))
-
-
-async def _search(world: World, seen: RestoreSeen) -> RestoreSeen:
-    """Look for this restore's marker on all hypervisors; that it is nowhere is certain only if all of them answer.
-
-    Raises HypervisorError unless it was found, or is certainly nowhere; RefusedError for a marker that cannot be read.
-    """
-    everyone = await world.cluster.hypervisor_names()
-    problems = []
-    for name in sorted(everyone):
-        try:
-            for defined in await _candidates(_client(world, name), seen.request):
-                there = _show(world, replace(seen, hypervisor=name), defined)
-                if there.gated or there.is_done:
-                    return there
-        except HypervisorError as error:
-            problems.append(error.message)
-    lost = seen.hypervisor if seen.hypervisor not in everyone else ""
-    if problems:
-        raise HypervisorUnreachableError("; ".join(problems))
-    if lost:
-        raise HypervisorError(_no_hypervisor(lost), reason=HYPERVISOR_GONE)
-    return seen
-
-
-async def _candidates(client: Hypervisor, request: RestoreRequest) -> tuple[definitions.Defined, ...]:
-    """Return the VMs of a hypervisor that may bear this restore's marker. Raises HypervisorError."""
-    if not request.in_place:
-        return await definitions.look(client, request.new_name)
-    gates, silent = await client.gates()
-    looks = [await definitions.look(client, g.ref.uuid) for g in gates if request.uid in g.definition]
-    there = tuple(d for found in looks for d in found)
-    problems = [*silent.values(), *(f"domain {g.ref.name}: {g.problem}" for g in gates if g.problem)]
-    if problems and not there:
-        raise HypervisorUnreachableError("; ".join(sorted(problems)))
-    return there
-
-
-async def _with_clones(world: World, seen: RestoreSeen) -> RestoreSeen:
-    """Ask the storage what it holds of a new VM's volumes."""
-    if seen.request.in_place or not seen.finalizer:
-        return seen
-    prefix = names.object_prefix(world.installation, seen.request.uid)
-    try:
-        hosts = await hosts_of(world, seen.record)
-        parts = await asyncio.gather(*(h.list(prefix, timeout=CHECK_TIMEOUT) for h in hosts.values()))
-    except DriverError as error:
-        return replace(seen, held=None, trouble=seen.trouble or error.message)
-    return replace(seen, held=frozenset(n for part in parts for n in part if n.startswith(prefix)))
-
-
-async def hosts_of(world: World, record: Record | None) -> dict[str, DriverHost]:
-    """Return by class the drivers that may hold something of a restore: those on record, else those of all classes.
-
-    Raises DriverError, KubeError.
-    """
-    if record is not None:
-        return {c: await world.classes.host_of_record(group) for c, group in record.groups.items()}
-    hosts = {}
-    for name in await world.cluster.class_names():
-        if (host := world.classes.host(name)) is None:
-            text = f'class "{name}": its driver does not run, so what its storage holds is not known; mend the class'
-            raise DriverUnavailableError(text)
-        hosts[name] = host
-    return hosts
+    seen = await search(world, seen)
+    return await with_clones(world, await _safety(world, seen.request, seen))
 
 
 def _ended(body: Mapping[str, Any]) -> tuple[Condition, ...]:
@@ -236,75 +157,13 @@ async def record_of(world: World, snapshot: Mapping[str, Any] | None) -> Record 
     return contents.from_body(content, asked, world.installation) if content is not None else None
 
 
-async def find(world: World, request: RestoreRequest, hypervisor: str, vm_uuid: str) -> Found:
-    """Return where this restore works. Raises HypervisorError, with the reason HYPERVISOR_GONE if there is no such object; KubeError."""
-    live = world.hypervisors.get(hypervisor)
-    if live is None and hypervisor not in await world.cluster.hypervisor_names():
-        raise HypervisorError(_no_hypervisor(hypervisor), reason=HYPERVISOR_GONE)
-    client = _client(world, hypervisor)
-    assert live is not None, "it has a client"  # noqa: S101 - for the type checker
-    seen = await definitions.look(client, vm_uuid if request.in_place else request.new_name)
-    # One in which this restore closed its gate comes first, whatever else there is by now: that has to be opened again.
-    seen = tuple(sorted(seen, key=lambda d: not _is_gated_by(world, request, d))) if len(seen) > 1 else seen
-    return Found(live=live, client=client, defined=seen[0] if seen else None)
-
-
-def _client(world: World, hypervisor: str) -> Hypervisor:
-    """Return the connections of a Hypervisor object. Raises HypervisorUnreachableError."""
-    live = world.hypervisors.get(hypervisor)
-    if live is None or live.client is None:
-        why = live.problem if live is not None else "it has not been seen yet"
-        raise HypervisorUnreachableError(f'hypervisor "{hypervisor}" cannot be used: {why}')
-    return live.client
-
-
-def _no_hypervisor(name: str) -> str:
-    return f'there is no Hypervisor "{name}" any more'
-
-
-def _show(world: World, seen: RestoreSeen, defined: definitions.Defined) -> RestoreSeen:
-    """Add what a VM shows. By its own marker a restore is known, whatever became of the snapshot. Raises RefusedError."""
-    gate = definition.gate_of(defined.xml) if seen.request.in_place else None
-    done = definition.done(defined.xml)
-    ours = (world.installation, seen.request.uid)
-    there = (gate.marker if gate is not None else None, done)
-    own = next((m for m in there if m is not None and (m.installation, m.restore_uid) == ours), None)
-    return replace(
-        seen,
-        gate=gate,
-        done=done,
-        marker=own or seen.marker,
-        power=defined.power,
-        vm_name=defined.ref.name,
-        vm_uuid=defined.ref.uuid,
-    )
-
-
-def _is_gated_by(world: World, request: RestoreRequest, defined: definitions.Defined) -> bool:
-    gate = definition.gate_of(defined.xml)
-    return gate is not None and (gate.marker.installation, gate.marker.restore_uid) == (world.installation, request.uid)
-
-
-async def _second(found: Found) -> DomainAmbiguousError | None:
-    """Why a VM of which there is another definition on another endpoint cannot be set back: that would be open while ours is gated.
-
-    Raises HypervisorError unless all endpoints answer.
-    """
-    assert found.defined is not None, "asked before"  # noqa: S101 - for the type checker
-    places = await found.client.places(found.defined.ref)
-    if places == (found.defined.ref,):
-        return None
-    why = "whoever starts it from another definition than the one that is set back starts it with disks that are half done"
-    return DomainAmbiguousError(found.defined.ref.name, [p.endpoint for p in places], why)
-
-
 async def _look(
     world: World, request: RestoreRequest, unseen: RestoreSeen, record: Record, refusal: Refusal | None
 ) -> RestoreSeen:
     found = await find(world, request, unseen.hypervisor, record.plan.vm_uuid)
     defined = found.defined
-    seen = _show(world, unseen, defined) if defined is not None else unseen
-    if seen.gated and (second := await _second(found)) is not None:
+    seen = show(world, unseen, defined) if defined is not None else unseen
+    if seen.gated and (second := await second_definition(found)) is not None:
         return replace(seen, problem=second.message, problem_reason=second.reason)
     own = seen.gated or seen.done == seen.marker
     labels = await world.cluster.namespace_labels(request.namespace)
@@ -312,16 +171,16 @@ async def _look(
     if not access.may_use(found.live.access, labels, name):
         refused = access.not_found(name, seen.hypervisor, request.namespace)
         if not own:
-            return await _with_clones(world, replace(unseen, refusal=refused))
+            return await with_clones(world, replace(unseen, refusal=refused))
         # It was allowed when it began: what is half done is brought back, and nothing else is done any more.
         broken = seen.broken or Failure(reason=refused.reason, message=refused.message)
         seen = await _safety(world, request, replace(seen, refusal=refused, broken=broken))
-        return await _with_clones(world, seen)
+        return await with_clones(world, seen)
     if own and seen.marker != unseen.marker:
         return await _of_another_snapshot(world, seen)
     if seen.is_done and request.start_after and seen.power is PowerState.RUNNING and defined is not None:
         seen = replace(seen, agent_answers=await _agent(found.client, defined))
-    seen = await _with_clones(world, seen)
+    seen = await with_clones(world, seen)
     if seen.ended and not seen.gated:
         return seen
     seen = await _safety(world, request, seen)
@@ -380,7 +239,7 @@ async def _plan_in_place(
     if seen.gated:
         # The disks were held against what is on record before the gate was closed; now the gate holds them.
         return replace(seen, plan=restore_plan.make(record, volumes, {v.target: v.volume for v in volumes}))
-    if (second := await _second(found)) is not None:
+    if (second := await second_definition(found)) is not None:
         return replace(seen, refusal=Refusal(reason=second.reason, message=second.message))
     machine = await found.client.describe(found.defined.ref, ask_agent=False)
     if (refusal := restore_plan.refuse_vm(request, machine, gated=False)) is not None:
@@ -458,9 +317,3 @@ async def _ask(world: World, plan: RestorePlan, record: Record) -> Mapping[str, 
         return group.class_name, await host.check_revert(group.cut, group.onto, timeout=CHECK_TIMEOUT)
 
     return dict(await asyncio.gather(*(ask(g) for g in plan.groups)))
-
-
-def clone_name(world: World, request: RestoreRequest, group: RestoreGroup | str) -> str:
-    """What the clones of one class are called until they are the new VM's."""
-    class_name = group if isinstance(group, str) else group.class_name
-    return names.request_name(world.installation, request.uid, 1, class_name, ())

@@ -38,7 +38,7 @@ from vmsnapshot_operator.kube import contents
 from vmsnapshot_operator.plan import definition, next_restore, restore_plan, restore_report
 from vmsnapshot_operator.plan import domain_tree as tree
 from vmsnapshot_operator.plan.access import AccessRule
-from vmsnapshot_operator.strategies import restore_apply, restore_gather
+from vmsnapshot_operator.strategies import restore_apply, restore_gather, restore_search
 from vmsnapshot_operator.strategies.restore_gather import Memory
 from vmsnapshot_operator.strategies.world import LiveHypervisor, World
 
@@ -520,7 +520,7 @@ async def test_the_variables_of_the_firmware_go_back_if_they_were_asked_for(
     volume = replace(safety.plan.volumes[0].volume, id=volume_id(layer), label=NVRAM, writable=layer)
     more = replace(safety.plan.volumes[0], target=NVRAM, volume=volume)
     safety = replace(safety, plan=replace(safety.plan, volumes=(*safety.plan.volumes, more)))
-    found = await restore_gather.find(scene.world, seen.request, "lab", seen.vm_uuid)
+    found = await restore_search.find(scene.world, seen.request, "lab", seen.vm_uuid)
     touched = restore_apply._touched(seen, found, safety)
     assert (volume.id in touched) is with_nvram
     assert safety.plan.volumes[0].volume.id in touched

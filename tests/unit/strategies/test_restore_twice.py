@@ -19,12 +19,12 @@ from vmsnapshot_operator.hypervisors.definitions import Defined
 from vmsnapshot_operator.hypervisors.domains import Hypervisor, Ref
 from vmsnapshot_operator.plan import definition
 from vmsnapshot_operator.plan.access import AccessRule
-from vmsnapshot_operator.strategies import restore_gather
+from vmsnapshot_operator.strategies import restore_gather, restore_search
 from vmsnapshot_operator.strategies.world import LiveHypervisor
 
 _REQUEST = RestoreRequest(uid="r1", namespace="team-a", name="back", generation=1, created=b.CREATED, snapshot="snap")
 WORLD = fakes.world(installation=records.INSTALLATION)
-MARKER = restore_gather.marker_of(WORLD, _REQUEST, "s1")
+MARKER = restore_search.marker_of(WORLD, _REQUEST, "s1")
 OPEN = (
     "<domain><name>demo</name><devices><disk type='file'><driver name='qemu' type='raw'/><source file='/a'/><target dev='vda'/></disk>"
     "</devices></domain>"
@@ -78,7 +78,7 @@ async def looked(pool: Pool) -> tuple[str, RestoreSeen]:
 
     cast("Any", world.cluster).namespace_labels = labels
     request = replace(_REQUEST, safety=False, stop_running=True)
-    found = await restore_gather.find(world, request, "lab", records.example().plan.vm_uuid)
+    found = await restore_search.find(world, request, "lab", records.example().plan.vm_uuid)
     assert found.defined is not None
     seen = RestoreSeen(request=request, marker=MARKER, record=records.example(), hypervisor="lab")
     return found.defined.ref.endpoint, await restore_gather._look(world, request, seen, records.example(), None)

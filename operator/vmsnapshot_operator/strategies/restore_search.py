@@ -1,0 +1,184 @@
+"""Find what a VMRestore has changed already: the VM that bears its marker, on whatever hypervisor, and its clones on the storage.
+
+By marker and names alone, so that it is found whatever became of the snapshot. Only looks. Not what may follow from the snapshot
+for that VM (`restore_gather`), nor how a marker reads (`plan.definition`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, replace
+
+from vmsnapshot_operator.core import names
+from vmsnapshot_operator.core.effects import Record
+from vmsnapshot_operator.core.markers import Marker
+from vmsnapshot_operator.core.restoring import RestoreGroup, RestoreRequest, RestoreSeen
+from vmsnapshot_operator.core.volumes import Seconds
+from vmsnapshot_operator.drivers.host import DriverHost
+from vmsnapshot_operator.errors import (
+    DomainAmbiguousError,
+    DriverError,
+    DriverUnavailableError,
+    HypervisorError,
+    HypervisorUnreachableError,
+)
+from vmsnapshot_operator.hypervisors import definitions
+from vmsnapshot_operator.hypervisors.domains import Hypervisor
+from vmsnapshot_operator.plan import definition
+from vmsnapshot_operator.strategies.world import LiveHypervisor, World
+
+HYPERVISOR_GONE = "HypervisorNotFound"
+
+LIST_TIMEOUT = Seconds(30.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """Where a restore works: the hypervisor, and the VM that is set back or was made."""
+
+    live: LiveHypervisor
+    client: Hypervisor
+    defined: definitions.Defined | None
+
+
+def marker_of(world: World, request: RestoreRequest, snapshot_uid: str) -> Marker:
+    """What stands in a VM that this restore has changed."""
+    return Marker(
+        installation=world.installation,
+        restore=f"{request.namespace}/{request.name}",
+        restore_uid=request.uid,
+        snapshot_uid=snapshot_uid,
+    )
+
+
+def clone_name(world: World, request: RestoreRequest, group: RestoreGroup | str) -> str:
+    """What the clones of one class are called until they are the new VM's."""
+    class_name = group if isinstance(group, str) else group.class_name
+    return names.request_name(world.installation, request.uid, 1, class_name, ())
+
+
+async def search(world: World, seen: RestoreSeen) -> RestoreSeen:
+    """Look for this restore's marker on all hypervisors; that it is nowhere is certain only if all of them answer.
+
+    Raises HypervisorError unless it was found, or is certainly nowhere; RefusedError for a marker that cannot be read.
+    """
+    everyone = await world.cluster.hypervisor_names()
+    problems = []
+    for name in sorted(everyone):
+        try:
+            for defined in await _candidates(_client(world, name), seen.request):
+                there = show(world, replace(seen, hypervisor=name), defined)
+                if there.gated or there.is_done:
+                    return there
+        except HypervisorError as error:
+            problems.append(error.message)
+    lost = seen.hypervisor if seen.hypervisor not in everyone else ""
+    if problems:
+        raise HypervisorUnreachableError("; ".join(problems))
+    if lost:
+        raise HypervisorError(_no_hypervisor(lost), reason=HYPERVISOR_GONE)
+    return seen
+
+
+async def _candidates(client: Hypervisor, request: RestoreRequest) -> tuple[definitions.Defined, ...]:
+    """Return the VMs of a hypervisor that may bear this restore's marker. Raises HypervisorError."""
+    if not request.in_place:
+        return await definitions.look(client, request.new_name)
+    gates, silent = await client.gates()
+    looks = [await definitions.look(client, g.ref.uuid) for g in gates if request.uid in g.definition]
+    there = tuple(d for found in looks for d in found)
+    problems = [*silent.values(), *(f"domain {g.ref.name}: {g.problem}" for g in gates if g.problem)]
+    if problems and not there:
+        raise HypervisorUnreachableError("; ".join(sorted(problems)))
+    return there
+
+
+def show(world: World, seen: RestoreSeen, defined: definitions.Defined) -> RestoreSeen:
+    """Add what a VM shows. By its own marker a restore is known, whatever became of the snapshot. Raises RefusedError."""
+    gate = definition.gate_of(defined.xml) if seen.request.in_place else None
+    done = definition.done(defined.xml)
+    ours = (world.installation, seen.request.uid)
+    there = (gate.marker if gate is not None else None, done)
+    own = next((m for m in there if m is not None and (m.installation, m.restore_uid) == ours), None)
+    return replace(
+        seen,
+        gate=gate,
+        done=done,
+        marker=own or seen.marker,
+        power=defined.power,
+        vm_name=defined.ref.name,
+        vm_uuid=defined.ref.uuid,
+    )
+
+
+async def find(world: World, request: RestoreRequest, hypervisor: str, vm_uuid: str) -> Found:
+    """Return where this restore works. Raises HypervisorError, with the reason HYPERVISOR_GONE if there is no such object; KubeError."""
+    live = world.hypervisors.get(hypervisor)
+    if live is None and hypervisor not in await world.cluster.hypervisor_names():
+        raise HypervisorError(_no_hypervisor(hypervisor), reason=HYPERVISOR_GONE)
+    client = _client(world, hypervisor)
+    assert live is not None, "it has a client"  # noqa: S101 - for the type checker
+    seen = await definitions.look(client, vm_uuid if request.in_place else request.new_name)
+    # One in which this restore closed its gate comes first, whatever else there is by now: that has to be opened again.
+    seen = tuple(sorted(seen, key=lambda d: not _is_gated_by(world, request, d))) if len(seen) > 1 else seen
+    return Found(live=live, client=client, defined=seen[0] if seen else None)
+
+
+def _client(world: World, hypervisor: str) -> Hypervisor:
+    """Return the connections of a Hypervisor object. Raises HypervisorUnreachableError."""
+    live = world.hypervisors.get(hypervisor)
+    if live is None or live.client is None:
+        why = live.problem if live is not None else "it has not been seen yet"
+        raise HypervisorUnreachableError(f'hypervisor "{hypervisor}" cannot be used: {why}')
+    return live.client
+
+
+def _no_hypervisor(name: str) -> str:
+    return f'there is no Hypervisor "{name}" any more'
+
+
+def _is_gated_by(world: World, request: RestoreRequest, defined: definitions.Defined) -> bool:
+    gate = definition.gate_of(defined.xml)
+    return gate is not None and (gate.marker.installation, gate.marker.restore_uid) == (world.installation, request.uid)
+
+
+async def second_definition(found: Found) -> DomainAmbiguousError | None:
+    """Why a VM of which there is another definition on another endpoint cannot be set back: that would be open while ours is gated.
+
+    Raises HypervisorError unless all endpoints answer.
+    """
+    assert found.defined is not None, "asked before"  # noqa: S101 - for the type checker
+    places = await found.client.places(found.defined.ref)
+    if places == (found.defined.ref,):
+        return None
+    why = "whoever starts it from another definition than the one that is set back starts it with disks that are half done"
+    return DomainAmbiguousError(found.defined.ref.name, [p.endpoint for p in places], why)
+
+
+async def with_clones(world: World, seen: RestoreSeen) -> RestoreSeen:
+    """Ask the storage what it holds of a new VM's volumes; a driver that does not say it is told as trouble. Raises KubeError."""
+    if seen.request.in_place or not seen.finalizer:
+        return seen
+    prefix = names.object_prefix(world.installation, seen.request.uid)
+    try:
+        hosts = await hosts_of(world, seen.record)
+        parts = await asyncio.gather(*(h.list(prefix, timeout=LIST_TIMEOUT) for h in hosts.values()))
+    except DriverError as error:
+        return replace(seen, held=None, trouble=seen.trouble or error.message)
+    return replace(seen, held=frozenset(n for part in parts for n in part if n.startswith(prefix)))
+
+
+async def hosts_of(world: World, record: Record | None) -> dict[str, DriverHost]:
+    """Return by class the drivers that may hold something of a restore: those on record, else those of all classes.
+
+    Raises DriverError, KubeError.
+    """
+    if record is not None:
+        return {c: await world.classes.host_of_record(group) for c, group in record.groups.items()}
+    hosts = {}
+    for name in await world.cluster.class_names():
+        if (host := world.classes.host(name)) is None:
+            text = f'class "{name}": its driver does not run, so what its storage holds is not known; mend the class'
+            raise DriverUnavailableError(text)
+        hosts[name] = host
+    return hosts
