@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from tests import proof
-from tests.integration import test_sweep as sweeps
 from tests.integration.brake import Brake
+from tests.integration.sweep_support import NOBODY, a_journal, mark, marked
 from tests.lab import Lab
 from tests.lab.definition import GuestDisk
 from tests.lab.guests import Guest
@@ -222,7 +222,7 @@ def test_an_orphan_is_not_removed_beneath_a_copy(
     lab: Lab, stack: Stack, backed: Guest, brake: Brake, extra_class: Callable[..., str]
 ) -> None:
     """A journal of ours proves whose it is; a class that is new is scanned at once. It is not the class that copied."""
-    orphan = names.request_name(stack.installation(), sweeps.NOBODY, 1, "copied-files", [VolumeId("v")])
+    orphan = names.request_name(stack.installation(), NOBODY, 1, "copied-files", [VolumeId("v")])
     target = lab.pool_path("plain") / f"{orphan}-{names.member(VolumeId('v'))}"
     domain: Any = backed.domain()
     domain.backupBegin(
@@ -232,8 +232,8 @@ def test_an_orphan_is_not_removed_beneath_a_copy(
     )
     try:
         brake.wait()
-        sweeps.mark(backed, journals.to_xml(sweeps.a_journal(stack.installation())))
-        until("the journal is removed", lambda: not sweeps.marked(backed))
+        mark(backed, journals.to_xml(a_journal(stack.installation())))
+        until("the journal is removed", lambda: not marked(backed))
         assert str(target) in brake.job()
         assert target.exists()
         parameters = {"poolName": "plain", "socketPath": str(lab.libvirt_socket)}

@@ -15,8 +15,8 @@ import libvirt
 import pytest
 
 from tests import proof
+from tests.integration.sweep_support import events, get
 from tests.integration.test_restores import finished, gated, refused
-from tests.integration.test_sweep import events, get
 from tests.lab import Lab, LabError
 from tests.lab.definition import GuestDisk
 from tests.lab.guests import Guest

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import secrets
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ import yaml
 from click.testing import CliRunner
 
 from tests import proof
+from tests.integration.sweep_support import NOBODY, a_journal, events, get, mark, marked
 from tests.lab import Lab, LabError
 from tests.lab.guests import Guest
 from tests.stack import NAMESPACE, SERVICE_ACCOUNT, TENANT, Stack, conditions, until
@@ -24,14 +24,11 @@ from vmsnapshot_operator import cli
 from vmsnapshot_operator.core import journal as journals
 from vmsnapshot_operator.core import names, qcow2
 from vmsnapshot_operator.core.endpoint import Endpoint
-from vmsnapshot_operator.core.journal import Journal
 from vmsnapshot_operator.core.volumes import VolumeId
 from vmsnapshot_operator.handlers.sweep import sweep
 from vmsnapshot_operator.hypervisors.domains import Hypervisor
 
 CONTENTS, SNAPSHOTS = "vmsnapshotcontents.vmsnapshot.io", "vmsnapshots.vmsnapshot.io"
-NOBODY = "0b6f7d1e-0000-4000-8000-00000000dead"
-"""The UID of a VMSnapshot that never was."""
 
 
 # --- the laboratory ---------------------------------------------------------------------------------------------------
@@ -55,42 +52,9 @@ async def hypervisor(lab: Lab) -> AsyncIterator[Hypervisor]:
     await client.close()
 
 
-def mark(guest: Guest, element: str | None) -> None:
-    """Put a journal into the guest's metadata as it stands here, or remove it."""
-    flags = libvirt.VIR_DOMAIN_AFFECT_LIVE | libvirt.VIR_DOMAIN_AFFECT_CONFIG
-    kind = libvirt.VIR_DOMAIN_METADATA_ELEMENT
-    prefix = journals.PREFIX if element is not None else None
-    guest.domain().setMetadata(kind, element, prefix, journals.NAMESPACE, flags)
-
-
-def marked(guest: Guest) -> bool:
-    """Whether the guest bears a journal."""
-    try:
-        guest.domain().metadata(libvirt.VIR_DOMAIN_METADATA_ELEMENT, journals.NAMESPACE, 0)
-    except libvirt.libvirtError:
-        return False
-    return True
-
-
-def a_journal(installation: str, **changes: Any) -> Journal:
-    facts = {"owner_uid": NOBODY, "nonce": secrets.token_hex(16), "attempt": 1, "method": "GuestAgent", "budget": 600.0}
-    return Journal(installation=installation, **(facts | changes))
-
-
-def get(stack: Stack, resource: str, name: str) -> dict[str, Any] | None:
-    text = stack.lab.kubectl("get", resource, name, "-o", "json", "--ignore-not-found")
-    return json.loads(text) if text.strip() else None
-
-
 def ready(stack: Stack, resource: str, name: str) -> dict[str, Any]:
     """The condition Ready of an object of the cluster."""
     return conditions(get(stack, resource, name) or {}).get("Ready", {})
-
-
-def events(stack: Stack, reason: str) -> list[str]:
-    """What the events of one reason say."""
-    found = json.loads(stack.lab.kubectl("get", "events.events.k8s.io", "-A", "-o", "json"))["items"]
-    return [e["note"] for e in found if e["reason"] == reason]
 
 
 def restart(stack: Stack) -> None:
