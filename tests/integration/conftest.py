@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Iterator
 
 import pytest
 
+from tests.chaos.injector import Injector
 from tests.integration import third_driver
 from tests.integration.outcomes import class_conditions
 from tests.lab import Lab
@@ -69,6 +70,19 @@ def alone(stack: Stack) -> Iterator[None]:
     stack.stop()
     yield
     stack.start()
+
+
+@pytest.fixture(scope="module")
+def injector(stack: Stack) -> Iterator[Injector]:
+    """The operator, observed at every step, to the end of the module that asked for it."""
+    with Injector(stack.state / "injector.sock") as injector:
+        stack.stop()
+        stack.observer = injector.path
+        stack.start()
+        yield injector
+        stack.stop()
+        stack.observer = None
+        stack.start()
 
 
 @pytest.fixture

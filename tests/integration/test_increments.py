@@ -256,19 +256,6 @@ def test_what_a_vm_that_is_off_keeps_is_removed_when_it_runs(
     until("nothing is left", lambda: left(lab, guest) == (set(), set()))
 
 
-@pytest.fixture(scope="module")
-def injector(stack: Stack) -> Iterator[Injector]:
-    """The operator, observed at every step."""
-    with Injector(stack.state / "injector.sock") as injector:
-        stack.stop()
-        stack.observer = injector.path
-        stack.start()
-        yield injector
-        stack.stop()
-        stack.observer = None
-        stack.start()
-
-
 @pytest.mark.parametrize(
     ("step", "moment"),
     [

@@ -22,19 +22,6 @@ CUT = {"vda": GuestDisk(kind="file")}
 
 
 @pytest.fixture
-def injector(stack: Stack) -> Iterator[Injector]:
-    """The operator, observed at every step."""
-    with Injector(stack.state / "injector.sock") as injector:
-        stack.stop()
-        stack.observer = injector.path
-        stack.start()
-        yield injector
-        stack.stop()
-        stack.observer = None
-        stack.start()
-
-
-@pytest.fixture
 def copied(lab: Lab) -> Iterator[Guest]:
     made = lab.domain_stub("demo-off", COPIED, started=False)
     yield made
