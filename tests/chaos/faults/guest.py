@@ -289,6 +289,8 @@ _BEFORE_THE_FREEZE = at(
 ) | at([Step.TAKE_WINDOW, Step.WINDOW_QUIESCE], [At.BEFORE])
 _MADE = at([Step.HAND_OVER, Step.CLONE_KEEP, Step.START]) | {(Step.CLONE_DEFINE, At.AFTER), (Step.CLONE, At.AFTER)}
 """Where the new VM is defined. Nobody undefines it here: its disks would be his to delete then."""
+_STARTED = at([Step.START], [At.AFTER])
+"""Where it runs."""
 
 FAULTS = (
     Fault(
@@ -342,7 +344,12 @@ FAULTS = (
         leave=_one_host,
     ),
     Fault(name="disk-hotplugged", strike=_hotplug, heal=_unplug, hold=2.0, only=TAKING | IN_PLACE),
-    Fault(name="new-vm-destroyed", strike=_hurt_new_vm(_destroy_domain), only=_MADE, sure=(Step.START, At.AFTER)),
-    Fault(name="new-vm-started", strike=_hurt_new_vm(_start_domain), only=_MADE, sure=(Step.HAND_OVER, At.BEFORE)),
-    Fault(name="new-vm-reset", strike=_hurt_new_vm(_reset_domain), only=_MADE, sure=(Step.START, At.AFTER)),
+    Fault(name="new-vm-destroyed", strike=_hurt_new_vm(_destroy_domain), only=_STARTED, sure=(Step.START, At.AFTER)),
+    Fault(
+        name="new-vm-started",
+        strike=_hurt_new_vm(_start_domain),
+        only=_MADE - _STARTED,
+        sure=(Step.HAND_OVER, At.BEFORE),
+    ),
+    Fault(name="new-vm-reset", strike=_hurt_new_vm(_reset_domain), only=_STARTED, sure=(Step.START, At.AFTER)),
 )
