@@ -36,6 +36,7 @@ MADE = "c"
 """What each injection makes begins with this and its number."""
 HEAL_SECONDS = 3.0
 END_SECONDS = 240.0
+SHORT_SECONDS = 2.0
 """So long after the mending everything may need to come to its end; after that it is stuck."""
 
 
@@ -232,11 +233,15 @@ def hurt(fault: Fault, scene: Scene, trap: Trap) -> None:
 
 
 def _wait_out(fault: Fault, scene: Scene) -> None:
-    """Leave it broken for as long as the fault says, but not for longer than there is anybody whom it could hurt."""
+    """Leave it broken for as long as the fault says, but not for longer than there is anybody whom it could hurt.
+
+    What is short is waited for without asking: an API server without its etcd lets each question wait for half a minute.
+    """
     end = time.monotonic() + fault.hold
+    asks = fault.hold > SHORT_SECONDS and not scene.late
     while time.monotonic() < end and not fault.over(scene):
         with contextlib.suppress(LabError):  # it may be the API server that is broken
-            if not scene.late and all_over(scene):
+            if asks and all_over(scene):
                 return
         time.sleep(min(0.1, max(0.0, end - time.monotonic())))
 
