@@ -109,7 +109,7 @@ async def test_a_gated_vm_cannot_be_started_and_comes_back_as_it_was(
     await restart_libvirtd(lab, hypervisor)
     done = await seen(hypervisor, ref.uuid)
     assert done.autostart
-    assert definition.done(done.xml) == MARKER
+    assert definition.done(done.xml) == (MARKER,)
     assert definition.gate_of(done.xml) is None
     after = tree.parse(stub.domain().XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE | libvirt.VIR_DOMAIN_XML_SECURE))
     tree.discard(after, "metadata")
@@ -255,8 +255,8 @@ async def test_a_new_vm_runs_beside_the_old_one(
         new = await seen(hypervisor, "df-new")
         old = await seen(hypervisor, "df")
         assert (new.power, old.power) == (PowerState.RUNNING, PowerState.RUNNING)
-        assert definition.done(new.xml) == MARKER
-        assert definition.done(old.xml) is None
+        assert definition.done(new.xml) == (MARKER,)
+        assert definition.done(old.xml) == ()
         for path in ("uuid", "name", "genid"):
             told = [tree.parse(d.xml).findtext(path) for d in (old, new)]
             assert all(told)

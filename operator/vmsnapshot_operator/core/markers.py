@@ -38,6 +38,11 @@ class Marker:
                 msg = f"not {what}: {found[:300]!r}"
                 raise ValueError(msg)
 
+    def same_order(self, other: Marker) -> bool:
+        """Whether both are of one VMRestore, by its name, and one snapshot: it may have been deleted and created anew between them."""
+        mine = (self.installation, self.restore, self.snapshot_uid)
+        return mine == (other.installation, other.restore, other.snapshot_uid)
+
     def attributes(self) -> dict[str, str]:
         """Return it as attributes of an element."""
         return {

@@ -84,8 +84,9 @@ class RestoreSeen:
     that the first change was about to be made, which is told before it is made. `plan`, `refusal`: what planning says now.
     `record`: None also where it cannot be trusted, or is of another snapshot than the one that this restore began with. `marker`:
     what this restore writes into the VM, as it stands there if it does. `gate`, `done`: what stands in the VM that is set back
-    (or in the new one, of which only `done` matters). `power` is None where the VM does not exist. `held`: request names of
+    (or in the new one, of which only `done` matters); of several done-markers the one that is this restore's. `power` is None where the VM does not exist. `held`: request names of
     clones that storage holds; None if it was not asked, or did not answer. `broken`: no retry can bring the disks to the snapshot.
+    `stopped`: this process has shut the VM down for it.
     `agent_answers` is None if it has no agent's channel. `problem`: why nobody can look where the VM is, or may be, or why nothing can be done there, and its
     reason; `no_hypervisor`: because the Hypervisor object is gone.
     """
@@ -135,12 +136,7 @@ class RestoreSeen:
             return False
         if self.done == self.marker:
             return True
-        same = (self.done.installation, self.done.restore, self.done.snapshot_uid)
-        return bool(self.request.snapshot_uid) and same == (
-            self.marker.installation,
-            self.marker.restore,
-            self.marker.snapshot_uid,
-        )
+        return bool(self.request.snapshot_uid) and self.done.same_order(self.marker)
 
 
 @dataclass(frozen=True, slots=True)

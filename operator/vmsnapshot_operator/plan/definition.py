@@ -27,6 +27,9 @@ from vmsnapshot_operator.plan.domain_tree import refusal
 GATE_FOLDER = "/dev/null/VMRestore"
 """Nothing can be beneath a device, whoever may write where: such a path is missing on every host."""
 
+DONE_KEPT = 16
+"""So many restores of a VM are remembered: each of them may be created anew by a tool that applies manifests again."""
+
 _OF_THE_SOURCE = ("driver", "source", "auth", "encryption", "backingStore", "mirror", "transient")
 
 
@@ -43,7 +46,7 @@ def gated(text: str, gate: Gate) -> str:
     if there is not None:
         _same(there[0].marker, gate.marker)
         return text
-    if done(text) == gate.marker:
+    if gate.marker in done(text):
         # Decided before it was done, and carried out by one who stood still meanwhile: all would be set back again.
         raise refusal(f"VMRestore {gate.marker.restore} is done already: the gate is not closed again")
     if not gate.targets:
@@ -65,7 +68,7 @@ def gated(text: str, gate: Gate) -> str:
 
 
 def restored(text: str, marker: Marker, *, genid: str) -> str:
-    """Return the definition with its true disks, a done-marker instead of the gate, and a generation id of its own.
+    """Return the definition with its true disks, a done-marker before the older ones instead of the gate, and a new generation id.
 
     `text` is the definition as `gated` made it, as it is now, with its secrets; what an administrator changed in it
     meanwhile stays, but for the disks. A guest that has a generation id (as a domain controller, which counts on it) learns
@@ -74,7 +77,7 @@ def restored(text: str, marker: Marker, *, genid: str) -> str:
     root = tree.parse(text)
     there = _gate(root)
     if there is None:
-        if done(text) == marker:
+        if marker in done(text):
             return text
         raise refusal("the VM bears no gate: somebody else defined it meanwhile, so nobody can tell what its disks are")
     gate, kept = there
@@ -83,8 +86,12 @@ def restored(text: str, marker: Marker, *, genid: str) -> str:
     found = root.find("genid")
     if found is not None:
         found.text = genid
+    # One that is created anew takes the place of its predecessor.
+    before = [m for m in done(text) if not m.same_order(marker)]
     tree.drop_own(root, GATE_NAMESPACE, RESTORED_NAMESPACE)
-    tree.add_own(root, _element("restored", RESTORED_NAMESPACE, marker))
+    add_done(root, marker)
+    # libvirt keeps one element of a namespace; and who knows of one marker alone reads the last.
+    tree.own(root, RESTORED_NAMESPACE)[0].extend(ET.Element("before", m.attributes()) for m in before[: DONE_KEPT - 1])
     return tree.text_of(root)
 
 
@@ -110,10 +117,10 @@ def gate_of(text: str) -> Gate | None:
     return found[0] if found is not None else None
 
 
-def done(text: str) -> Marker | None:
-    """Return the marker of the last restore that was done; raises RefusedError, also for one that cannot be read."""
+def done(text: str) -> tuple[Marker, ...]:
+    """Return the markers of the restores that were done, the last one first; raises RefusedError, also for one that cannot be read."""
     element = _one(tree.parse(text), RESTORED_NAMESPACE)
-    return _marker(element) if element is not None else None
+    return (_marker(element), *(_marker(e) for e in element.findall("before"))) if element is not None else ()
 
 
 def true_disks(text: str) -> Mapping[str, str]:

@@ -36,13 +36,15 @@ from vmsnapshot_operator.errors import (
     ConflictError,
     DomainGoneError,
     DriverError,
+    HypervisorError,
+    HypervisorUnreachableError,
     RefusedError,
     SnapshotError,
 )
 from vmsnapshot_operator.hypervisors import definitions, domain_xml
 from vmsnapshot_operator.plan import definition, new_definition, restore_plan
 from vmsnapshot_operator.strategies.restore_gather import Memory, safety_name
-from vmsnapshot_operator.strategies.restore_search import Found, clone_name, find, hosts_of
+from vmsnapshot_operator.strategies.restore_search import Found, client_of, clone_name, find, hosts_of
 from vmsnapshot_operator.strategies.world import World
 
 WORK_TIMEOUT = Seconds(86_400.0)
@@ -278,6 +280,7 @@ async def _hand_over(world: World, held: frozenset[str], uid: str, record: Recor
 
 
 async def _remove_clones(world: World, held: frozenset[str], record: Record | None) -> None:
+    await _must_be_unused(world, held)
     problems = []
     for class_name, host in (await hosts_of(world, record)).items():
         for name in sorted(held):
@@ -288,3 +291,21 @@ async def _remove_clones(world: World, held: frozenset[str], record: Record | No
     if problems:
         text = f"still on storage, trying again: {'; '.join(problems)}"
         raise DriverError(text, reason="StorageUnavailable", retryable=True)
+
+
+async def _must_be_unused(world: World, held: frozenset[str]) -> None:
+    """Raise HypervisorError unless all hypervisors say that no VM has any of these clones among its disks.
+
+    Not every storage refuses to delete what a VM uses, and the new VM may bear another name by now, or no marker.
+    """
+    for hypervisor in await world.cluster.hypervisor_names():
+        users, silent = await client_of(world, hypervisor).users(held)
+        if users:
+            text = (
+                f"VM {', '.join(sorted(set(users.values())))} has {', '.join(sorted(users))} among its disks: undefine that VM (its disks"
+                " are removed then), or give it other ones"
+            )
+            raise HypervisorError(text, reason="VMBusy", retryable=True)
+        if silent:
+            text = f"whether a VM has clones among its disks is not known: {'; '.join(silent.values())}"
+            raise HypervisorUnreachableError(text)

@@ -25,6 +25,7 @@ from vmsnapshot_operator.errors import (
 from vmsnapshot_operator.hypervisors import definitions
 from vmsnapshot_operator.hypervisors.domains import Hypervisor
 from vmsnapshot_operator.plan import definition
+from vmsnapshot_operator.plan.new_definition import Identity
 from vmsnapshot_operator.strategies.world import LiveHypervisor, World
 
 HYPERVISOR_GONE = "HypervisorNotFound"
@@ -66,7 +67,7 @@ async def search(world: World, seen: RestoreSeen) -> RestoreSeen:
     problems = []
     for name in sorted(everyone):
         try:
-            for defined in await _candidates(_client(world, name), seen.request):
+            for defined in await _candidates(client_of(world, name), seen.request):
                 there = show(world, replace(seen, hypervisor=name), defined)
                 if there.gated or there.is_done:
                     return there
@@ -83,7 +84,7 @@ async def search(world: World, seen: RestoreSeen) -> RestoreSeen:
 async def _candidates(client: Hypervisor, request: RestoreRequest) -> tuple[definitions.Defined, ...]:
     """Return the VMs of a hypervisor that may bear this restore's marker. Raises HypervisorError."""
     if not request.in_place:
-        return await definitions.look(client, request.new_name)
+        return await _look_new(client, request)
     gates, silent = await client.gates()
     looks = [await definitions.look(client, g.ref.uuid) for g in gates if request.uid in g.definition]
     there = tuple(d for found in looks for d in found)
@@ -93,22 +94,35 @@ async def _candidates(client: Hypervisor, request: RestoreRequest) -> tuple[defi
     return there
 
 
+async def _look_new(client: Hypervisor, request: RestoreRequest) -> tuple[definitions.Defined, ...]:
+    """Return the new VM by its UUID, which follows from the restore, whatever it is called by now; else whoever has its name."""
+    return await definitions.look(client, _identity(request).uuid) or await definitions.look(client, request.new_name)
+
+
+def _identity(request: RestoreRequest) -> Identity:
+    return Identity(name=request.new_name, seed=request.uid)
+
+
 def show(world: World, seen: RestoreSeen, defined: definitions.Defined) -> RestoreSeen:
     """Add what a VM shows. By its own marker a restore is known, whatever became of the snapshot. Raises RefusedError."""
     gate = definition.gate_of(defined.xml) if seen.request.in_place else None
     done = definition.done(defined.xml)
     ours = (world.installation, seen.request.uid)
-    there = (gate.marker if gate is not None else None, done)
-    own = next((m for m in there if m is not None and (m.installation, m.restore_uid) == ours), None)
-    return replace(
+    there = (*((gate.marker,) if gate is not None else ()), *done)
+    own = next((m for m in there if (m.installation, m.restore_uid) == ours), None)
+    seen = replace(
         seen,
         gate=gate,
-        done=done,
         marker=own or seen.marker,
         power=defined.power,
         vm_name=defined.ref.name,
         vm_uuid=defined.ref.uuid,
     )
+    if not seen.request.in_place and defined.ref.uuid == _identity(seen.request).uuid and seen.marker is not None:
+        # It was defined when its clones were whole; somebody defined it anew since, without our metadata.
+        done = (*done, seen.marker)
+    mine = (s for m in done if (s := replace(seen, done=m)).is_done)
+    return next(mine, replace(seen, done=done[0] if done else None))
 
 
 async def find(world: World, request: RestoreRequest, hypervisor: str, vm_uuid: str) -> Found:
@@ -116,15 +130,15 @@ async def find(world: World, request: RestoreRequest, hypervisor: str, vm_uuid: 
     live = world.hypervisors.get(hypervisor)
     if live is None and hypervisor not in await world.cluster.hypervisor_names():
         raise HypervisorError(_no_hypervisor(hypervisor), reason=HYPERVISOR_GONE)
-    client = _client(world, hypervisor)
+    client = client_of(world, hypervisor)
     assert live is not None, "it has a client"  # noqa: S101 - for the type checker
-    seen = await definitions.look(client, vm_uuid if request.in_place else request.new_name)
+    seen = await (definitions.look(client, vm_uuid) if request.in_place else _look_new(client, request))
     # One in which this restore closed its gate comes first, whatever else there is by now: that has to be opened again.
     seen = tuple(sorted(seen, key=lambda d: not _is_gated_by(world, request, d))) if len(seen) > 1 else seen
     return Found(live=live, client=client, defined=seen[0] if seen else None)
 
 
-def _client(world: World, hypervisor: str) -> Hypervisor:
+def client_of(world: World, hypervisor: str) -> Hypervisor:
     """Return the connections of a Hypervisor object. Raises HypervisorUnreachableError."""
     live = world.hypervisors.get(hypervisor)
     if live is None or live.client is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -90,7 +91,7 @@ def test_the_gate_says_who_and_keeps_the_true_disks(sample: str, autostart: bool
         assert canonical(text) == canonical(tree.text_of(before[target]))
     assert definition.gate_of(SAMPLES[sample]) is None
     assert definition.true_disks(SAMPLES[sample]) == {}
-    assert definition.done(made) is None
+    assert definition.done(made) == ()
 
 
 @pytest.mark.parametrize("sample", SAMPLES)
@@ -111,7 +112,7 @@ def test_a_gate_that_is_opened_again_leaves_nothing(sample: str) -> None:
 @pytest.mark.parametrize("sample", SAMPLES)
 def test_the_true_definition_comes_back_with_a_marker(sample: str) -> None:
     done = definition.restored(definition.gated(SAMPLES[sample], gate(sample)), MARKER, genid=GENID)
-    assert definition.done(done) == MARKER
+    assert definition.done(done) == (MARKER,)
     assert definition.gate_of(done) is None
     assert without(done, "metadata", "genid") == without(SAMPLES[sample], "metadata", "genid")
 
@@ -133,15 +134,41 @@ def test_what_others_keep_in_the_metadata_stays() -> None:
     )
 
 
-def test_a_new_restore_replaces_the_marker_of_the_last() -> None:
-    first = definition.restored(definition.gated(SAMPLES["rbd"], gate("rbd")), MARKER, genid=GENID)
-    assert definition.done(first) == MARKER
-    second = definition.restored(definition.gated(first, gate("rbd", marker=OTHER)), OTHER, genid=GENID)
-    assert definition.done(second) == OTHER
+def go_back(text: str, marker: Marker) -> str:
+    """The definition after one restore."""
+    return definition.restored(definition.gated(text, gate("rbd", marker=marker)), marker, genid=GENID)
 
 
-def test_the_gate_of_a_restore_that_is_done_is_not_closed_again() -> None:
-    done = definition.restored(definition.gated(SAMPLES["rbd"], gate("rbd")), MARKER, genid=GENID)
+def test_the_last_restores_are_remembered_each_of_them_once() -> None:
+    both = go_back(go_back(SAMPLES["rbd"], MARKER), OTHER)
+    assert definition.done(both) == (OTHER, MARKER)
+    again = replace(MARKER, restore_uid="22222222-58f2-4a57-9f0e-2d6f4a1b7c33")
+    assert definition.done(go_back(both, again)) == (again, OTHER), "the same order, created anew"
+    text, markers = both, [replace(OTHER, restore=f"team-a/back-{n}") for n in range(20)]
+    for marker in markers:
+        text = go_back(text, marker)
+    assert list(definition.done(text)) == markers[::-1][: definition.DONE_KEPT]
+    assert definition.done(definition.gated(text, gate("rbd"))) == definition.done(text), "a gate forgets none"
+
+
+def test_a_document_with_one_marker_is_read_and_goes_on() -> None:
+    """As it was written before more than one was kept; and who knows of one alone reads the last."""
+    one = go_back(SAMPLES["rbd"], MARKER)
+    (element,) = tree.own(tree.parse(one), "https://vmsnapshot.io/restored/1")
+    assert (len(element), element.attrib["uid"]) == (0, MARKER.restore_uid)
+    (element,) = tree.own(tree.parse(go_back(one, OTHER)), "https://vmsnapshot.io/restored/1")
+    assert element.attrib["uid"] == OTHER.restore_uid
+    assert [e.attrib for e in element] == [MARKER.attributes()]
+    damaged = go_back(one, OTHER).replace(f'uid="{MARKER.restore_uid}"', 'uid=""')
+    with pytest.raises(RefusedError, match="cannot be read"):
+        definition.done(damaged)
+
+
+@pytest.mark.parametrize("later", [(), (OTHER,)])
+def test_the_gate_of_a_restore_that_is_done_is_not_closed_again(later: tuple[Marker, ...]) -> None:
+    done = go_back(SAMPLES["rbd"], MARKER)
+    for marker in later:
+        done = go_back(done, marker)
     with pytest.raises(RefusedError, match="done already"):
         definition.gated(done, gate("rbd"))
 

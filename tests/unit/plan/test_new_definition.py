@@ -122,7 +122,7 @@ def test_of_ours_only_the_new_marker_is_in_it(sample: str) -> None:
     gated = definition.gated(SAMPLES[sample], Gate(marker=MARKER, targets=tuple(SOURCES[sample])[:1], autostart=False))
     for text in (SAMPLES[sample], definition.restored(gated, MARKER, genid=IDENTITY.genid)):
         made = as_new_vm(text, IDENTITY, SOURCES[sample], MARKER).xml
-        assert definition.done(made) == MARKER
+        assert definition.done(made) == (MARKER,)
         assert made.count("vmsnapshot.io/") == 1
         assert definition.gate_of(made) is None
     assert ("libosinfo" in new(sample).xml) == ("libosinfo" in SAMPLES[sample]), "others' stays"
@@ -447,4 +447,4 @@ def test_a_damaged_definition_is_refused_or_shares_nothing(data: st.DataObject) 
     after = tree.parse(made.xml)
     assert not new_devices.belongings(tree.parse(text)) & new_devices.belongings(after)
     assert after.findtext("uuid") == IDENTITY.uuid
-    assert definition.done(made.xml) == MARKER
+    assert definition.done(made.xml) == (MARKER,)

@@ -482,7 +482,7 @@ async def test_going_back_sets_back_what_the_gate_took_and_nothing_else(
     await restore_apply.apply(scene.world, effect, seen, scene.body, scene.memory)
     assert sorted(reverted) == ["vda", "vdc"]
     assert definition.gate_of(opened[0]) is None
-    assert definition.done(opened[0]) is None
+    assert definition.done(opened[0]) == ()
     assert scene.memory.broken is not None
     assert scene.memory.broken.reason == "SnapshotNotFound"
 
