@@ -188,9 +188,10 @@ class CephRbdDriver:
 
     def revert(self, cut: CutResult, onto: Sequence[Volume]) -> None:
         """Roll the images back; refused while a client has one open, since Ceph itself would not refuse."""
-        for fit in self.check_revert(cut, onto):
-            if not fit.ok:
-                raise DriverError(fit.message, reason=fit.reason)
+        # A user may go away again, as who mapped the image to look at it; the other reasons stay.
+        refused = sorted((f for f in self.check_revert(cut, onto) if not f.ok), key=lambda f: f.reason == "InUse")
+        if refused:
+            raise DriverError(refused[0].message, reason=refused[0].reason, retryable=refused[0].reason == "InUse")
         sources = [_source(cut.handles[v.id]) for v in onto]
         is_whole = {v.id for v in onto} == set(cut.handles)
         doing = told(f"rolling back to {', '.join(cut.handles[v.id] for v in onto)}")
