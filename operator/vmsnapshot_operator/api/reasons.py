@@ -572,6 +572,16 @@ class Reason(StrEnum):
         "A disk of the VM is not what it was when the snapshot was taken.",
         "Change the VM back as the message says, or restore to a new VM (spec.mode NewVM).",
     )
+    REVERT_NOT_SUPPORTED = (
+        "RevertNotSupported",
+        "A class cannot set disks back to what it has snapshotted.",
+        "Restore into a new VM (spec.mode NewVM).",
+    )
+    NEWER_SNAPSHOTS = (
+        "NewerSnapshots",
+        "A class can go back to the newest snapshot of a disk alone, and there is a newer one, or the safety snapshot would be one.",
+        "Delete the newer ones or set spec.safetySnapshot to false, as the message says, or restore into a new VM (spec.mode NewVM).",
+    )
     CLONE_NOT_SUPPORTED = (
         "CloneNotSupported",
         "A class cannot make new volumes from what it has snapshotted.",

@@ -107,6 +107,7 @@ class RestoreSeen:
     vm_name: str = ""
     vm_uuid: str = ""
     hypervisor: str = ""
+    stopped: bool = False
     started: bool = False
     safety: Safety = Safety.NONE
     safety_name: str = ""

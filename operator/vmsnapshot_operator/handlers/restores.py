@@ -178,7 +178,7 @@ class Restores:
             log.warning(
                 "%s of %s/%s: %s", type(effect).__name__, seen.request.namespace, seen.request.name, error.message
             )
-            if isinstance(effect, Revert | Clone) and isinstance(error, DriverError) and not error.retryable:
+            if _is_final(effect, error):
                 memory.broken = Failure(reason=error.reason, message=error.message)
             _retry_later(memory, error.message)
         except Exception as error:
@@ -186,6 +186,16 @@ class Restores:
             _retry_later(memory, f"internal error: {type(error).__name__}; see the operator's log")
         else:
             memory.failures, memory.trouble, memory.retry_at = 0, "", None
+
+
+def _is_final(effect: RestoreEffect, error: SnapshotError) -> bool:
+    """Whether no retry of this effect can help: it ends the restore, or sends it back."""
+    if error.retryable:
+        return False
+    if isinstance(effect, Revert | Clone) and isinstance(error, DriverError):
+        return True
+    # A gate that is refused is refused by the next look; one that cannot be opened a person can mend, and going back would not help.
+    return isinstance(effect, Clone) and (isinstance(error, RefusedError) or error.reason == "NameTaken")
 
 
 def _retry_later(memory: Memory, message: str) -> None:

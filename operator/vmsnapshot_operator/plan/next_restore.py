@@ -140,6 +140,9 @@ def _say(seen: RestoreSeen, effect: RestoreEffect, reason: str, message: str = "
 
 
 def _fail(seen: RestoreSeen, failure: Failure) -> RestoreDecision:
+    if seen.stopped and not seen.is_done and seen.power is PowerState.SHUT_OFF:
+        text = f"{failure.message}; the VM was shut down for this (spec.runningVM is Stop) and is off"
+        failure = Failure(reason=failure.reason, message=text)
     conditions = told.failed(seen, failure)
     return RestoreDecision(effect=LetGo() if seen.finalizer else Rest(), conditions=conditions)
 
@@ -162,7 +165,7 @@ def _in_place(seen: RestoreSeen) -> RestoreDecision:
         if seen.safety is Safety.TAKING:
             return _say(seen, Rest(_LATER), "TakingSafetySnapshot", seen.safety_message)
         if seen.safety is Safety.FAILED:
-            message = f"the safety snapshot failed, so nothing was changed: {seen.safety_message}"
+            message = f"the safety snapshot failed, so no disk was changed: {seen.safety_message}"
             return _fail(seen, Failure(reason="SafetySnapshotFailed", message=message))
     return _say(seen, CloseGate(seen.plan.gate), "ClosingGate")
 
@@ -187,9 +190,12 @@ def _what_to_do(seen: RestoreSeen) -> str:
     safety = "there is no safety snapshot to go back to"
     if seen.safety is not Safety.NONE:
         safety = f'its safety snapshot "{seen.safety_name}" is not Ready: {seen.safety_message}'
+    mend = "Bring the VMSnapshot and its VMSnapshotContent back from a backup of the cluster"
+    if seen.record is not None and seen.refusal is not None and seen.refusal.reason == "DomainNotFound":
+        mend = "Let the restore's namespace use the VM again (spec.access of the Hypervisor)"
     return (
-        f"{_why(seen)}; {safety}; the VM cannot be started meanwhile. Bring the VMSnapshot and its VMSnapshotContent back from a"
-        " backup of the cluster, or give the VM its disks back by hand (chapter VMSnapshotGateLeft of docs/operations.md)"
+        f"{_why(seen)}; {safety}; the VM cannot be started meanwhile. {mend}, or give the VM its disks back by hand (chapter"
+        " VMSnapshotGateLeft of docs/operations.md)"
     )
 
 

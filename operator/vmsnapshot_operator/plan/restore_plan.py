@@ -12,10 +12,12 @@ from typing import Any
 from vmsnapshot_operator.core.driver import Fit
 from vmsnapshot_operator.core.effects import Record
 from vmsnapshot_operator.core.machine import Disk, Machine, PowerState
+from vmsnapshot_operator.core.markers import Gate, Marker
 from vmsnapshot_operator.core.planning import Patience, PlannedVolume, Refusal
 from vmsnapshot_operator.core.restoring import RestoreGroup, RestorePlan, RestoreRequest
-from vmsnapshot_operator.core.volumes import NVRAM, Volume, volume_id
-from vmsnapshot_operator.plan import fingerprints
+from vmsnapshot_operator.core.volumes import NVRAM, Layer, SourceKind, Volume, volume_id
+from vmsnapshot_operator.errors import RefusedError
+from vmsnapshot_operator.plan import definition, fingerprints, new_definition
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,6 +162,50 @@ def notes(record: Record, volumes: Sequence[PlannedVolume], *, in_place: bool) -
     return tuple(found)
 
 
+def targets_now(plan: RestorePlan, record: Record) -> tuple[str, ...]:
+    """Return where the disks of the gate are plugged now, which may be another target than at the snapshot."""
+    now = {v.id: v.label for g in plan.groups for v in g.onto}
+    then = {v.target: v.volume.id for v in record.plan.volumes}
+    return tuple(now.get(then[t], t) for t in plan.gate)
+
+
+def refuse_gate(text: str, gate: Gate) -> Refusal | None:
+    """Why this gate could not be closed in the definition that the VM's next start takes, or None."""
+    try:
+        definition.gated(text, gate)
+    except RefusedError as error:
+        return Refusal(reason=error.reason, message=error.message)
+    return None
+
+
+def refuse_new_vm(
+    plan: RestorePlan, record: Record, identity: new_definition.Identity, marker: Marker
+) -> Refusal | None:
+    """Why no new VM could be defined from the one on record, whatever its clones will be, or None."""
+    clones = {t: Layer(kind=SourceKind.FILE, source=f"/clone/{t}", format="raw") for t in plan.targets}
+    try:
+        new_definition.as_new_vm(record.plan.definition, identity, clones, marker)
+    except RefusedError as error:
+        return Refusal(reason=error.reason, message=error.message)
+    return None
+
+
+def refuse_revert(plan: RestorePlan, record: Record, *, safety: bool) -> Refusal | None:
+    """Why these volumes cannot be set back whatever the storage says, or None. `safety`: a snapshot of them is taken first."""
+    can = {g.class_name: g.capabilities for g in record.plan.groups}
+    if unable := [g.class_name for g in plan.groups if not can[g.class_name].revert]:
+        message = f"class {', '.join(unable)} cannot set disks back to what it has snapshotted; use mode NewVM"
+        return Refusal(reason="RevertNotSupported", message=message)
+    newest = [g.class_name for g in plan.groups if can[g.class_name].revert_newest_only]
+    if newest and safety:
+        message = (
+            f"class {', '.join(newest)} can go back to the newest snapshot alone, and the safety snapshot would be a newer one:"
+            " set spec.safetySnapshot to false, or use mode NewVM"
+        )
+        return Refusal(reason="NewerSnapshots", message=message)
+    return None
+
+
 def refuse_clone(plan: RestorePlan, record: Record) -> Refusal | None:
     """Why these volumes cannot be cloned whatever the storage says, or None."""
     if not any(v.target in plan.targets for v in record.plan.disks):
@@ -186,12 +232,15 @@ def refuse_formats(known: Mapping[str, int], record: Record) -> Refusal | None:
     return Refusal(reason="DriverTooOld", message=f"{'; '.join(problems)}; install that version or a later one")
 
 
-def refuse_fits(answers: Mapping[str, Sequence[Fit]], plan: RestorePlan) -> Refusal | None:
-    """Why a driver cannot do it, or None; `answers` by class, one for each volume of the group in its order."""
+def refuse_fits(answers: Mapping[str, Sequence[Fit]], plan: RestorePlan, *, power: PowerState) -> Refusal | None:
+    """Why a driver cannot do it, or None; `answers` by class, one for each volume of the group in its order.
+
+    That disks are in use says nothing while the VM is not off: it is what uses them.
+    """
     problems, reasons = [], []
     for group in plan.groups:
         for volume, fit in zip(group.onto, answers.get(group.class_name, ()), strict=False):
-            if not fit.ok:
+            if not fit.ok and (fit.reason != "InUse" or power is PowerState.SHUT_OFF):
                 problems.append(f'disk {volume.label} (class "{group.class_name}"): {fit.message or fit.reason}')
                 reasons.append(fit.reason)
     if not problems:

@@ -83,9 +83,10 @@ async def _act(world: World, effect: RestoreEffect, seen: RestoreSeen, found: Fo
     client, ref = found.client, found.defined.ref
     match effect:
         case Stop():
+            memory.stopped = True
             await definitions.stop(client, ref, SHUTDOWN_SECONDS)
-        case CloseGate(targets):
-            await _close_gate(world, seen, found, targets)
+        case CloseGate():
+            await _close_gate(world, seen, found)
         case Revert(groups):
             await _revert(world, groups, seen, found, memory)
         case GoBack():
@@ -122,28 +123,22 @@ async def _take_safety(world: World, seen: RestoreSeen) -> None:
     )
 
 
-async def _close_gate(world: World, seen: RestoreSeen, found: Found, targets: tuple[str, ...]) -> None:
+async def _close_gate(world: World, seen: RestoreSeen, found: Found) -> None:
     assert seen.marker is not None, "told with the record"  # noqa: S101 - for the type checker
+    assert seen.record is not None, "told with the plan"  # noqa: S101 - for the type checker
+    assert seen.plan is not None, "a gate is closed for a plan"  # noqa: S101 - for the type checker
     assert found.defined is not None, "asked before"  # noqa: S101 - for the type checker
     ref = found.defined.ref
     if not world.claim(ref.uuid, seen.request.uid):
         raise ConflictError("another operation on this VM is under way")
     try:
-        gate = Gate(marker=seen.marker, targets=_targets_now(seen, targets), autostart=found.defined.autostart)
+        targets = restore_plan.targets_now(seen.plan, seen.record)
+        gate = Gate(marker=seen.marker, targets=targets, autostart=found.defined.autostart)
         async with step(Step.GATE_CLOSE, seen.request.uid):
             await definitions.redefine(found.client, ref, lambda text: definition.gated(text, gate))
         await definitions.set_autostart(found.client, ref, on=False)
     finally:
         world.release(seen.request.uid)
-
-
-def _targets_now(seen: RestoreSeen, targets: tuple[str, ...]) -> tuple[str, ...]:
-    """Where the disks are plugged now, which may be another target than at the snapshot."""
-    assert seen.plan is not None, "a gate is closed for a plan"  # noqa: S101 - for the type checker
-    now = {v.id: v.label for g in seen.plan.groups for v in g.onto}
-    assert seen.record is not None, "told with the plan"  # noqa: S101 - for the type checker
-    then = {v.target: v.volume.id for v in seen.record.plan.volumes}
-    return tuple(now.get(then[t], t) for t in targets)
 
 
 async def _revert(

@@ -14,6 +14,7 @@ from vmsnapshot_operator.api.meta import FINALIZER
 from vmsnapshot_operator.core.driver import Fit
 from vmsnapshot_operator.core.effects import Condition, Failure, Record
 from vmsnapshot_operator.core.machine import AgentState, Machine, PowerState
+from vmsnapshot_operator.core.markers import Gate
 from vmsnapshot_operator.core.planning import Patience, Refusal
 from vmsnapshot_operator.core.restoring import (
     RestoreGroup,
@@ -31,7 +32,7 @@ from vmsnapshot_operator.errors import (
 from vmsnapshot_operator.hypervisors import definitions
 from vmsnapshot_operator.hypervisors.domains import Hypervisor
 from vmsnapshot_operator.kube import contents, distill
-from vmsnapshot_operator.plan import access, fingerprints, restore_plan
+from vmsnapshot_operator.plan import access, fingerprints, new_definition, restore_plan
 from vmsnapshot_operator.plan.next_restore import conditions_of_end
 from vmsnapshot_operator.strategies.restore_search import (
     HYPERVISOR_GONE,
@@ -55,6 +56,7 @@ class Memory:
 
     since: Seconds
     broken: Failure | None = None
+    stopped: bool = False
     started: bool = False
     trouble: str = ""
     retry_at: Seconds | None = None
@@ -78,6 +80,7 @@ async def gather(world: World, body: Mapping[str, Any], memory: Memory) -> Resto
         begun=bool(told.get("startTime")),
         hypervisor=str(told.get("hypervisorName") or ""),
         broken=memory.broken,
+        stopped=memory.stopped,
         started=memory.started,
         leader=world.leadership.is_leader(),
         known_for=Seconds(clock() - memory.since),
@@ -248,34 +251,66 @@ async def _plan_in_place(
     if isinstance(bear, Refusal):
         return replace(seen, refusal=bear)
     plan = restore_plan.make(record, volumes, bear)
-    if (refusal := await _refuse_formats(world, plan, record)) is not None:
+    refusal = restore_plan.refuse_revert(plan, record, safety=request.safety) or _refuse_to_gate(
+        seen, plan, record, found
+    )
+    refusal = refusal or await _refuse_formats(world, plan, record)
+    if refusal is not None:
         return replace(seen, refusal=refusal)
-    if machine.power is PowerState.SHUT_OFF:  # while it runs, every driver would say that its disks are in use
-        try:
-            answers = await _ask(world, plan, record)
-        except DriverError as error:
-            refusal = Refusal(reason=error.reason, message=error.message, patience=Patience.WAIT)
-            return replace(seen, refusal=refusal)
-        if (refusal := restore_plan.refuse_fits(answers, plan)) is not None:
-            return replace(seen, refusal=refusal)
+    try:
+        # Also while the VM runs: it is not stopped for what cannot be done.
+        answers = await _ask(world, plan, record)
+    except DriverError as error:
+        return replace(seen, refusal=Refusal(reason=error.reason, message=error.message, patience=Patience.WAIT))
+    if (refusal := restore_plan.refuse_fits(answers, plan, power=machine.power)) is not None:
+        return replace(seen, refusal=refusal)
     return _judge_safety(replace(seen, plan=plan), machine)
+
+
+def _refuse_to_gate(seen: RestoreSeen, plan: RestorePlan, record: Record, found: Found) -> Refusal | None:
+    """Why the gate could not be closed once the VM is off, or None."""
+    assert seen.marker is not None, "told with the record"  # noqa: S101 - for the type checker
+    assert found.defined is not None, "asked before"  # noqa: S101 - for the type checker
+    if found.defined.managed_save:
+        message = (
+            f"domain {found.defined.ref.name} was saved with its memory, which goes with its disks as they are now: start it and"
+            " shut it down, or throw its memory away (virsh managedsave-remove)"
+        )
+        return Refusal(reason="VMSaved", message=message)
+    targets = restore_plan.targets_now(plan, record)
+    return restore_plan.refuse_gate(found.defined.xml, Gate(marker=seen.marker, targets=targets, autostart=False))
 
 
 def _judge_safety(seen: RestoreSeen, machine: Machine) -> RestoreSeen:
     """A safety snapshot is none that lacks what is set back, nor any more once the VM, which is off, ran after it.
 
-    Network disks do not betray that.
+    Disks without a fingerprint, as network disks, do not betray that.
     """
     if machine.power is not PowerState.SHUT_OFF or seen.safety_record is None:
         return seen
-    holds = {v.volume.id for v in seen.safety_record.plan.volumes}
+    volumes = seen.safety_record.plan.volumes
+    holds = {v.volume.id for v in volumes}
     wanted = (v for g in seen.plan.groups for v in g.onto) if seen.plan is not None else ()
     if lacks := [v.label for v in wanted if v.id not in holds]:
         message = f"it does not hold {', '.join(lacks)} (see its status.excluded), so nobody could go back to that"
         return replace(seen, safety=Safety.FAILED, safety_message=message)
-    if not (ran := fingerprints.written_to(seen.safety_record.plan.volumes, machine.disks)):
-        return seen
-    return replace(seen, safety=Safety.FAILED, safety_message=f"disk {', '.join(ran)} was written to after it")
+    if unable := [g.class_name for g in seen.safety_record.plan.groups if not g.capabilities.revert]:
+        message = f"class {', '.join(unable)} took it and cannot set disks back, so nobody could go back to it"
+        return replace(seen, safety=Safety.FAILED, safety_message=message)
+    if ran := fingerprints.written_to(volumes, machine.disks):
+        return replace(seen, safety=Safety.FAILED, safety_message=f"disk {', '.join(ran)} was written to after it")
+    if gone := fingerprints.missing(volumes, machine.disks):
+        message = (
+            f"disk {', '.join(gone)} was taken from the VM after it, so nobody can see whether the VM ran meanwhile"
+        )
+        return replace(seen, safety=Safety.FAILED, safety_message=message)
+    if unseen := fingerprints.unseen(volumes, machine.disks):
+        message = (
+            f"whether disk {', '.join(unseen)} was written to after the safety snapshot cannot be seen: libvirt's pool does not know"
+            " it now; see that the pool is active and has the disk (`virsh pool-refresh`)"
+        )
+        return replace(seen, refusal=Refusal(reason="VolumeNotFound", message=message, patience=Patience.WAIT))
+    return seen
 
 
 async def _plan_new(
@@ -291,9 +326,10 @@ async def _plan_new(
         message = "the snapshot does not hold the VM's definition: define the new VM by hand, from clones"
         return replace(seen, refusal=Refusal(reason="DefinitionMissing", message=message))
     plan = restore_plan.make(record, volumes, {})
-    if (refusal := restore_plan.refuse_clone(plan, record)) is not None:
-        return replace(seen, refusal=refusal)
-    refusal = await _refuse_formats(world, plan, record)
+    assert seen.marker is not None, "told with the record"  # noqa: S101 - for the type checker
+    identity = new_definition.Identity(name=request.new_name, seed=request.uid)
+    refusal = restore_plan.refuse_clone(plan, record) or restore_plan.refuse_new_vm(plan, record, identity, seen.marker)
+    refusal = refusal or await _refuse_formats(world, plan, record)
     return replace(seen, refusal=refusal) if refusal is not None else replace(seen, plan=plan)
 
 

@@ -25,9 +25,18 @@ from vmsnapshot_operator.core.restoring import (
     Start,
     Stop,
 )
+from vmsnapshot_operator.core.volumes import Seconds
+from vmsnapshot_operator.errors import (
+    DriverError,
+    HypervisorError,
+    HypervisorUnreachableError,
+    RefusedError,
+    SnapshotError,
+)
 from vmsnapshot_operator.handlers import reconcile, restores
 from vmsnapshot_operator.handlers.reconcile import TELL_EVERY, Reconciler
 from vmsnapshot_operator.handlers.restores import Restores
+from vmsnapshot_operator.strategies.restore_gather import Memory
 from vmsnapshot_operator.strategies.window import LEASE_MARGIN
 from vmsnapshot_operator.strategies.world import World
 
@@ -215,3 +224,32 @@ async def test_no_worker_waits_for_a_restore_that_is_gone(
     assert done == ([effect] if ends == "Done" else [])
     await driven.reconcile("ns", "back", "r1")
     assert not stage.world.claims
+
+
+@pytest.mark.parametrize(
+    ("effect", "error", "final"),
+    [
+        (Clone(()), RefusedError("nobody can tell what it shares", reason="DefinitionUnusable"), True),
+        (Clone(()), HypervisorError("there is one", reason="NameTaken"), True),
+        (Clone(()), HypervisorUnreachableError("it does not answer"), False),
+        (Clone(()), DriverError("no room", reason="NoSpace"), True),
+        (Clone(()), DriverError("it is starting", retryable=True), False),
+        (Revert(()), DriverError("it is gone", reason="SnapshotLost"), True),
+        (Revert(()), DriverError("somebody looks at it", reason="InUse", retryable=True), False),
+        (Revert(()), RefusedError("disk vdb was removed: plug it in again", reason="DefinitionUnusable"), False),
+    ],
+)
+async def test_what_no_retry_can_help_is_not_tried_until_the_deadline(
+    monkeypatch: pytest.MonkeyPatch, effect: RestoreEffect, error: SnapshotError, final: bool
+) -> None:
+    request = RestoreRequest(uid="r1", namespace="ns", name="back", generation=1, created=b.CREATED, snapshot="snap")
+
+    async def apply(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(restores.restore_apply, "apply", apply)
+    memory = Memory(since=Seconds(0.0))
+    driven = Restores(fakes.world(installation="abc234"), lambda *_: None)
+    await driven._apply(effect, RestoreSeen(request=request), {}, memory)
+    assert (memory.broken.reason if memory.broken is not None else "") == (error.reason if final else "")
+    assert memory.trouble == error.message

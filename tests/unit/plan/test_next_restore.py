@@ -500,6 +500,56 @@ def test_a_gate_with_neither_record_nor_safety_snapshot_is_never_let_go(
     assert ("its storage is gone" in told["Reconciling"].message) is (safety is not Safety.NONE)
 
 
+def test_a_gate_of_a_vm_that_the_namespace_may_not_use_any_more_asks_for_access() -> None:
+    refusal = Refusal(reason="DomainNotFound", message="has no domain that the namespace may snapshot")
+    broken = Failure(reason=refusal.reason, message=refusal.message)
+    seen = replace(GATED, refusal=refusal, broken=broken, record=records.example())
+    effect, told = told_of(seen)
+    assert isinstance(effect, Rest)
+    assert told["Reconciling"].reason == "Blocked"
+    assert "spec.access of the Hypervisor" in told["Reconciling"].message
+    assert "VMSnapshotContent" not in told["Reconciling"].message
+
+
+# --- the guest that was started ---------------------------------------------------------------------------------------------
+
+DONE = RestoreSeen(
+    request=request(start_after=True),
+    finalizer=True,
+    begun=True,
+    marker=MARKER,
+    done=MARKER,
+    power=PowerState.RUNNING,
+    started=True,
+)
+
+
+@pytest.mark.parametrize("answers", [True, None])
+def test_a_guest_whose_agent_answers_or_that_has_none_is_ready(answers: bool | None) -> None:
+    effect, told = told_of(replace(DONE, agent_answers=answers))
+    assert isinstance(effect, LetGo)
+    assert told["Ready"].status is True
+
+
+def test_an_agent_that_does_not_answer_is_waited_for_and_then_told() -> None:
+    silent = replace(DONE, agent_answers=False)
+    effect, told = told_of(silent)
+    assert isinstance(effect, Rest)
+    assert effect != Rest(), "it looks again"
+    assert (told["Ready"].status, told["Reconciling"].reason) == (None, "WaitingForAgent")
+    effect, told = told_of(silent, 7200.0)
+    assert isinstance(effect, LetGo)
+    assert (told["Ready"].status, told["Stalled"].reason) == (False, "AgentSilent")
+    assert told["VolumesRestored"].status is True, "what was done stays told"
+    assert "the disks are restored and the VM was started" in told["Stalled"].message
+
+
+def test_a_vm_that_is_to_stay_off_asks_no_agent() -> None:
+    effect, told = told_of(replace(DONE, request=request(), started=False, power=PowerState.SHUT_OFF))
+    assert isinstance(effect, LetGo)
+    assert told["Ready"].status is True
+
+
 def test_a_finalizer_that_was_taken_away_while_the_gate_is_closed_is_put_on_again() -> None:
     seen = replace(GATED, finalizer=False, safety=Safety.READY)
     assert isinstance(told_of(seen)[0], Claim)

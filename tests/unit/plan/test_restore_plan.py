@@ -195,9 +195,9 @@ def test_handles_of_a_later_format_are_not_guessed_at() -> None:
 )
 def test_each_volume_that_a_driver_refuses_is_named(reasons: tuple[str, str], patience: Patience) -> None:
     fits = tuple(Fit(ok=False, reason=r, message=f"because {r}") for r in reasons)
-    found = restore_plan.refuse_fits({"fast": fits}, _plan())
+    found = restore_plan.refuse_fits({"fast": fits}, _plan(), power=PowerState.SHUT_OFF)
     assert found is not None
     assert found.patience is patience
     assert all(f"because {r}" in found.message for r in reasons)
     yes = Fit(ok=True, reason="Fits")
-    assert restore_plan.refuse_fits({"fast": (yes, yes), "slow": (yes,)}, _plan()) is None
+    assert restore_plan.refuse_fits({"fast": (yes, yes), "slow": (yes,)}, _plan(), power=PowerState.SHUT_OFF) is None

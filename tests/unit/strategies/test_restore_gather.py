@@ -13,10 +13,12 @@ from tests.unit.kube import records
 from tests.unit.plan import builders as b
 from vmsnapshot_operator.core import names
 from vmsnapshot_operator.core.effects import Record
-from vmsnapshot_operator.core.machine import Machine, PowerState
+from vmsnapshot_operator.core.driver import Capabilities, CutKind, Fit
+from vmsnapshot_operator.core.machine import Disk, Machine, PowerState
 from vmsnapshot_operator.core.markers import Gate, Marker
-from vmsnapshot_operator.core.planning import Request
+from vmsnapshot_operator.core.planning import Patience, Request
 from vmsnapshot_operator.core.restoring import (
+    Clone,
     CloseGate,
     GoBack,
     HandOver,
@@ -28,9 +30,11 @@ from vmsnapshot_operator.core.restoring import (
     RestoreRequest,
     RestoreSeen,
     Safety,
+    Stop,
+    TakeSafety,
 )
 from vmsnapshot_operator.core.volumes import NVRAM, Seconds, volume_id
-from vmsnapshot_operator.errors import HypervisorUnreachableError
+from vmsnapshot_operator.errors import HypervisorError, HypervisorUnreachableError
 from vmsnapshot_operator.hypervisors import definitions
 from vmsnapshot_operator.hypervisors.definitions import Defined
 from vmsnapshot_operator.hypervisors.domains import Gated, Ref
@@ -38,9 +42,16 @@ from vmsnapshot_operator.kube import contents
 from vmsnapshot_operator.plan import definition, next_restore, restore_plan, restore_report
 from vmsnapshot_operator.plan import domain_tree as tree
 from vmsnapshot_operator.plan.access import AccessRule
+from vmsnapshot_operator.plan.new_definition import Identity
 from vmsnapshot_operator.strategies import restore_apply, restore_gather, restore_search
 from vmsnapshot_operator.strategies.restore_gather import Memory
 from vmsnapshot_operator.strategies.world import LiveHypervisor, World
+
+
+def disks_of(record: Record) -> tuple[Disk, ...]:
+    """The VM's disks, as they are on record."""
+    return tuple(Disk(target=v.target, layers=(v.volume.writable,), size_bytes=1) for v in record.plan.volumes)
+
 
 _REQUEST = RestoreRequest(uid="r1", namespace="team-a", name="back", generation=1, created=b.CREATED, snapshot="snap")
 
@@ -76,9 +87,38 @@ def test_one_that_lacks_what_is_set_back_is_none(lacks: bool) -> None:
     held = record.plan.volumes[1:] if lacks else record.plan.volumes
     safety = replace(record, plan=replace(record.plan, volumes=held))
     seen = RestoreSeen(request=_REQUEST, plan=plan, safety=Safety.READY, safety_record=safety)
-    judged = restore_gather._judge_safety(seen, b.machine(power=PowerState.SHUT_OFF, disks=()))
+    judged = restore_gather._judge_safety(seen, b.machine(power=PowerState.SHUT_OFF, disks=disks_of(record)))
     assert judged.safety is (Safety.FAILED if lacks else Safety.READY)
     assert ("does not hold vda" in judged.safety_message) is lacks
+
+
+def test_one_that_nobody_could_go_back_to_is_none() -> None:
+    record = records.example()
+    slow = replace(record.plan.groups[1].capabilities, revert=False)
+    groups = (record.plan.groups[0], replace(record.plan.groups[1], capabilities=slow))
+    safety = replace(record, plan=replace(record.plan, groups=groups))
+    seen = RestoreSeen(request=_REQUEST, safety=Safety.READY, safety_record=safety)
+    judged = restore_gather._judge_safety(seen, b.machine(power=PowerState.SHUT_OFF, disks=disks_of(record)))
+    assert judged.safety is Safety.FAILED
+    assert "class slow took it and cannot set disks back" in judged.safety_message
+
+
+def test_one_whose_disks_show_no_more_whether_the_vm_ran_is_not_taken_for_the_latest() -> None:
+    record = records.example()
+    first = record.plan.volumes[0]
+    layer = replace(first.volume.writable, fingerprint="1")
+    known = replace(first, volume=replace(first.volume, writable=layer))
+    safety = replace(record, plan=replace(record.plan, volumes=(known, *record.plan.volumes[1:])))
+    seen = RestoreSeen(request=_REQUEST, safety=Safety.READY, safety_record=safety)
+    blind, *rest = disks_of(record)
+    gone = restore_gather._judge_safety(seen, b.machine(power=PowerState.SHUT_OFF, disks=tuple(rest)))
+    assert (gone.safety, "disk vda was taken from the VM" in gone.safety_message) == (Safety.FAILED, True)
+    unseen = restore_gather._judge_safety(seen, b.machine(power=PowerState.SHUT_OFF, disks=(blind, *rest)))
+    assert unseen.refusal is not None, "it is waited for: the pool may be active again"
+    assert (unseen.refusal.patience, "pool-refresh" in unseen.refusal.message) == (Patience.WAIT, True)
+    still = replace(blind, layers=(replace(blind.layers[0], fingerprint="1"),))
+    good = restore_gather._judge_safety(seen, b.machine(power=PowerState.SHUT_OFF, disks=(still, *rest)))
+    assert (good.safety, good.refusal) == (Safety.READY, None)
 
 
 # --- a snapshot that is gone, or of which nothing is on record any more ------------------------------------------------------
@@ -107,12 +147,11 @@ def new_vm(marker: Marker = MARKER) -> str:
 
 
 def content_of(asked: Request, **changes: Any) -> dict[str, Any]:
-    plan = records.example().plan
     record = records.example()
     if asked.uid != records.REQUEST.uid:
         requests = requests_of(record, asked)
         record = replace(record, groups=requests)
-    record = replace(record, name=contents.name_for(asked.uid), plan=plan, ready=True, ready_time=b.CREATED, **changes)
+    record = replace(record, name=contents.name_for(asked.uid), ready=True, ready_time=b.CREATED, **changes)
     return contents.to_body(record, asked, records.INSTALLATION)
 
 
@@ -141,11 +180,13 @@ def snapshot_body(asked: Request) -> dict[str, Any]:
 
 
 class Client(fakes.FakeClient):
-    """All of its VMs are off, and none has the disks of the snapshot any more: nothing can begin."""
+    """All of its VMs are so; if nothing is said, off, and without the disks of the snapshot: nothing can begin."""
+
+    machine = b.machine(power=PowerState.SHUT_OFF)
 
     async def describe(self, _ref: Ref, *, ask_agent: bool) -> Machine:
         assert not ask_agent
-        return b.machine(power=PowerState.SHUT_OFF)
+        return self.machine
 
     async def places(self, ref: Ref) -> tuple[Ref, ...]:
         return (ref,)
@@ -165,6 +206,8 @@ class Scene:
     memory: Memory = field(default_factory=lambda: Memory(since=Seconds(restore_gather.clock() - 60.0)))
     live: dict[str, LiveHypervisor] = field(default_factory=dict)
     domains: dict[tuple[str, str], str] = field(default_factory=dict)
+    uuids: dict[str, str] = field(default_factory=dict)
+    saved: bool = False
 
     @property
     def cluster(self) -> fakes.FakeCluster:
@@ -186,7 +229,7 @@ class Scene:
         self.live[hypervisor] = LiveHypervisor(name=hypervisor, access=(rule,), client=cast("Any", client))
         self.cluster.hypervisors = tuple(sorted({*self.cluster.hypervisors, hypervisor}))
         for name, xml in domains.items():
-            for key in (name, f"uuid of {name}", *(["u"] if name == "demo" else [])):
+            for key in (name, self.uuids.get(name, f"uuid of {name}"), *(["u"] if name == "demo" else [])):
                 self.domains[hypervisor, key] = xml
         return client
 
@@ -234,12 +277,12 @@ def scene(monkeypatch: pytest.MonkeyPatch) -> Scene:
             return ()
         name = next(n for h, n in made.domains if (h, made.domains[h, n]) == (hypervisor, xml))
         found = Defined(
-            ref=Ref(uuid=f"uuid of {name}", name=name, endpoint=hypervisor),
+            ref=Ref(uuid=made.uuids.get(name, f"uuid of {name}"), name=name, endpoint=hypervisor),
             xml=xml,
-            power=PowerState.SHUT_OFF,
+            power=client.machine.power,
             persistent=True,
             autostart=False,
-            managed_save=False,
+            managed_save=made.saved,
             agent_channel=False,
         )
         return (found,)
@@ -399,6 +442,147 @@ async def test_what_is_about_to_be_begun_is_told_before(scene: Scene) -> None:
     assert told["hypervisorName"] == "lab"
 
 
+# --- everything is checked before anything is touched ----------------------------------------------------------------------
+
+
+class Driver(fakes.FakeHost):
+    """A class's process that answers so for each disk."""
+
+    answer = Fit(ok=True, reason="Fits")
+
+    async def capabilities(self, **_: Any) -> Capabilities:
+        return Capabilities(cut=CutKind.INSTANT, atomic=True, revert=True, clone=True)
+
+    async def check_revert(self, _cut: Any, onto: Any, **_: Any) -> tuple[Fit, ...]:
+        return tuple(self.answer for _ in onto)
+
+
+@pytest.fixture
+def fresh(scene: Scene) -> Scene:
+    """A VM that has the disks of the snapshot, and a VMRestore that has not begun."""
+    client = scene.add("lab", demo=XML)
+    scene.status, scene.spec["runningVM"] = {}, "Stop"
+    del scene.cluster.snapshots["team-a", SAFETY.name]
+    scene.classes.by_name = {"fast": Driver(), "slow": Driver()}
+    client.machine = b.machine(power=PowerState.RUNNING, disks=disks_of(records.example()))  # type: ignore[attr-defined]
+    return scene
+
+
+def switch_off(scene: Scene) -> None:
+    client = cast("Any", scene.live["lab"].client)
+    client.machine = replace(client.machine, power=PowerState.SHUT_OFF)
+
+
+async def test_a_vm_that_runs_is_stopped_when_nothing_else_is_in_the_way(fresh: Scene) -> None:
+    for host in fresh.classes.by_name.values():
+        host.answer = Fit(ok=False, reason="InUse", message="QEMU has it open")  # type: ignore[attr-defined]
+    assert isinstance(await fresh.next(), Stop)
+    switch_off(fresh)
+    seen = await fresh.seen()
+    assert seen.refusal is not None, "somebody else has it"
+    assert (seen.refusal.reason, seen.refusal.patience) == ("InUse", Patience.WAIT)
+
+
+def _lost(scene: Scene) -> None:
+    scene.classes.by_name["slow"].answer = Fit(ok=False, reason="SnapshotLost", message="it is gone")  # type: ignore[attr-defined]
+
+
+def _saved(scene: Scene) -> None:
+    scene.saved = True
+
+
+def _plugged_live_only(scene: Scene) -> None:
+    """The disk is in the VM that runs, and not in its definition: the gate could not be closed there."""
+    root = tree.parse(XML)
+    tree.devices(root).remove(tree.disks(root)["vdb"])
+    scene.add("lab", demo=tree.text_of(root))
+
+
+def _with_cookies(scene: Scene) -> None:
+    scene.add("lab", demo=XML.replace("<source file='/a'/>", "<source file='/a'><cookies/></source>"))
+
+
+def _capable(scene: Scene, **can: bool) -> None:
+    record = records.example()
+    groups = tuple(replace(g, capabilities=replace(g.capabilities, **can)) for g in record.plan.groups)
+    body = content_of(records.REQUEST, plan=replace(record.plan, groups=groups))
+    scene.cluster.contents_by_name[contents.name_for(records.REQUEST.uid)] = body
+
+
+def _cannot_revert(scene: Scene) -> None:
+    _capable(scene, revert=False)
+
+
+def _newest_only(scene: Scene) -> None:
+    _capable(scene, revert_newest_only=True)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (_lost, "SnapshotLost"),
+        (_saved, "VMSaved"),
+        (_plugged_live_only, "DefinitionUnusable"),
+        (_with_cookies, "DefinitionUnusable"),
+        (_cannot_revert, "RevertNotSupported"),
+        (_newest_only, "NewerSnapshots"),
+    ],
+)
+async def test_what_cannot_be_done_is_found_out_before_the_vm_is_stopped(
+    fresh: Scene, spoil: Callable[[Scene], None], reason: str
+) -> None:
+    machine = cast("Any", fresh.live["lab"].client).machine
+    spoil(fresh)
+    cast("Any", fresh.live["lab"].client).machine = machine
+    made = await fresh.decided()
+    assert isinstance(made.effect, LetGo)
+    told = {c.type: (c.status, c.reason) for c in made.conditions}
+    assert told["Stalled"] == (True, reason)
+    assert "was shut down" not in {c.type: c.message for c in made.conditions}["Stalled"]
+
+
+async def test_without_a_safety_snapshot_the_newest_may_be_gone_back_to(fresh: Scene) -> None:
+    _newest_only(fresh)
+    fresh.spec["safetySnapshot"] = False
+    assert isinstance(await fresh.next(), Stop)
+
+
+async def test_what_fails_after_the_vm_was_stopped_says_that_it_is_off(
+    fresh: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def stop(*_: Any) -> bool:
+        switch_off(fresh)
+        return True
+
+    monkeypatch.setattr(definitions, "stop", stop)
+    seen = await fresh.seen()
+    await restore_apply.apply(fresh.world, next_restore.decide(seen, b.CREATED).effect, seen, fresh.body, fresh.memory)
+    assert isinstance(await fresh.next(), TakeSafety)
+    _lost(fresh)
+    told = {c.type: c for c in (await fresh.decided()).conditions}
+    assert told["Stalled"].reason == "SnapshotLost"
+    assert "the VM was shut down for this (spec.runningVM is Stop) and is off" in told["Stalled"].message
+
+
+async def test_a_new_vm_that_could_not_be_defined_is_refused_before_anything_is_cloned(fresh: Scene) -> None:
+    fresh.spec = {"snapshotName": "backup", "mode": "NewVM", "newVM": {"name": "copy"}}
+    _capable(fresh, clone=True)
+    name = contents.name_for(records.REQUEST.uid)
+    record = contents.from_body(fresh.cluster.contents_by_name[name], records.REQUEST, records.INSTALLATION)
+    for definition_xml, reason in (
+        (XML, ""),
+        (XML.replace("<devices>", "<os><loader readonly='no'>/fw</loader></os><devices>"), "DefinitionUnusable"),
+        (XML.replace("<source file='/a'/>", "<source file='/a'><slices/></source>"), "DefinitionUnusable"),
+    ):
+        plan = replace(record.plan, definition=definition_xml)
+        fresh.cluster.contents_by_name[name] = content_of(records.REQUEST, plan=plan)
+        made = await fresh.decided()
+        if reason:
+            assert {c.type: c.reason for c in made.conditions if c.status}["Stalled"] == reason
+        else:
+            assert isinstance(made.effect, Clone)
+
+
 # --- the clones of a new VM without a record ------------------------------------------------------------------------------
 
 CLONE = names.request_name(records.INSTALLATION, UID, 1, "fast", ())
@@ -446,6 +630,31 @@ async def test_clones_stay_while_their_vm_may_be_defined_where_nobody_can_look(c
     assert isinstance(await copy.next(), Rest)
     copy.cluster.hypervisors = ()  # the object is deleted; that the VM was there is in status
     assert isinstance(await copy.next(), Rest)
+
+
+async def test_clones_that_a_vm_uses_are_not_removed_and_it_is_named(copy: Scene) -> None:
+    client = copy.add("lab", demo=XML)
+    copy.add("another", renamed=XML)
+    copy.live["another"].client.disks = {f"/pool/{CLONE}-1.img": "renamed"}  # type: ignore[union-attr, misc]
+    _no_snapshot(copy)
+    seen = await copy.seen()
+    effect = next_restore.decide(seen, b.at(7200)).effect
+    with pytest.raises(HypervisorError, match=f"VM renamed has {CLONE} among its disks"):
+        await restore_apply.apply(copy.world, effect, seen, copy.body, copy.memory)
+    copy.live["another"].client.disks = {}  # type: ignore[union-attr, misc]
+    client.silent = {"host": "host does not answer"}
+    with pytest.raises(HypervisorUnreachableError, match="host does not answer"):
+        await restore_apply.apply(copy.world, effect, seen, copy.body, copy.memory)
+    assert copy.classes.by_name["fast"].held == {CLONE}
+
+
+@pytest.mark.parametrize("marked", [True, False])
+async def test_a_new_vm_is_found_by_its_uuid_whatever_it_is_called_and_whoever_defined_it_anew(
+    copy: Scene, marked: bool
+) -> None:
+    copy.uuids["renamed"] = Identity(name="copy", seed=UID).uuid
+    copy.add("lab", demo=XML, renamed=new_vm() if marked else XML.replace(">demo<", ">renamed<"))
+    assert await copy.next() == HandOver(frozenset({CLONE}))
 
 
 async def test_a_class_whose_driver_does_not_run_is_named(copy: Scene) -> None:
