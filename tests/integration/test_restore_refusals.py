@@ -154,6 +154,65 @@ def test_a_disk_that_is_plugged_elsewhere_and_another_one_beside_it_do_no_harm(r
         beside.unlink()
 
 
+def test_a_vm_is_not_stopped_for_what_cannot_be_done(rig: Rig) -> None:
+    snapshot = rig.snapshot()
+    rig.vm.domain().managedSave()
+    try:
+        assert "managedsave-remove" in rig.refused(snapshot, "VMSaved", safetySnapshot=True)
+        safety = [b for b in rig.stack.all(SNAPSHOTS) if "vmsnapshot.io/safety-of" in b["metadata"].get("labels", {})]
+        assert not [b for b in safety if b["metadata"]["name"].startswith(rig.restores[-1])], (
+            "it is refused before that"
+        )
+    finally:
+        rig.vm.domain().managedSaveRemove()
+    rig.vm.domain().create()
+    content = rig.stack.content(snapshot)
+    assert content is not None
+    handle = next(v["handle"] for v in content["spec"]["volumes"] if v["handle"].startswith("/"))
+    rig.vm.connection().storageVolLookupByPath(handle).delete()
+    assert "does not exist" in rig.refused(snapshot, "SnapshotLost", runningVM="Stop")
+    assert rig.vm.domain().isActive()
+
+
+def test_a_new_vm_of_one_of_the_disks(rig: Rig, lab: Lab) -> None:
+    path = Path(rig.vm.disks["vdb"].path)
+    with path.open("r+b") as disk:
+        disk.write(b"one of three")
+    snapshot, new = rig.snapshot(), rig.fresh("demo-part")
+    before = {*proof.files(lab)}
+    try:
+        name = rig.restore(snapshot, mode="NewVM", newVM={"name": new}, volumes={"include": ["vdb"]})
+        told = rig.stack.wait_restore(name)["status"]["volumes"]
+        assert [(v["target"], v["result"]) for v in told] == [("vdb", "Cloned")]
+        root = ET.fromstring(lab.libvirt().lookupByName(new).XMLDesc())  # noqa: S314 - libvirt's own
+        (disk_of_it,) = root.iter("disk")
+        assert disk_of_it.find("target").get("dev") == "vdb"  # type: ignore[union-attr]  # has one
+        made = disk_of_it.find("source").get("file") or ""  # type: ignore[union-attr]  # has one
+        assert Path(made).read_bytes() == path.read_bytes()
+        assert Path(made) != path
+        more = [f for f in proof.files(lab) if f not in before and "vms-probe-" not in f]
+        assert more == [f"file {made}"], "nothing else was copied, and no mark is left"
+    finally:
+        proof.remove_vm(lab, new)
+
+
+def test_a_restore_that_is_created_anew_does_nothing_whatever_was_restored_since(rig: Rig) -> None:
+    """As by a tool that applies manifests again: both restores are there, the older of them first."""
+    snapshot = rig.snapshot()
+    body = rig.stack.get(snapshot)
+    assert body is not None
+    rig.off()
+    pinned = {"snapshotUID": body["metadata"]["uid"], "safetySnapshot": False, "runningVM": "Stop"}
+    older, _ = names = [rig.restore(snapshot, **pinned) for _ in range(2)]
+    for name in names:
+        rig.stack.wait_restore(name)
+    rig.stack.delete_restore(older)
+    rig.vm.domain().create()
+    rig.stack.restore(older, snapshot, **pinned)
+    assert conditions(rig.stack.wait_restore(older))["Ready"]["reason"] == "AlreadyRestored"
+    assert rig.vm.domain().isActive(), "it was not stopped for that"
+
+
 def test_a_vm_that_is_gone_and_one_that_runs(rig: Rig, lab: Lab) -> None:
     snapshot = rig.snapshot()
     assert "runningVM" in rig.refused(snapshot, "VMRunning", runningVM="Refuse")

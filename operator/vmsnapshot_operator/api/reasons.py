@@ -611,7 +611,7 @@ class Reason(StrEnum):
     )
     SAFETY_SNAPSHOT_FAILED = (
         "SafetySnapshotFailed",
-        "The safety snapshot failed, or the VM ran after it and wrote what it lacks, so nothing was changed.",
+        "The safety snapshot failed, or the VM ran after it and wrote what it lacks, so no disk was changed.",
         "Look at the VMSnapshot that the message names, then create the VMRestore again, or set spec.safetySnapshot to false.",
     )
     STOPPING = (

@@ -150,7 +150,7 @@ class VMRestoreSpec(Model):
     snapshot_name: ObjectName
     """Name of the VMSnapshot to go back to, in the namespace of this VMRestore. It must be Ready."""
     snapshot_uid: SnapshotUID | None = Field(default=None, alias="snapshotUID")
-    """The metadata.uid of that VMSnapshot. With it another VMSnapshot of the same name is refused, and a VMRestore that is created anew from git after it was done once does nothing. Recommended wherever manifests are applied again by a tool."""
+    """The metadata.uid of that VMSnapshot. With it another VMSnapshot of the same name is refused, and a VMRestore that is created anew from git after it was done once does nothing; a VM remembers its last 16 restores. Recommended wherever manifests are applied again by a tool."""
     mode: Mode
     """InPlace sets the disks of the VM itself back: what was written since is gone from them. NewVM makes another VM from copies of the disks, and touches neither the VM nor the snapshot."""
     new_vm: NewVM | None = Field(default=None, alias="newVM")

@@ -27,7 +27,7 @@ def status(seen: RestoreSeen, decision: RestoreDecision, old: dict[str, Any], no
         "phase": _phase(seen, by_type, stalled),
         "hypervisorName": seen.hypervisor or old.get("hypervisorName"),
         "vm": {"name": seen.vm_name, "uuid": seen.vm_uuid} if seen.vm_uuid else old.get("vm"),
-        "volumes": _volumes(seen) or old.get("volumes"),
+        "volumes": _volumes(seen, old.get("volumes") or []) or None,
         "safetySnapshotName": seen.safety_name if seen.safety is not Safety.NONE else old.get("safetySnapshotName"),
         "startTime": old.get("startTime") or (stamp(now) if begun else None),
         "completionTime": old.get("completionTime") or (stamp(now) if ended else None),
@@ -46,15 +46,17 @@ def _phase(seen: RestoreSeen, by_type: dict[str, Condition], stalled: Condition 
     return by_type[RECONCILING].reason
 
 
-def _volumes(seen: RestoreSeen) -> list[dict[str, Any]]:
-    if seen.plan is None:
-        return []
+def _volumes(seen: RestoreSeen, old: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    if seen.problem:
+        return old
     named = {v.volume.id: v.target for v in seen.record.plan.volumes} if seen.record is not None else {}
     result = "Pending"
     if seen.is_done:
         result = "Restored" if seen.request.in_place else "Cloned"
     elif seen.gated:
         result = "Restoring"
+    if seen.plan is None:  # it ended, or its snapshot is gone: the disks are those that were told before
+        return [{**volume, "result": result} for volume in old]
     return [
         {"target": named.get(v.id, v.label), "className": g.class_name, "result": result}
         for g in seen.plan.groups

@@ -36,7 +36,6 @@ from vmsnapshot_operator.errors import (
     ConflictError,
     DomainGoneError,
     DriverError,
-    HypervisorError,
     HypervisorUnreachableError,
     RefusedError,
     SnapshotError,
@@ -289,7 +288,7 @@ async def _remove_clones(world: World, held: frozenset[str], record: Record | No
 
 
 async def _must_be_unused(world: World, held: frozenset[str]) -> None:
-    """Raise HypervisorError unless all hypervisors say that no VM has any of these clones among its disks.
+    """Raise DriverError (`InUse`) or HypervisorError unless all hypervisors say that no VM has any of these clones among its disks.
 
     Not every storage refuses to delete what a VM uses, and the new VM may bear another name by now, or no marker.
     """
@@ -300,7 +299,7 @@ async def _must_be_unused(world: World, held: frozenset[str]) -> None:
                 f"VM {', '.join(sorted(set(users.values())))} has {', '.join(sorted(users))} among its disks: undefine that VM (its disks"
                 " are removed then), or give it other ones"
             )
-            raise HypervisorError(text, reason="VMBusy", retryable=True)
+            raise DriverError(text, reason="InUse", retryable=True)
         if silent:
             text = f"whether a VM has clones among its disks is not known: {'; '.join(silent.values())}"
             raise HypervisorUnreachableError(text)

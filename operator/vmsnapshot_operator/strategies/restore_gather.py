@@ -245,6 +245,7 @@ async def _plan_in_place(
     if (second := await second_definition(found)) is not None:
         return replace(seen, refusal=Refusal(reason=second.reason, message=second.message))
     machine = await found.client.describe(found.defined.ref, ask_agent=False)
+    seen = replace(seen, power=machine.power)  # what was checked, and not what it was a moment before
     if (refusal := restore_plan.refuse_vm(request, machine, gated=False)) is not None:
         return replace(seen, refusal=refusal)
     bear = restore_plan.onto(volumes, machine.disks)

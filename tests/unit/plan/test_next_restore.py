@@ -38,7 +38,7 @@ from vmsnapshot_operator.core.restoring import (
     TakeSafety,
 )
 from vmsnapshot_operator.core.volumes import Handle, Seconds
-from vmsnapshot_operator.plan import next_restore
+from vmsnapshot_operator.plan import next_restore, restore_report
 
 MARKER = Marker(installation="abcdef", restore="team-a/back", restore_uid="r1", snapshot_uid="s1")
 DISKS = ("vda", "vdb", "vdc")
@@ -548,6 +548,23 @@ def test_a_vm_that_is_to_stay_off_asks_no_agent() -> None:
     effect, told = told_of(replace(DONE, request=request(), started=False, power=PowerState.SHUT_OFF))
     assert isinstance(effect, LetGo)
     assert told["Ready"].status is True
+
+
+@pytest.mark.parametrize(
+    ("seen", "result"),
+    [
+        (DONE, "Restored"),
+        (replace(DONE, request=request(new_name="copy"), held=frozenset()), "Cloned"),
+        (GATED, "Restoring"),
+        (replace(GATED, gate=None), "Pending"),
+        (replace(GATED, gate=None, problem="it does not answer"), "Restoring"),
+    ],
+)
+def test_what_became_of_each_disk_is_told_also_when_there_is_no_plan_any_more(seen: RestoreSeen, result: str) -> None:
+    """Once all is done nothing is planned; nor is it where the snapshot is gone. Where nobody can look, it is as it was told."""
+    old = {"volumes": [{"target": "vda", "className": "files", "result": "Restoring"}]}
+    told = restore_report.status(seen, next_restore.decide(seen, b.CREATED), old, b.CREATED)
+    assert told["volumes"] == [{"target": "vda", "className": "files", "result": result}]
 
 
 def test_a_finalizer_that_was_taken_away_while_the_gate_is_closed_is_put_on_again() -> None:

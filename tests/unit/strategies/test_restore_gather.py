@@ -34,7 +34,7 @@ from vmsnapshot_operator.core.restoring import (
     TakeSafety,
 )
 from vmsnapshot_operator.core.volumes import NVRAM, Seconds, volume_id
-from vmsnapshot_operator.errors import HypervisorError, HypervisorUnreachableError
+from vmsnapshot_operator.errors import DriverError, HypervisorUnreachableError
 from vmsnapshot_operator.hypervisors import definitions
 from vmsnapshot_operator.hypervisors.definitions import Defined
 from vmsnapshot_operator.hypervisors.domains import Gated, Ref
@@ -541,6 +541,36 @@ async def test_what_cannot_be_done_is_found_out_before_the_vm_is_stopped(
     assert "was shut down" not in {c.type: c.message for c in made.conditions}["Stalled"]
 
 
+async def test_what_counts_is_the_power_that_the_checks_saw(fresh: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was started between two looks: what is checked of a VM that is off was not."""
+    client = cast("Any", fresh.live["lab"].client)
+    running = client.machine
+
+    async def describe(_ref: Ref, *, ask_agent: bool) -> Machine:
+        assert not ask_agent
+        return cast("Machine", running)
+
+    switch_off(fresh)
+    monkeypatch.setattr(client, "describe", describe)
+    assert (await fresh.seen()).power is PowerState.RUNNING
+    assert isinstance(await fresh.next(), Stop)
+
+
+@pytest.mark.parametrize("anew", [True, False])
+async def test_a_restore_after_which_there_was_another_one_is_done_all_the_same(scene: Scene, anew: bool) -> None:
+    """This very object, or one that a tool created anew: neither sets the VM back once more."""
+    mine = replace(MARKER, restore_uid="before") if anew else MARKER
+    other = replace(MARKER, restore="team-a/other", restore_uid="other")
+    text = XML
+    for marker in (mine, other):
+        closed = definition.gated(text, Gate(marker=marker, targets=("vda",), autostart=False))
+        text = definition.restored(closed, marker, genid="")
+    scene.add("lab", demo=text)
+    scene.spec["snapshotUID"] = records.REQUEST.uid
+    told = {c.type: c.reason for c in (await scene.decided()).conditions}
+    assert told["Ready"] == ("AlreadyRestored" if anew else "Ready")
+
+
 async def test_without_a_safety_snapshot_the_newest_may_be_gone_back_to(fresh: Scene) -> None:
     _newest_only(fresh)
     fresh.spec["safetySnapshot"] = False
@@ -639,7 +669,7 @@ async def test_clones_that_a_vm_uses_are_not_removed_and_it_is_named(copy: Scene
     _no_snapshot(copy)
     seen = await copy.seen()
     effect = next_restore.decide(seen, b.at(7200)).effect
-    with pytest.raises(HypervisorError, match=f"VM renamed has {CLONE} among its disks"):
+    with pytest.raises(DriverError, match=f"VM renamed has {CLONE} among its disks"):
         await restore_apply.apply(copy.world, effect, seen, copy.body, copy.memory)
     copy.live["another"].client.disks = {}  # type: ignore[union-attr, misc]
     client.silent = {"host": "host does not answer"}
