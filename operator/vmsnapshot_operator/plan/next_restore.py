@@ -140,8 +140,11 @@ def _say(seen: RestoreSeen, effect: RestoreEffect, reason: str, message: str = "
 
 
 def _fail(seen: RestoreSeen, failure: Failure) -> RestoreDecision:
-    if seen.stopped and not seen.is_done and seen.power is PowerState.SHUT_OFF:
-        text = f"{failure.message}; the VM was shut down for this (spec.runningVM is Stop) and is off"
+    may_be_stopped = seen.finalizer and seen.request.in_place and seen.request.stop_running and not seen.is_done
+    if may_be_stopped and seen.power is PowerState.SHUT_OFF:
+        # Another process may have done it.
+        was = "was shut down for this" if seen.stopped else "was shut down for this if it ran"
+        text = f"{failure.message}; the VM {was} (spec.runningVM is Stop) and is off"
         failure = Failure(reason=failure.reason, message=text)
     conditions = told.failed(seen, failure)
     return RestoreDecision(effect=LetGo() if seen.finalizer else Rest(), conditions=conditions)

@@ -361,6 +361,23 @@ def test_a_safety_snapshot_that_fails_ends_it_before_anything_is_changed() -> No
     assert {c.type: c.reason for c in world.said[-1]}["Stalled"] == "SafetySnapshotFailed"
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"stopped": True}, "; the VM was shut down for this (spec.runningVM is Stop) and is off"),
+        ({}, "; the VM was shut down for this if it ran (spec.runningVM is Stop) and is off"),
+        ({"power": PowerState.RUNNING}, ""),
+        ({"finalizer": False}, ""),
+        ({"request": request(stop_running=False)}, ""),
+    ],
+)
+def test_a_failure_says_that_the_vm_was_shut_down_for_it(changes: dict[str, Any], words: str) -> None:
+    refusal = Refusal(reason="SnapshotLost", message="it is gone")
+    seen = RestoreSeen(request=request(), finalizer=True, power=PowerState.SHUT_OFF, refusal=refusal)
+    told = next_restore.decide(replace(seen, known_for=Seconds(60.0), **changes), b.CREATED).conditions
+    assert {c.type: c.message for c in told}["Stalled"] == f"it is gone{words}"
+
+
 def test_a_vm_that_was_started_after_its_safety_snapshot_is_not_stopped_again() -> None:
     world = World(finalizer=True, power=PowerState.SHUT_OFF)
     assert isinstance(world.turn(), TakeSafety)

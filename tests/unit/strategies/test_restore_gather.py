@@ -12,8 +12,8 @@ from tests.unit.handlers import fakes
 from tests.unit.kube import records
 from tests.unit.plan import builders as b
 from vmsnapshot_operator.core import names
-from vmsnapshot_operator.core.effects import Record
 from vmsnapshot_operator.core.driver import Capabilities, CutKind, Fit
+from vmsnapshot_operator.core.effects import Record
 from vmsnapshot_operator.core.machine import Disk, Machine, PowerState
 from vmsnapshot_operator.core.markers import Gate, Marker
 from vmsnapshot_operator.core.planning import Patience, Request
