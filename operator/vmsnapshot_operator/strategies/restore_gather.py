@@ -291,11 +291,12 @@ def _judge_safety(seen: RestoreSeen, machine: Machine) -> RestoreSeen:
         return seen
     volumes = seen.safety_record.plan.volumes
     holds = {v.volume.id for v in volumes}
-    wanted = (v for g in seen.plan.groups for v in g.onto) if seen.plan is not None else ()
-    if lacks := [v.label for v in wanted if v.id not in holds]:
+    wanted = {v.id: v.label for g in seen.plan.groups for v in g.onto} if seen.plan is not None else {}
+    if lacks := [label for v, label in wanted.items() if v not in holds]:
         message = f"it does not hold {', '.join(lacks)} (see its status.excluded), so nobody could go back to that"
         return replace(seen, safety=Safety.FAILED, safety_message=message)
-    if unable := [g.class_name for g in seen.safety_record.plan.groups if not g.capabilities.revert]:
+    groups = [g for g in seen.safety_record.plan.groups if any(v.id in wanted for v in g.volumes)]
+    if unable := [g.class_name for g in groups if not g.capabilities.revert]:
         message = f"class {', '.join(unable)} took it and cannot set disks back, so nobody could go back to it"
         return replace(seen, safety=Safety.FAILED, safety_message=message)
     if ran := fingerprints.written_to(volumes, machine.disks):
