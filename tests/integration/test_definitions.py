@@ -131,6 +131,22 @@ async def test_a_vm_that_runs_is_not_redefined(hypervisor: Hypervisor, stub: Gue
         await definitions.undefine(hypervisor, ref, nvram=True)
 
 
+async def test_a_gate_that_came_too_late_is_taken_back(hypervisor: Hypervisor, stub: Guest, ref: Ref) -> None:
+    """It was started from its true disks right before: behind a gate it would be taken for one whose disks are half set back."""
+
+    def late(xml: str) -> str:
+        stub.domain().create()
+        return definition.gated(xml, GATE)
+
+    with pytest.raises(HypervisorError, match="its disks are in use") as caught:
+        await definitions.redefine(hypervisor, ref, late, take_back=True)
+    assert caught.value.reason == "VMRunning"
+    assert stub.domain().isActive()
+    assert definition.gate_of((await seen(hypervisor, ref.uuid)).xml) is None
+    stub.destroy()
+    stub.domain().create()
+
+
 async def test_saved_memory_would_go_past_the_gate(hypervisor: Hypervisor, stub: Guest, ref: Ref) -> None:
     stub.domain().create()
     stub.domain().managedSave()

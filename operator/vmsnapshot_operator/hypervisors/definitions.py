@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +16,17 @@ import libvirt
 
 from vmsnapshot_operator.core.machine import AgentState, PowerState
 from vmsnapshot_operator.core.volumes import Seconds
-from vmsnapshot_operator.errors import CallTimeoutError, DomainGoneError, HypervisorError
+from vmsnapshot_operator.errors import (
+    CallTimeoutError,
+    DomainGoneError,
+    HypervisorError,
+    NotPermittedError,
+)
 from vmsnapshot_operator.hypervisors import agent as agents
 from vmsnapshot_operator.hypervisors.description import power_of
 from vmsnapshot_operator.hypervisors.domain_xml import element
 from vmsnapshot_operator.hypervisors.domains import Hypervisor, Ref
-from vmsnapshot_operator.hypervisors.window import ACT_TIMEOUT
+from vmsnapshot_operator.hypervisors.window import ACT_TIMEOUT, Permit, always
 
 DEFINE_TIMEOUT = Seconds(30.0)
 START_TIMEOUT = Seconds(120.0)
@@ -63,11 +68,29 @@ async def look(hypervisor: Hypervisor, domain: str) -> tuple[Defined, ...]:
         if error.ambiguous:
             raise
         return ()
-    seen = [await _look_on(hypervisor, ref) for ref in places]
+    return await _look_at(hypervisor, places)
+
+
+async def look_everywhere(hypervisor: Hypervisor, uuid: str) -> tuple[Defined, ...]:
+    """Look at every definition of a domain, also where another one of it runs: that which runs first; none if none has it.
+
+    Raises as `Hypervisor.places`: unless all endpoints answer there may be another one.
+    """
+    try:
+        places = await hypervisor.places(Ref(uuid=uuid, name=uuid, endpoint=""))
+    except DomainGoneError:
+        return ()
+    return await _look_at(hypervisor, places)
+
+
+async def _look_at(hypervisor: Hypervisor, places: Sequence[Ref]) -> tuple[Defined, ...]:
+    seen = [await look_on(hypervisor, ref) for ref in places]
     return tuple(d for d in seen if d is not None)
 
 
-async def _look_on(hypervisor: Hypervisor, ref: Ref) -> Defined | None:
+async def look_on(hypervisor: Hypervisor, ref: Ref) -> Defined | None:
+    """Look at the definition on this very endpoint, whether the domain runs there or elsewhere; None if it is not there any more."""
+
     def look(connection: Any) -> Defined:
         return _look(connection.lookupByUUIDString(ref.uuid), ref)
 
@@ -77,14 +100,26 @@ async def _look_on(hypervisor: Hypervisor, ref: Ref) -> Defined | None:
         return None  # it went away meanwhile
 
 
-async def redefine(hypervisor: Hypervisor, ref: Ref, change: Callable[[str], str]) -> None:
+async def redefine(
+    hypervisor: Hypervisor,
+    ref: Ref,
+    change: Callable[[str], str],
+    *,
+    take_back: bool = False,
+    permit: Permit = always,
+) -> None:
     """Change the definition of a domain that is off: `change` gets it with its secrets, and returns what is defined.
 
     Raises HypervisorError with reason VMRunning if the domain runs, before or after: then nobody can say with which
-    definition it was started; VMSaved if its memory is saved: a start would take the definition saved with that. What
-    `change` raises is passed on, and nothing was changed then.
+    definition it was started, unless (`take_back`) with the changed one it cannot be: the one before is put back then. VMSaved
+    if its memory is saved: a start would take the definition saved with that. NotPermittedError if `permit`, asked right before
+    the deed, says no. What `change` raises is passed on. With the last three nothing was changed.
     """
-    await hypervisor.act(ref, f"definition of {ref.name}", lambda d: _redefine(d, change), timeout=DEFINE_TIMEOUT)
+
+    def act(domain: Any) -> None:
+        _redefine(domain, change, permit, take_back=take_back)
+
+    await hypervisor.act(ref, f"definition of {ref.name}", act, timeout=DEFINE_TIMEOUT)
 
 
 async def define(hypervisor: Hypervisor, endpoint: str, xml: str) -> Ref:
@@ -199,7 +234,7 @@ def _look(domain: Any, ref: Ref) -> Defined:
     return Defined(
         ref=ref,
         xml=xml,
-        power=power_of(domain)[0],
+        power=_power(domain),
         persistent=persistent,
         autostart=persistent and bool(domain.autostart()),
         managed_save=persistent and bool(domain.hasManagedSaveImage()),
@@ -209,7 +244,7 @@ def _look(domain: Any, ref: Ref) -> Defined:
     )
 
 
-def _redefine(domain: Any, change: Callable[[str], str]) -> None:
+def _redefine(domain: Any, change: Callable[[str], str], permit: Permit, *, take_back: bool) -> None:
     _must_be_off(domain)
     if domain.hasManagedSaveImage():
         raise HypervisorError(
@@ -219,9 +254,18 @@ def _redefine(domain: Any, change: Callable[[str], str]) -> None:
         )
     before = domain.XMLDesc(_INACTIVE | _SECURE)
     after = change(before)
-    if after != before:
-        domain.connect().defineXML(after)
-    _must_be_off(domain)
+    if after == before:
+        _must_be_off(domain)
+        return
+    if why := permit():
+        raise NotPermittedError(f"domain {domain.name()} was not defined anew: {why}")
+    domain.connect().defineXML(after)
+    try:
+        _must_be_off(domain)
+    except HypervisorError:
+        if take_back:
+            domain.connect().defineXML(before)
+        raise
 
 
 def _define(connection: Any, xml: str, endpoint: str) -> Ref:

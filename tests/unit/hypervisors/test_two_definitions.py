@@ -17,9 +17,21 @@ import pytest
 from tests.unit.quiesce.fake_libvirt import a_journal
 from vmsnapshot_operator.core import journal as journals
 from vmsnapshot_operator.core.journal import Journal, Phase
-from vmsnapshot_operator.errors import DomainAmbiguousError, DomainGoneError, HypervisorUnreachableError
+from vmsnapshot_operator.core.machine import PowerState
+from vmsnapshot_operator.core.markers import Gate, Marker
+from vmsnapshot_operator.errors import (
+    DomainAmbiguousError,
+    DomainGoneError,
+    HypervisorError,
+    HypervisorUnreachableError,
+    NotPermittedError,
+)
 from vmsnapshot_operator.hypervisors import definitions
 from vmsnapshot_operator.hypervisors.domains import Hypervisor, Ref
+from vmsnapshot_operator.hypervisors.events import EventHub
+from vmsnapshot_operator.hypervisors.hosts import Host
+from vmsnapshot_operator.hypervisors.window import ACT_TIMEOUT
+from vmsnapshot_operator.plan import definition
 from vmsnapshot_operator.quiesce.base import release
 
 UUID = "6ee5d4b8-9d0f-4d0c-9e5c-0b4f0b1c0000"
@@ -204,3 +216,68 @@ async def test_only_what_says_that_it_is_held_is_taken_from_what_was_left(
 async def test_a_definition_that_is_gone_bears_none(pool: Pool) -> None:
     hosts = pool(a=None, b=domain("vda", state=RUNNING))
     await hosts.clear_left(Ref(uuid=UUID, name="demo", endpoint="a"), LEFT.nonce)
+
+
+# --- the gate of a restore -------------------------------------------------------------------------------------------------
+
+MARKER = Marker(installation="abc123", restore="team-a/back", restore_uid="r1", snapshot_uid="s1")
+GATE = Gate(marker=MARKER, targets=("vda",), autostart=False)
+_INACTIVE = libvirt.VIR_DOMAIN_XML_INACTIVE
+
+
+async def changed_on(hosts: Hypervisor, endpoint: str) -> Any:
+    """The domain there, on the connection on which it is defined: each of the test driver's has domains of its own."""
+    return await hosts.act_on(endpoint, "look", lambda c: c.lookupByUUIDString(UUID), timeout=ACT_TIMEOUT)
+
+
+async def test_a_gate_is_seen_wherever_the_vm_runs(pool: Pool) -> None:
+    hosts = pool(one=domain("vda"), two=domain("vda", state=RUNNING))
+    stored = await changed_on(hosts, "one")
+    stored.connect().defineXML(definition.gated(stored.XMLDesc(_INACTIVE), GATE))
+    seen = await definitions.look_everywhere(hosts, UUID)
+    assert [(d.ref.endpoint, d.power, definition.gate_of(d.xml)) for d in seen] == [
+        ("two", PowerState.RUNNING, None),
+        ("one", PowerState.SHUT_OFF, GATE),
+    ]
+    assert await definitions.look_on(hosts, seen[1].ref) == seen[1]
+    assert [d.ref.endpoint for d in await definitions.look(hosts, UUID)] == ["two"]
+    assert await definitions.look_everywhere(pool(one=None), UUID) == ()
+    silent = pool(one=domain("vda"))
+    silent._hosts["two"] = Host("two", "test:///nowhere/at/all.xml", EventHub())
+    with pytest.raises(HypervisorUnreachableError):
+        await definitions.look_everywhere(silent, UUID)
+
+
+@pytest.mark.parametrize("closing", [True, False])
+async def test_a_gate_is_taken_back_from_a_vm_that_was_started_meanwhile(pool: Pool, closing: bool) -> None:
+    """Once it was opened it stays so: then it was started from its true disks."""
+    hosts = pool(one=domain("vda"))
+    here = await changed_on(hosts, "one")
+    if not closing:
+        here.connect().defineXML(definition.gated(here.XMLDesc(_INACTIVE), GATE))
+
+    def change(text: str) -> str:
+        here.create()
+        return definition.gated(text, GATE) if closing else definition.reopened(text, MARKER)
+
+    with pytest.raises(HypervisorError) as caught:
+        await definitions.redefine(hosts, await hosts.find("demo"), change, take_back=closing)
+    assert caught.value.reason == "VMRunning"
+    assert here.isActive()
+    assert definition.gate_of(here.XMLDesc(_INACTIVE)) is None
+
+
+async def test_nothing_is_defined_by_one_who_may_not_any_more(pool: Pool) -> None:
+    """It is asked in the thread that defines, after all else: a process may have stood still before."""
+    hosts = pool(one=domain("vda"))
+    here = await changed_on(hosts, "one")
+    lost = ""
+
+    def change(text: str) -> str:
+        nonlocal lost
+        lost = "another instance may have taken over"
+        return definition.gated(text, GATE)
+
+    with pytest.raises(NotPermittedError, match="another instance"):
+        await definitions.redefine(hosts, await hosts.find("demo"), change, permit=lambda: lost)
+    assert definition.gate_of(here.XMLDesc(_INACTIVE)) is None
