@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from vmsnapshot_operator.core.markers import GATE_NAMESPACE, RESTORED_NAMESPACE
 
 SECONDS = 240.0
 BOOT_SECONDS = 120.0
-_STARTED_BADLY = frozenset({"AgentSilent", "DeadlineExceeded"})
+_STARTED_BADLY = frozenset({"AgentSilent", "DeadlineExceeded", "VMStopped"})
 """What a restore is Stalled for that has done all but to see the guest come up."""
 
 Body = Mapping[str, Any]
@@ -92,8 +92,25 @@ def _of_vm(scene: Scene, bodies: Sequence[Body | None]) -> Iterator[Finding]:
     gone = len(told) < len(bodies)
     if not scene.redefined:
         yield from of_marker(subject, _marker(root, RESTORED_NAMESPACE), told)
-    if not domain.isActive():  # else it never came to its being stopped, or it writes on: nothing is to be compared
+    if not domain.isActive():
         yield from _of_disks(scene, told, gone=gone)
+        return
+    # It never came to its being stopped, or it writes on: nothing is to be compared, but that it writes to its disks can be seen.
+    with contextlib.suppress(LabError, FileNotFoundError):  # it has just ended
+        lost = unlinked(scene.guest.pid, [str(d.path) for d in scene.guest.disks.values() if d.kind == "file"])
+        if lost:
+            yield Finding(
+                "lied", subject, f"disks were replaced beneath it, so what it writes is lost: {', '.join(lost)}"
+            )
+
+
+def unlinked(pid: int, paths: Collection[str]) -> list[str]:
+    """Which of these files a process has open although they are not there any more under their names. Raises FileNotFoundError."""
+    found = set()
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            found.add(str(link.readlink()))
+    return sorted(p for p in paths if f"{p} (deleted)" in found)
 
 
 def of_marker(subject: str, done: str | None, told: Sequence[Body]) -> Iterator[Finding]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,6 +34,17 @@ def test_disks_are_what_the_snapshot_holds(now: Truth, words: list[str]) -> None
     found = list(restored.unlike(now, HELD))
     assert len(found) == len(words)
     assert all(w in f for w, f in zip(words, found, strict=True))
+
+
+def test_a_file_that_is_replaced_beneath_a_process_is_seen(tmp_path: Path) -> None:
+    disks = [tmp_path / "vda", tmp_path / "vdb"]
+    with disks[0].open("w"), disks[1].open("w"):
+        paths = [str(d) for d in disks]
+        assert restored.unlinked(os.getpid(), paths) == []
+        disks[1].unlink()
+        disks[1].touch()
+        assert restored.unlinked(os.getpid(), paths) == [str(disks[1])]
+    assert restored.unlinked(os.getpid(), paths) == []
 
 
 def test_a_disk_that_was_plugged_in_is_of_no_restore() -> None:
