@@ -15,12 +15,14 @@ import libvirt
 import pytest
 
 from tests import proof
+from tests.chaos.injector import Injector
 from tests.integration.sweep_support import events, get
 from tests.integration.test_restores import finished, gated, refused
 from tests.lab import Lab, LabError
 from tests.lab.definition import GuestDisk
 from tests.lab.guests import Guest
 from tests.stack import TENANT, Stack, conditions, until
+from vmsnapshot_operator.core.steps import Moment, Step
 from vmsnapshot_operator.plan import definition
 
 DISKS = {"vda": GuestDisk(kind="file"), "vdb": GuestDisk(kind="file"), "vdc": GuestDisk(kind="rbd")}
@@ -415,16 +417,22 @@ def _force_away(lab: Lab, resource: str, name: str) -> None:
         lab.kubectl("-n", TENANT, "patch", resource, name, "--type=merge", "-p", patch)
 
 
-def test_a_vm_behind_its_gate_goes_back_when_the_record_of_the_snapshot_is_lost(rig: Rig, lab: Lab) -> None:
-    snapshot = rig.snapshot()
-    rig.off()
-    path = Path(rig.vm.disks["vdb"].path)
+def _written_later(vm: Guest) -> Path:
+    """A disk that holds something else than when the snapshot was taken."""
+    path = Path(vm.disks["vdb"].path)
     with path.open("r+b") as disk:
         disk.write(b"later")
         disk.flush()
         os.fsync(disk.fileno())
     # Else the pool knows of that only after the safety snapshot, as if it had been written then.
-    rig.vm.connection().storagePoolLookupByName("reflink").refresh(0)
+    vm.connection().storagePoolLookupByName("reflink").refresh(0)
+    return path
+
+
+def test_a_vm_behind_its_gate_goes_back_when_the_record_of_the_snapshot_is_lost(rig: Rig, lab: Lab) -> None:
+    snapshot = rig.snapshot()
+    rig.off()
+    path = _written_later(rig.vm)
     name = _killed_behind_its_gate(rig, snapshot, safetySnapshot=True)
     content = rig.stack.content(snapshot)
     assert content is not None
@@ -470,3 +478,114 @@ def test_a_gate_that_nobody_can_open_is_told_until_a_person_does(rig: Rig, lab: 
 def _left_gates(stack: Stack) -> list[dict[str, str]]:
     status = (get(stack, "hypervisors.vmsnapshot.io", "lab") or {}).get("status") or {}
     return list(status.get("leftGates") or ())
+
+
+# --- what is started or defined while the gate is closed --------------------------------------------------------------------
+
+
+def _killed_before_the_first_disk(rig: Rig, injector: Injector, snapshot: str, **spec: object) -> str:
+    """A restore whose operator was killed when it was about to set the first disk back, and had said so."""
+    with injector.trap(Step.REVERT_DRIVER, Moment.BEFORE) as trap:
+        name = rig.restore(snapshot, **spec)
+        assert trap.wait(60)
+        rig.stack.programs["operator"].kill()
+    if spec.get("safetySnapshot"):
+        rig.snapshots.append((rig.stack.get_restore(name) or {})["status"]["safetySnapshotName"])
+    return name
+
+
+def _true_definition(vm: Guest) -> str:
+    return vm.domain().XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE | libvirt.VIR_DOMAIN_XML_SECURE)
+
+
+def _files(vm: Guest) -> list[int]:
+    """Each disk's inode: a driver that sets a file back makes a new one, which is of another number while a QEMU has the old one open."""
+    return [Path(disk.path).stat().st_ino for disk in vm.disks.values() if disk.kind == "file"]
+
+
+def _waits_for(stack: Stack, name: str, reason: str) -> None:
+    def said() -> dict[str, dict[str, object]]:
+        return conditions(stack.get_restore(name) or {})
+
+    until(f"it waits: {reason}", lambda: said().get("Reconciling", {}).get("reason") == reason)
+    assert said()["VolumesRestored"]["reason"] == "HalfDone"
+    assert _has_finalizer(stack, name)
+
+
+def test_no_disk_is_replaced_beneath_a_vm_that_was_started_past_its_gate(rig: Rig, injector: Injector) -> None:
+    """As `virsh create FILE` does: with a definition of its own, whatever libvirt keeps."""
+    snapshot, definition_of_it = rig.snapshot(), _true_definition(rig.vm)
+    rig.off()
+    path = _written_later(rig.vm)
+    name = _killed_before_the_first_disk(rig, injector, snapshot)
+    rig.vm.connection().createXML(definition_of_it)
+    before = _files(rig.vm)
+    rig.stack.start_operator()
+    _waits_for(rig.stack, name, "VMRunning")
+    assert _files(rig.vm) == before
+    assert gated(rig.vm)
+    rig.vm.destroy()
+    rig.stack.wait_restore(name)
+    assert not path.read_bytes().startswith(b"later"), "set back once it was off"
+
+
+def test_no_disk_is_replaced_beneath_a_vm_that_runs_from_a_second_definition(
+    rig: Rig, injector: Injector, lab: Lab
+) -> None:
+    """Not forwards, nor, once the snapshot's record is lost, back."""
+    snapshot, definition_of_it = rig.snapshot(), _true_definition(rig.vm)
+    rig.off()
+    path = _written_later(rig.vm)
+    first, second = lab.host, lab.second_host()
+    try:
+        rig.stack.spread([first, second])
+        name = _killed_before_the_first_disk(rig, injector, snapshot, safetySnapshot=True)
+        before = _files(rig.vm)
+        with second.connection() as connection:
+            domain = connection.defineXML(definition_of_it)
+            try:
+                domain.create()
+                rig.stack.start_operator()
+                _waits_for(rig.stack, name, "DomainAmbiguous")
+                content = rig.stack.content(snapshot)
+                assert content is not None
+                lab.kubectl("delete", CONTENTS, content["metadata"]["name"])
+                _waits_for(rig.stack, name, "DomainAmbiguous")
+                domain.destroy()
+                _waits_for(rig.stack, name, "DomainAmbiguous")
+                assert _files(rig.vm) == before
+            finally:
+                with contextlib.suppress(libvirt.libvirtError):
+                    domain.destroy()
+                domain.undefine()
+        assert "not Ready" in refused(rig.stack, name, "SnapshotNotReady")
+        assert not gated(rig.vm)
+        assert conditions(rig.stack.get_restore(name) or {})["VolumesRestored"]["reason"] == "WentBack"
+        assert path.read_bytes().startswith(b"later"), "as it was before the restore"
+    finally:
+        rig.stack.spread([first])
+        lab.end_second_host()
+
+
+@pytest.mark.parametrize("started", [True, False])
+def test_a_vm_that_is_defined_anew_while_it_is_set_back(rig: Rig, injector: Injector, started: bool) -> None:
+    """Off, it is gated again and set back; one that runs is left alone, and nobody says that nothing was changed."""
+    snapshot, definition_of_it = rig.snapshot(), _true_definition(rig.vm)
+    rig.off()
+    path = _written_later(rig.vm)
+    name = _killed_before_the_first_disk(rig, injector, snapshot, safetySnapshot=True)
+    rig.vm.connection().defineXML(definition_of_it)
+    if started:
+        rig.vm.domain().create()
+    before = _files(rig.vm)
+    rig.stack.start_operator()
+    if not started:
+        rig.stack.wait_restore(name)
+        assert not path.read_bytes().startswith(b"later")
+        return
+    assert f'VMSnapshot "{rig.snapshots[-1]}" with spec.safetySnapshot: false' in refused(rig.stack, name, "HalfDone")
+    assert conditions(rig.stack.get_restore(name) or {})["VolumesRestored"]["reason"] == "HalfDone"
+    assert _files(rig.vm) == before
+    rig.off()
+    rig.stack.wait_restore(rig.restore(rig.snapshots[-1]))
+    assert path.read_bytes().startswith(b"later"), "as it was before the restore"

@@ -631,8 +631,8 @@ class Reason(StrEnum):
     )
     HALF_DONE = (
         "HalfDone",
-        "Disks may be neither old nor new; the VM cannot be started until they are.",
-        "Wait; if it stays so, the condition Reconciling says what hinders.",
+        "Disks may be neither old nor new: they are being set back, or somebody defined the VM anew in the middle of it.",
+        "Wait; if it stays so, the condition Reconciling says what hinders. If it has failed so, do what the condition Stalled says.",
     )
     RESTORING = (
         "Restoring",
@@ -643,6 +643,11 @@ class Reason(StrEnum):
         "Restored",
         "All disks are what they were at the snapshot.",
         _FINE,
+    )
+    WENT_BACK = (
+        "WentBack",
+        "The restore could not be completed: all disks are what they were at the safety snapshot.",
+        "Look at the condition Stalled for why; the VM can be started.",
     )
     GOING_BACK = (
         "GoingBack",

@@ -1,4 +1,4 @@
-"""What a restore writes into a domain's metadata: the gate while disks are neither old nor new, and the done-marker afterwards.
+"""What a restore writes into a domain's metadata: the gate while disks are neither old nor new, and what became of it afterwards.
 
 Their form alone. Not where they stand in a domain's definition (`plan.definition`), nor who writes it (`hypervisors`).
 """
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 GATE_NAMESPACE = "https://vmsnapshot.io/gate/1"
 RESTORED_NAMESPACE = "https://vmsnapshot.io/restored/1"
+WENT_BACK_NAMESPACE = "https://vmsnapshot.io/went-back/1"
 PREFIX = "vmsnapshot"
 
 _REFERENCE = re.compile(r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?/[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")

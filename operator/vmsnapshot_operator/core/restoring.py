@@ -81,10 +81,12 @@ class RestoreSeen:
     """The world at one moment, as far as one VMRestore is concerned.
 
     `ended`: what status says of an end that was told before: nothing is begun anew then, whatever else is seen. `begun`: status says
-    that the first change was about to be made, which is told before it is made. `plan`, `refusal`: what planning says now.
+    that the first change was about to be made, which is told before it is made; `told_half_done`: that the gate was seen closed, which is
+    told before a disk is touched, and neither of its two ends. `plan`, `refusal`: what planning says now.
     `record`: None also where it cannot be trusted, or is of another snapshot than the one that this restore began with. `marker`:
     what this restore writes into the VM, as it stands there if it does. `gate`, `done`: what stands in the VM that is set back
-    (or in the new one, of which only `done` matters); of several done-markers the one that is this restore's. `power` is None where the VM does not exist. `held`: request names of
+    (or in the new one, of which only `done` matters); of several done-markers the one that is this restore's; `went_back`: for what reason this
+    restore brought all disks to the safety snapshot, as stands there. `power` is None where the VM does not exist. `held`: request names of
     clones that storage holds; None if it was not asked, or did not answer. `broken`: no retry can bring the disks to the snapshot.
     `stopped`: this process has shut the VM down for it.
     `agent_answers` is None if it has no agent's channel. `problem`: why nobody can look where the VM is, or may be, or why nothing can be done there, and its
@@ -96,12 +98,14 @@ class RestoreSeen:
     finalizer: bool = False
     ended: tuple[Condition, ...] = ()
     begun: bool = False
+    told_half_done: bool = False
     refusal: Refusal | None = None
     plan: RestorePlan | None = None
     record: Record | None = None
     marker: Marker | None = None
     gate: Gate | None = None
     done: Marker | None = None
+    went_back: str = ""
     power: PowerState | None = None
     agent_answers: bool | None = None
     vm_name: str = ""
@@ -129,6 +133,11 @@ class RestoreSeen:
     def gated(self) -> bool:
         """Whether this very restore has closed the gate: the disks may be neither old nor new."""
         return self.gate is not None and self.marker is not None and self.gate.marker == self.marker
+
+    @property
+    def half_done(self) -> bool:
+        """Whether disks may be neither old nor new behind no gate: somebody defined the VM anew, and whoever likes can start it."""
+        return self.told_half_done and not (self.gated or self.is_done or self.went_back)
 
     @property
     def is_done(self) -> bool:
@@ -171,7 +180,9 @@ class Revert:
 
 @dataclass(frozen=True, slots=True)
 class GoBack:
-    """Set all disks back to the safety snapshot, then open the gate as if nothing had been done."""
+    """Set all disks back to the safety snapshot, then open the gate as if nothing had been done. `why`: how the restore will end."""
+
+    why: Failure
 
 
 @dataclass(frozen=True, slots=True)

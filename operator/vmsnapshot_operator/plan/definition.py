@@ -9,6 +9,7 @@ the host can put them back, also when all else is lost.
 
 from __future__ import annotations
 
+import re
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping
 
@@ -16,6 +17,7 @@ from vmsnapshot_operator.core.markers import (
     GATE_NAMESPACE,
     PREFIX,
     RESTORED_NAMESPACE,
+    WENT_BACK_NAMESPACE,
     Gate,
     Marker,
     marker_of,
@@ -30,6 +32,7 @@ GATE_FOLDER = "/dev/null/VMRestore"
 DONE_KEPT = 16
 """So many restores of a VM are remembered: each of them may be created anew by a tool that applies manifests again."""
 
+_REASON = re.compile(r"^[A-Z][A-Za-z]{0,63}$")
 _OF_THE_SOURCE = ("driver", "source", "auth", "encryption", "backingStore", "mirror", "transient")
 
 
@@ -38,8 +41,8 @@ def gated(text: str, gate: Gate) -> str:
 
     `text` is the definition of the inactive domain with its secrets (VIR_DOMAIN_XML_SECURE): libvirt leaves a display's
     password out without a trace otherwise, and defined so the VM would have none. Twice equals once. Raises RefusedError for a
-    definition that cannot be worked with or does not have these disks, or if this restore is done already; ForeignJournalError if
-    another VMRestore's gate is there.
+    definition that cannot be worked with or does not have these disks, or if this restore is done or went back already;
+    ForeignJournalError if another VMRestore's gate is there.
     """
     root = tree.parse(text)
     there = _gate(root)
@@ -49,6 +52,8 @@ def gated(text: str, gate: Gate) -> str:
     if gate.marker in done(text):
         # Decided before it was done, and carried out by one who stood still meanwhile: all would be set back again.
         raise refusal(f"VMRestore {gate.marker.restore} is done already: the gate is not closed again")
+    if (back := went_back(text)) is not None and back[0] == gate.marker:
+        raise refusal(f"VMRestore {gate.marker.restore} went back already: the gate is not closed again")
     if not gate.targets:
         raise refusal("a gate that takes no disk away keeps nobody from starting the VM")
     found = tree.disks(root)
@@ -63,6 +68,7 @@ def gated(text: str, gate: Gate) -> str:
             raise refusal(f"disk {target} is addressed with cookies: they could not be kept while it is being restored")
         element.append(tree.copy_of(disk))
         tree.replace(tree.devices(root), disk, _missing(disk, gate_path(gate.marker, target)))
+    tree.drop_own(root, WENT_BACK_NAMESPACE)
     tree.add_own(root, element)
     return tree.text_of(root)
 
@@ -95,10 +101,11 @@ def restored(text: str, marker: Marker, *, genid: str) -> str:
     return tree.text_of(root)
 
 
-def reopened(text: str, marker: Marker) -> str:
+def reopened(text: str, marker: Marker, *, why: str = "") -> str:
     """Return the definition as it was before `gated`: for a restore that came to nothing, whose disks are as they were.
 
-    Raises RefusedError, ForeignJournalError as `gated`. A definition without a gate is returned as it is.
+    With `why`, the reason of its end, a mark says so: else nobody could tell it later from one whose gate somebody defined
+    away. Raises RefusedError, ForeignJournalError as `gated`. A definition without a gate is returned as it is.
     """
     root = tree.parse(text)
     there = _gate(root)
@@ -108,6 +115,10 @@ def reopened(text: str, marker: Marker) -> str:
     _same(gate.marker, marker)
     _put_back(root, gate, kept)
     tree.drop_own(root, GATE_NAMESPACE)
+    if why:
+        mark = _element("went-back", WENT_BACK_NAMESPACE, marker)
+        mark.set("reason", why)
+        tree.add_own(root, mark)
     return tree.text_of(root)
 
 
@@ -121,6 +132,16 @@ def done(text: str) -> tuple[Marker, ...]:
     """Return the markers of the restores that were done, the last one first; raises RefusedError, also for one that cannot be read."""
     element = _one(tree.parse(text), RESTORED_NAMESPACE)
     return (_marker(element), *(_marker(e) for e in element.findall("before"))) if element is not None else ()
+
+
+def went_back(text: str) -> tuple[Marker, str] | None:
+    """Return which restore went back, and the reason; raises RefusedError, also for a mark that cannot be read."""
+    element = _one(tree.parse(text), WENT_BACK_NAMESPACE)
+    if element is None:
+        return None
+    if not _REASON.match(reason := element.get("reason", "")):
+        raise _unreadable("a restore went back for no reason")
+    return _marker(element), reason
 
 
 def true_disks(text: str) -> Mapping[str, str]:

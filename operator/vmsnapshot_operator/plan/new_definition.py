@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from vmsnapshot_operator.core.journal import NAMESPACE as JOURNAL_NAMESPACE
-from vmsnapshot_operator.core.markers import GATE_NAMESPACE, RESTORED_NAMESPACE, Marker
+from vmsnapshot_operator.core.markers import GATE_NAMESPACE, RESTORED_NAMESPACE, WENT_BACK_NAMESPACE, Marker
 from vmsnapshot_operator.core.volumes import NVRAM, Layer, SourceKind
 from vmsnapshot_operator.plan import definition, new_devices
 from vmsnapshot_operator.plan import domain_tree as tree
@@ -93,7 +93,7 @@ def as_new_vm(text: str, identity: Identity, sources: Mapping[str, Layer], marke
     ]
     _identify(root, identity)
     tree.discard(root, "seclabel")
-    tree.drop_own(root, JOURNAL_NAMESPACE, GATE_NAMESPACE, RESTORED_NAMESPACE)
+    tree.drop_own(root, JOURNAL_NAMESPACE, GATE_NAMESPACE, RESTORED_NAMESPACE, WENT_BACK_NAMESPACE)
     definition.add_done(root, marker)
     if shared := sorted(before & new_devices.belongings(root)):
         raise refusal(

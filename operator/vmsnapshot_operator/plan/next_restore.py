@@ -1,8 +1,9 @@
 """The workflow of a restore, as one pure function: what was seen in, the one next effect and the conditions out.
 
 The world is its memory: the gate in the VM's definition says that disks may be neither old nor new, the done-marker that they
-are new; status says only that it ended. Where the gate is closed there are three ways out: all disks set back (again, after a
-crash), all of them brought to the safety snapshot, or, where none was touched, none.
+are new, another mark that they went back; status says only that it ended, and that the gate was closed, in case somebody defines
+the VM without it. Where the gate is closed there are three ways out: all disks set back (again, after a crash), all of them
+brought to the safety snapshot, or, where none was touched, none; and while the VM runs all the same, none of them.
 """
 
 from __future__ import annotations
@@ -47,10 +48,15 @@ def decide(seen: RestoreSeen, now: datetime) -> RestoreDecision:
         return _through_the_gate(seen, now)
     if seen.ended:
         return RestoreDecision(effect=_to_the_end(seen), conditions=seen.ended)
+    if seen.half_done:
+        return _without_its_gate(seen, now)
     if seen.deleting:
         return _delete(seen)
     if seen.is_done:
         return _after(seen, now)
+    if seen.went_back:
+        message = f'it was not completed; all disks are what they were at the safety snapshot "{seen.safety_name}"'
+        return _fail(seen, seen.broken or Failure(reason=seen.went_back, message=message))
     if seen.broken is not None:
         return _give_up(seen, seen.broken)
     if now > deadline(seen):
@@ -97,6 +103,8 @@ def _is_untouched(seen: RestoreSeen) -> bool:
 
     Only for a Hypervisor that is gone status is believed: all others are worth waiting for.
     """
+    if seen.gated or seen.half_done:
+        return False
     if not seen.request.in_place and seen.finalizer:
         return seen.held is not None and not seen.held
     return not seen.begun and (seen.no_hypervisor or not seen.finalizer)
@@ -177,15 +185,48 @@ def _through_the_gate(seen: RestoreSeen, now: datetime) -> RestoreDecision:
     """The disks may be neither old nor new: forwards as long as that can help, else back; never away."""
     if not seen.finalizer and not seen.deleting:
         return _say(seen, Claim(), "Restoring", "somebody took the finalizer away; it is put on again")
+    if seen.power not in (None, PowerState.SHUT_OFF):
+        # Started from another definition than libvirt's own. QEMU would write on into what is replaced beneath it.
+        message = (
+            f"the VM is {seen.power} although its disks were taken from its definition, so none of them is touched: shut it down, then"
+            " this goes on, and what it has written to them is lost; to keep that, copy it away first"
+        )
+        return _say(seen, Rest(_SOON), "VMRunning", message)
     back = seen.safety is Safety.READY
     if seen.broken is not None or now > deadline(seen) or (seen.plan is None and seen.refusal is not None):
         if back:
-            return _say(seen, GoBack(), "GoingBack", _why(seen))
+            return _say(seen, GoBack(_why(seen)), "GoingBack", _why(seen).message)
         if seen.plan is None:
             return _say(seen, Rest(_LATER), "Blocked", _what_to_do(seen))
     if seen.plan is None:
         return _say(seen, Rest(_SOON), "Planning", seen.trouble)
     return _say(seen, Revert(seen.plan.groups), "Restoring", seen.trouble)
+
+
+def _without_its_gate(seen: RestoreSeen, now: datetime) -> RestoreDecision:
+    """Somebody defined the VM anew while its disks were set back. Off, it is gated again and goes on; one that runs is not stopped."""
+    off = seen.power is PowerState.SHUT_OFF
+    if off and seen.plan is not None:
+        if not seen.finalizer and not seen.deleting:
+            return _say(seen, Claim(), "Restoring", "somebody took the finalizer away; it is put on again")
+        # Nothing is saved of what is half done: the safety snapshot, if one was asked for, is from before.
+        return _say(seen, CloseGate(seen.plan.gate), "ClosingGate", "somebody defined the VM anew meanwhile")
+    if seen.deleting:
+        return _delete(seen)
+    passing = seen.refusal is None or seen.refusal.patience is Patience.WAIT or seen.known_for < SETTLE_SECONDS
+    if off and passing and now <= deadline(seen):
+        return _begin(seen)
+    return _fail(seen, Failure(reason="HalfDone", message=_told_without_its_gate(seen)))
+
+
+def _told_without_its_gate(seen: RestoreSeen) -> str:
+    name = seen.safety_name if seen.safety is Safety.READY else seen.request.snapshot
+    state = f" (it is {seen.power})" if seen.power is not None else ""
+    why = f"; {seen.refusal.message}" if seen.refusal is not None else ""
+    return (
+        f"somebody defined the VM anew{state} while its disks were being set back, so that they may be neither old nor new: shut it"
+        f' down, and create a VMRestore of VMSnapshot "{name}" with spec.safetySnapshot: false{why}'
+    )
 
 
 def _what_to_do(seen: RestoreSeen) -> str:
@@ -197,19 +238,19 @@ def _what_to_do(seen: RestoreSeen) -> str:
     if seen.record is not None and seen.refusal is not None and seen.refusal.reason == "DomainNotFound":
         mend = "Let the restore's namespace use the VM again (spec.access of the Hypervisor)"
     return (
-        f"{_why(seen)}; {safety}; the VM cannot be started meanwhile. {mend}, or give the VM its disks back by hand (chapter"
+        f"{_why(seen).message}; {safety}; the VM cannot be started meanwhile. {mend}, or give the VM its disks back by hand (chapter"
         " VMSnapshotGateLeft of docs/operations.md)"
     )
 
 
-def _why(seen: RestoreSeen) -> str:
+def _why(seen: RestoreSeen) -> Failure:
     if seen.broken is not None:
-        return seen.broken.message
+        return seen.broken
     if seen.refusal is not None:
-        return seen.refusal.message
-    return (
-        f"spec.deadlineSeconds ({seen.request.deadline_seconds} s) is over{': ' if seen.trouble else ''}{seen.trouble}"
-    )
+        return Failure(reason=seen.refusal.reason, message=seen.refusal.message)
+    why = f": {seen.trouble}" if seen.trouble else ""
+    message = f"spec.deadlineSeconds ({seen.request.deadline_seconds} s) is over{why}"
+    return Failure(reason="DeadlineExceeded", message=message)
 
 
 def _after(seen: RestoreSeen, now: datetime) -> RestoreDecision:
@@ -222,8 +263,13 @@ def _after(seen: RestoreSeen, now: datetime) -> RestoreDecision:
         return RestoreDecision(effect=LetGo() if seen.finalizer else Rest(), conditions=told.ready(seen))
     if not seen.started and seen.power is not PowerState.RUNNING:
         if seen.broken is not None or now > deadline(seen):
-            return _fail(seen, seen.broken or Failure(reason="DeadlineExceeded", message=_why(seen)))
+            return _fail(seen, _why(seen))
         return _say(seen, Start(), "Starting", seen.trouble)
+    if seen.power is not PowerState.RUNNING:
+        message = f"the disks are restored and the VM was started, but it does not run: it is {seen.power}"
+        if now <= deadline(seen):
+            return _say(seen, Rest(_SOON), "VMStopped", message)
+        return _fail(seen, Failure(reason="VMStopped", message=message))
     if seen.agent_answers is False and now <= deadline(seen):
         return _say(seen, Rest(_SOON), "WaitingForAgent", "the VM runs; its guest's agent does not answer yet")
     if seen.agent_answers is False:

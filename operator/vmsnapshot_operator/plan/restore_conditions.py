@@ -15,6 +15,7 @@ READY = "Ready"
 RECONCILING = "Reconciling"
 STALLED = "Stalled"
 
+_REDEFINED = "somebody defined the VM anew meanwhile, so that it can be started"
 _NOT_YET = "NotYet"
 
 
@@ -51,12 +52,15 @@ def _volumes(seen: RestoreSeen) -> Condition:
         reason = "Restored" if seen.request.in_place else "Cloned"
         return Condition(type=VOLUMES_RESTORED, status=True, reason=reason)
     if seen.gated:
-        return Condition(
-            type=VOLUMES_RESTORED,
-            status=False,
-            reason="HalfDone",
-            message="disks may be neither old nor new; the VM cannot be started until they are",
-        )
+        message = "disks may be neither old nor new; the VM cannot be started until they are"
+        return Condition(type=VOLUMES_RESTORED, status=False, reason="HalfDone", message=message)
+    if seen.half_done:
+        # Also where nobody can look: what was told once is not forgotten for that.
+        message = "disks may be neither old nor new" + (f"; {_REDEFINED}" if seen.power is not None else "")
+        return Condition(type=VOLUMES_RESTORED, status=False, reason="HalfDone", message=message)
+    if seen.went_back:
+        message = f'all disks are what they were at the safety snapshot "{seen.safety_name}"'
+        return Condition(type=VOLUMES_RESTORED, status=False, reason="WentBack", message=message)
     return _unknown(VOLUMES_RESTORED)
 
 
@@ -65,6 +69,8 @@ def _defined(seen: RestoreSeen) -> Condition:
         return Condition(type=VM_DEFINED, status=True, reason="Defined")
     if seen.gated:
         return Condition(type=VM_DEFINED, status=False, reason="Gated", message="its disks are taken from it meanwhile")
+    if seen.half_done and seen.power is not None:
+        return Condition(type=VM_DEFINED, status=False, reason="HalfDone", message=_REDEFINED)
     return _unknown(VM_DEFINED)
 
 
@@ -105,7 +111,7 @@ def waiting(seen: RestoreSeen, refusal: Refusal) -> tuple[Condition, ...]:
 
 
 def failed(seen: RestoreSeen, failure: Failure) -> tuple[Condition, ...]:
-    """It failed for good; nothing is half done."""
+    """It failed for good; nothing is half done, unless VolumesRestored says so."""
     planned = _planned(seen)
     if planned.status is None:
         planned = Condition(type=PLANNED, status=False, reason=failure.reason, message=failure.message)

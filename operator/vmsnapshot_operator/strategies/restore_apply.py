@@ -13,6 +13,7 @@ from typing import Any
 from vmsnapshot_operator.api.meta import API_VERSION, LABEL_SAFETY_OF, label_of
 from vmsnapshot_operator.core.driver import Progress
 from vmsnapshot_operator.core.effects import Failure, Record
+from vmsnapshot_operator.core.machine import PowerState
 from vmsnapshot_operator.core.markers import Gate
 from vmsnapshot_operator.core.restoring import (
     Claim,
@@ -36,6 +37,7 @@ from vmsnapshot_operator.errors import (
     ConflictError,
     DomainGoneError,
     DriverError,
+    HypervisorError,
     HypervisorUnreachableError,
     RefusedError,
     SnapshotError,
@@ -43,7 +45,14 @@ from vmsnapshot_operator.errors import (
 from vmsnapshot_operator.hypervisors import definitions, domain_xml
 from vmsnapshot_operator.plan import definition, new_definition, restore_plan
 from vmsnapshot_operator.strategies.restore_gather import Memory, safety_name
-from vmsnapshot_operator.strategies.restore_search import Found, client_of, clone_name, find, hosts_of
+from vmsnapshot_operator.strategies.restore_search import (
+    Found,
+    client_of,
+    clone_name,
+    find,
+    hosts_of,
+    second_definition,
+)
 from vmsnapshot_operator.strategies.world import World
 
 WORK_TIMEOUT = Seconds(86_400.0)
@@ -88,8 +97,8 @@ async def _act(world: World, effect: RestoreEffect, seen: RestoreSeen, found: Fo
             await _close_gate(world, seen, found)
         case Revert(groups):
             await _revert(world, groups, seen, found, memory)
-        case GoBack():
-            await _go_back(world, seen, found, memory)
+        case GoBack(why):
+            await _go_back(world, seen, found, memory, why)
         case Start():
             await definitions.start(client, ref)
             memory.started = True
@@ -134,7 +143,13 @@ async def _close_gate(world: World, seen: RestoreSeen, found: Found) -> None:
         targets = restore_plan.targets_now(seen.plan, seen.record)
         gate = Gate(marker=seen.marker, targets=targets, autostart=found.defined.autostart)
         async with step(Step.GATE_CLOSE, seen.request.uid):
-            await definitions.redefine(found.client, ref, lambda text: definition.gated(text, gate))
+            await definitions.redefine(
+                found.client,
+                ref,
+                lambda text: definition.gated(text, gate),
+                take_back=True,
+                permit=lambda: _permit(world),
+            )
         await definitions.set_autostart(found.client, ref, on=False)
     finally:
         world.release(seen.request.uid)
@@ -144,8 +159,29 @@ async def _revert(
     world: World, groups: tuple[RestoreGroup, ...], seen: RestoreSeen, found: Found, memory: Memory
 ) -> None:
     assert seen.record is not None, "told with the groups"  # noqa: S101 - for the type checker
+    await _must_still_be_closed(seen, found)
     await _set_back(world, groups, seen.record, seen.request.uid, memory)
-    await _open(seen, found, reopen=False)
+    await _open(world, seen, found)
+
+
+def _permit(world: World) -> str:
+    return "" if world.leadership.is_leader() else "another instance may have taken over"
+
+
+async def _must_still_be_closed(seen: RestoreSeen, found: Found) -> None:
+    """Ask right before disks are replaced: for files the driver cannot know whether a QEMU has them open.
+
+    Raises ConflictError if the VM bears the gate no more, HypervisorError if it runs all the same, or could from another definition.
+    """
+    assert found.defined is not None, "asked before"  # noqa: S101 - for the type checker
+    gate, name = definition.gate_of(found.defined.xml), found.defined.ref.name
+    if gate is None or gate.marker != seen.marker:
+        raise ConflictError(f"domain {name} does not bear the gate of this restore any more; looking again")
+    if found.defined.power is not PowerState.SHUT_OFF:
+        text = f"domain {name} is {found.defined.power} although its disks were taken from it: none of them is touched"
+        raise HypervisorError(text, reason="VMRunning", retryable=True)
+    if (second := await second_definition(found.client, found.defined)) is not None:
+        raise second
 
 
 async def _set_back(world: World, groups: Sequence[RestoreGroup], record: Record, uid: str, memory: Memory) -> None:
@@ -180,32 +216,34 @@ async def _all(work: Any) -> None:
             raise result
 
 
-async def _open(seen: RestoreSeen, found: Found, *, reopen: bool) -> None:
-    """Put the true disks back into the definition; `reopen`: as if nothing had been done."""
+async def _open(world: World, seen: RestoreSeen, found: Found, why: str = "") -> None:
+    """Put the true disks back into the definition; `why`: the reason for which all went back, and nothing was done."""
     marker, gate = seen.marker, seen.gate
     assert marker is not None, "told with the record"  # noqa: S101 - for the type checker
     assert found.defined is not None, "asked before"  # noqa: S101 - for the type checker
     genid = new_definition.genid(seen.request.uid)
 
     def change(text: str) -> str:
-        return definition.reopened(text, marker) if reopen else definition.restored(text, marker, genid=genid)
+        if why:
+            return definition.reopened(text, marker, why=why)
+        return definition.restored(text, marker, genid=genid)
 
     async with step(Step.GATE_OPEN, seen.request.uid):
         if gate is not None and gate.autostart:
             await definitions.set_autostart(found.client, found.defined.ref, on=True)
-        await definitions.redefine(found.client, found.defined.ref, change)
+        await definitions.redefine(found.client, found.defined.ref, change, permit=lambda: _permit(world))
 
 
-async def _go_back(world: World, seen: RestoreSeen, found: Found, memory: Memory) -> None:
+async def _go_back(world: World, seen: RestoreSeen, found: Found, memory: Memory, why: Failure) -> None:
     record = seen.safety_record
     assert record is not None, "one goes back to a safety snapshot that is Ready"  # noqa: S101 - invariant of decide
+    await _must_still_be_closed(seen, found)
     touched = _touched(seen, found, record)
     volumes = tuple(v for v in record.plan.volumes if v.volume.id in touched)
     plan = restore_plan.make(record, volumes, {v.target: v.volume for v in volumes})
     await _set_back(world, plan.groups, record, seen.request.uid, memory)
-    await _open(seen, found, reopen=True)
-    if memory.broken is None and seen.refusal is not None:
-        memory.broken = Failure(reason=seen.refusal.reason, message=seen.refusal.message)
+    await _open(world, seen, found, why.reason)
+    memory.broken = memory.broken or why
 
 
 def _touched(seen: RestoreSeen, found: Found, safety: Record) -> frozenset[VolumeId]:

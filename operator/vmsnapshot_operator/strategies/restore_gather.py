@@ -78,6 +78,7 @@ async def gather(world: World, body: Mapping[str, Any], memory: Memory) -> Resto
         finalizer=FINALIZER in (body["metadata"].get("finalizers") or ()),
         ended=_ended(body),
         begun=bool(told.get("startTime")),
+        told_half_done=_told_half_done(told),
         hypervisor=str(told.get("hypervisorName") or ""),
         broken=memory.broken,
         stopped=memory.stopped,
@@ -95,29 +96,42 @@ async def gather(world: World, body: Mapping[str, Any], memory: Memory) -> Resto
         seen = replace(seen, hypervisor=str(snapshot["spec"]["source"]["hypervisorName"]))
     try:
         if snapshot is None or record is None or record.problem:
-            return await _without_record(world, replace(seen, refusal=refusal))
+            return await _without_record(world, replace(seen, refusal=refusal), _began_with(told))
         if request.in_place and seen.finalizer and _began_elsewhere(told, record):
-            there = await search(world, seen)
-            if there.gated:
+            there = await search(world, seen, _began_with(told))
+            if there.gated or there.is_done or there.went_back or there.half_done:
                 return await _of_another_snapshot(world, there)
         marker = marker_of(world, request, str(snapshot["metadata"]["uid"]))
         return await _look(world, request, replace(seen, record=record, marker=marker), record, refusal)
     except HypervisorError as error:
         seen = replace(seen, record=record if record is not None and not record.problem else None)
         gone = error.reason == HYPERVISOR_GONE
-        seen = replace(seen, problem=error.message, no_hypervisor=gone, refusal=refusal)
+        seen = replace(seen, problem=error.message, problem_reason=error.reason, no_hypervisor=gone, refusal=refusal)
         return await with_clones(world, seen)
     except RefusedError as error:
         if not seen.finalizer:
             return replace(seen, refusal=Refusal(reason=error.reason, message=error.message))
         # What stands in the VM cannot be read, and may be our own gate.
-        return await with_clones(world, replace(seen, problem=error.message, refusal=refusal))
+        return await with_clones(
+            world, replace(seen, problem=error.message, problem_reason=error.reason, refusal=refusal)
+        )
 
 
 def _began_elsewhere(told: Mapping[str, Any], record: Record) -> bool:
     """Whether it was begun with another VM than the snapshot is of: then that is another snapshot of the same name."""
-    before = str((told.get("vm") or {}).get("uuid") or "")
+    before = _began_with(told)
     return bool(before) and before != record.plan.vm_uuid
+
+
+def _began_with(told: Mapping[str, Any]) -> str:
+    """The UUID of the VM that status names. Whoever writes into it shows another VM, which does not bear this restore's marker."""
+    return str((told.get("vm") or {}).get("uuid") or "")
+
+
+def _told_half_done(told: Mapping[str, Any]) -> bool:
+    return any(
+        (c.get("type"), c.get("reason")) == ("VolumesRestored", "HalfDone") for c in told.get("conditions") or ()
+    )
 
 
 async def _of_another_snapshot(world: World, seen: RestoreSeen) -> RestoreSeen:
@@ -128,11 +142,11 @@ async def _of_another_snapshot(world: World, seen: RestoreSeen) -> RestoreSeen:
     return await with_clones(world, await _safety(world, seen.request, seen))
 
 
-async def _without_record(world: World, seen: RestoreSeen) -> RestoreSeen:
+async def _without_record(world: World, seen: RestoreSeen, began_with: str) -> RestoreSeen:
     """The snapshot is gone, or what was on record of it: what this restore has changed is found by its own marker."""
     if not seen.finalizer and (seen.ended or not seen.begun):
         return seen
-    seen = await search(world, seen)
+    seen = await search(world, seen, began_with)
     return await with_clones(world, await _safety(world, seen.request, seen))
 
 
@@ -163,12 +177,13 @@ async def record_of(world: World, snapshot: Mapping[str, Any] | None) -> Record 
 async def _look(
     world: World, request: RestoreRequest, unseen: RestoreSeen, record: Record, refusal: Refusal | None
 ) -> RestoreSeen:
-    found = await find(world, request, unseen.hypervisor, record.plan.vm_uuid)
+    begun = unseen.finalizer or unseen.begun
+    found = await find(world, request, unseen.hypervisor, record.plan.vm_uuid, begun=begun)
     defined = found.defined
     seen = show(world, unseen, defined) if defined is not None else unseen
-    if seen.gated and (second := await second_definition(found)) is not None:
+    if seen.gated and defined is not None and (second := await second_definition(found.client, defined)) is not None:
         return replace(seen, problem=second.message, problem_reason=second.reason)
-    own = seen.gated or seen.done == seen.marker
+    own = seen.gated or seen.done == seen.marker or bool(seen.went_back)
     labels = await world.cluster.namespace_labels(request.namespace)
     name = seen.vm_name or request.new_name or record.plan.vm_name
     if not access.may_use(found.live.access, labels, name):
@@ -187,7 +202,7 @@ async def _look(
     if seen.ended and not seen.gated:
         return seen
     seen = await _safety(world, request, seen)
-    if seen.is_done:
+    if seen.is_done or seen.went_back:
         return seen
     if refusal is not None and not seen.gated:
         return replace(seen, refusal=refusal)
@@ -242,7 +257,7 @@ async def _plan_in_place(
     if seen.gated:
         # The disks were held against what is on record before the gate was closed; now the gate holds them.
         return replace(seen, plan=restore_plan.make(record, volumes, {v.target: v.volume for v in volumes}))
-    if (second := await second_definition(found)) is not None:
+    if (second := await second_definition(found.client, found.defined)) is not None:
         return replace(seen, refusal=Refusal(reason=second.reason, message=second.message))
     machine = await found.client.describe(found.defined.ref, ask_agent=False)
     seen = replace(seen, power=machine.power)  # what was checked, and not what it was a moment before

@@ -17,10 +17,12 @@ from vmsnapshot_operator.core.volumes import Seconds
 from vmsnapshot_operator.drivers.host import DriverHost
 from vmsnapshot_operator.errors import (
     DomainAmbiguousError,
+    DomainGoneError,
     DriverError,
     DriverUnavailableError,
     HypervisorError,
     HypervisorUnreachableError,
+    RefusedError,
 )
 from vmsnapshot_operator.hypervisors import definitions
 from vmsnapshot_operator.hypervisors.domains import Hypervisor
@@ -31,6 +33,8 @@ from vmsnapshot_operator.strategies.world import LiveHypervisor, World
 HYPERVISOR_GONE = "HypervisorNotFound"
 
 LIST_TIMEOUT = Seconds(30.0)
+
+_STRANGE = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,18 +62,22 @@ def clone_name(world: World, request: RestoreRequest, group: RestoreGroup | str)
     return names.request_name(world.installation, request.uid, 1, class_name, ())
 
 
-async def search(world: World, seen: RestoreSeen) -> RestoreSeen:
+async def search(world: World, seen: RestoreSeen, began_with: str) -> RestoreSeen:
     """Look for this restore's marker on all hypervisors; that it is nowhere is certain only if all of them answer.
 
-    Raises HypervisorError unless it was found, or is certainly nowhere; RefusedError for a marker that cannot be read.
+    `began_with`: the UUID of the VM that status names. Raises HypervisorError unless it was found, or is certainly nowhere;
+    RefusedError for a marker that cannot be read.
     """
     everyone = await world.cluster.hypervisor_names()
     problems = []
     for name in sorted(everyone):
         try:
-            for defined in await _candidates(client_of(world, name), seen.request):
+            client = client_of(world, name)
+            for defined in await _candidates(client, seen.request, began_with):
                 there = show(world, replace(seen, hypervisor=name), defined)
-                if there.gated or there.is_done:
+                if there.gated and (second := await second_definition(client, defined)) is not None:
+                    return replace(there, problem=second.message, problem_reason=second.reason)
+                if there.gated or there.is_done or there.went_back:
                     return there
         except HypervisorError as error:
             problems.append(error.message)
@@ -81,17 +89,18 @@ async def search(world: World, seen: RestoreSeen) -> RestoreSeen:
     return seen
 
 
-async def _candidates(client: Hypervisor, request: RestoreRequest) -> tuple[definitions.Defined, ...]:
+async def _candidates(client: Hypervisor, request: RestoreRequest, began_with: str) -> tuple[definitions.Defined, ...]:
     """Return the VMs of a hypervisor that may bear this restore's marker. Raises HypervisorError."""
     if not request.in_place:
         return await _look_new(client, request)
     gates, silent = await client.gates()
-    looks = [await definitions.look(client, g.ref.uuid) for g in gates if request.uid in g.definition]
-    there = tuple(d for found in looks for d in found)
+    # Each where it stands: the VM may run elsewhere, from a definition that knows nothing of it.
+    looks = [await definitions.look_on(client, g.ref) for g in gates if request.uid in g.definition]
+    there = tuple(d for d in looks if d is not None)
     problems = [*silent.values(), *(f"domain {g.ref.name}: {g.problem}" for g in gates if g.problem)]
     if problems and not there:
         raise HypervisorUnreachableError("; ".join(sorted(problems)))
-    return there
+    return there or (await definitions.look_everywhere(client, began_with) if began_with else ())
 
 
 async def _look_new(client: Hypervisor, request: RestoreRequest) -> tuple[definitions.Defined, ...]:
@@ -107,12 +116,13 @@ def show(world: World, seen: RestoreSeen, defined: definitions.Defined) -> Resto
     """Add what a VM shows. By its own marker a restore is known, whatever became of the snapshot. Raises RefusedError."""
     gate = definition.gate_of(defined.xml) if seen.request.in_place else None
     done = definition.done(defined.xml)
-    ours = (world.installation, seen.request.uid)
-    there = (*((gate.marker,) if gate is not None else ()), *done)
-    own = next((m for m in there if (m.installation, m.restore_uid) == ours), None)
+    back, why = definition.went_back(defined.xml) or (None, "")
+    there = (gate.marker if gate is not None else None, *done, back)
+    own = next((m for m in there if m is not None and _is_of(world, seen.request, m)), None)
     seen = replace(
         seen,
         gate=gate,
+        went_back=why if back is not None and back == own else "",
         marker=own or seen.marker,
         power=defined.power,
         vm_name=defined.ref.name,
@@ -125,17 +135,34 @@ def show(world: World, seen: RestoreSeen, defined: definitions.Defined) -> Resto
     return next(mine, replace(seen, done=done[0] if done else None))
 
 
-async def find(world: World, request: RestoreRequest, hypervisor: str, vm_uuid: str) -> Found:
-    """Return where this restore works. Raises HypervisorError, with the reason HYPERVISOR_GONE if there is no such object; KubeError."""
+async def find(world: World, request: RestoreRequest, hypervisor: str, vm_uuid: str, *, begun: bool = False) -> Found:
+    """Return where this restore works: where its marker is, whatever else there is by now; else where the VM runs, or is defined.
+
+    `begun`: that its marker is nowhere is certain only if all endpoints answer. Raises HypervisorError, with the reason HYPERVISOR_GONE
+    if there is no such object; KubeError; RefusedError for a marker that cannot be read, and for several VMs of a new VM's name.
+    """
     live = world.hypervisors.get(hypervisor)
     if live is None and hypervisor not in await world.cluster.hypervisor_names():
         raise HypervisorError(_no_hypervisor(hypervisor), reason=HYPERVISOR_GONE)
     client = client_of(world, hypervisor)
     assert live is not None, "it has a client"  # noqa: S101 - for the type checker
-    seen = await (definitions.look(client, vm_uuid) if request.in_place else _look_new(client, request))
-    # One in which this restore closed its gate comes first, whatever else there is by now: that has to be opened again.
-    seen = tuple(sorted(seen, key=lambda d: not _is_gated_by(world, request, d))) if len(seen) > 1 else seen
-    return Found(live=live, client=client, defined=seen[0] if seen else None)
+    if not request.in_place:
+        try:
+            seen = await _look_new(client, request)
+        except DomainGoneError as error:  # there are several
+            raise RefusedError(error.message, reason="NameTaken") from error
+        return Found(live=live, client=client, defined=seen[0] if seen else None)
+    try:
+        seen = await definitions.look_everywhere(client, vm_uuid)
+        silent = None
+    except HypervisorUnreachableError as error:
+        seen = await definitions.look(client, vm_uuid)
+        silent = error
+    ranks = {d.ref: _rank(world, request, d) for d in seen}
+    first = min(seen, key=lambda d: ranks[d.ref], default=None)
+    if silent is not None and begun and (first is None or ranks[first.ref] == _STRANGE):
+        raise silent
+    return Found(live=live, client=client, defined=first)
 
 
 def client_of(world: World, hypervisor: str) -> Hypervisor:
@@ -151,22 +178,29 @@ def _no_hypervisor(name: str) -> str:
     return f'there is no Hypervisor "{name}" any more'
 
 
-def _is_gated_by(world: World, request: RestoreRequest, defined: definitions.Defined) -> bool:
-    gate = definition.gate_of(defined.xml)
-    return gate is not None and (gate.marker.installation, gate.marker.restore_uid) == (world.installation, request.uid)
+def _rank(world: World, request: RestoreRequest, defined: definitions.Defined) -> int:
+    """A gate that this restore closed comes first, since that has to be opened again; then what says that it has done so."""
+    gate, back = definition.gate_of(defined.xml), definition.went_back(defined.xml)
+    if gate is not None and _is_of(world, request, gate.marker):
+        return 0
+    ends = (*definition.done(defined.xml), back[0] if back is not None else None)
+    return 1 if any(m is not None and _is_of(world, request, m) for m in ends) else _STRANGE
 
 
-async def second_definition(found: Found) -> DomainAmbiguousError | None:
+def _is_of(world: World, request: RestoreRequest, marker: Marker) -> bool:
+    return (marker.installation, marker.restore_uid) == (world.installation, request.uid)
+
+
+async def second_definition(client: Hypervisor, defined: definitions.Defined) -> DomainAmbiguousError | None:
     """Why a VM of which there is another definition on another endpoint cannot be set back: that would be open while ours is gated.
 
     Raises HypervisorError unless all endpoints answer.
     """
-    assert found.defined is not None, "asked before"  # noqa: S101 - for the type checker
-    places = await found.client.places(found.defined.ref)
-    if places == (found.defined.ref,):
+    places = await client.places(defined.ref)
+    if places == (defined.ref,):
         return None
     why = "whoever starts it from another definition than the one that is set back starts it with disks that are half done"
-    return DomainAmbiguousError(found.defined.ref.name, [p.endpoint for p in places], why)
+    return DomainAmbiguousError(defined.ref.name, [p.endpoint for p in places], why)
 
 
 async def with_clones(world: World, seen: RestoreSeen) -> RestoreSeen:

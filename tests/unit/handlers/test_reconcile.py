@@ -12,7 +12,17 @@ import pytest
 
 from tests.unit.handlers import fakes
 from tests.unit.plan import builders as b
-from vmsnapshot_operator.core.effects import Condition, Decision, Effect, Observation, Record, RollBack, Settle, Wait
+from vmsnapshot_operator.core.effects import (
+    Condition,
+    Decision,
+    Effect,
+    Failure,
+    Observation,
+    Record,
+    RollBack,
+    Settle,
+    Wait,
+)
 from vmsnapshot_operator.core.planning import Request
 from vmsnapshot_operator.core.restoring import (
     Clone,
@@ -189,7 +199,13 @@ async def test_no_worker_waits_for_a_snapshot_that_is_gone(
 
 @pytest.mark.parametrize(
     ("effect", "ends"),
-    [(Clone(()), "Cancelled"), (Stop(), "Cancelled"), (Start(), "Cancelled"), (Revert(()), "Done"), (GoBack(), "Done")],
+    [
+        (Clone(()), "Cancelled"),
+        (Stop(), "Cancelled"),
+        (Start(), "Cancelled"),
+        (Revert(()), "Done"),
+        (GoBack(Failure(reason="SnapshotLost", message="")), "Done"),
+    ],
 )
 async def test_no_worker_waits_for_a_restore_that_is_gone(
     monkeypatch: pytest.MonkeyPatch, effect: RestoreEffect, ends: str

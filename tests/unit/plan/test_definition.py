@@ -110,6 +110,21 @@ def test_a_gate_that_is_opened_again_leaves_nothing(sample: str) -> None:
 
 
 @pytest.mark.parametrize("sample", SAMPLES)
+def test_one_that_went_back_says_so_until_another_begins(sample: str) -> None:
+    back = definition.reopened(definition.gated(SAMPLES[sample], gate(sample)), MARKER, why="SnapshotLost")
+    assert without(back, "metadata") == without(SAMPLES[sample], "metadata")
+    assert definition.went_back(back) == (MARKER, "SnapshotLost")
+    assert definition.done(back) is None
+    with pytest.raises(RefusedError, match="went back already"):
+        definition.gated(back, gate(sample))
+    other = definition.gated(back, gate(sample, marker=OTHER))
+    assert definition.went_back(other) is None
+    assert definition.went_back(SAMPLES[sample]) is None
+    with pytest.raises(RefusedError, match="cannot be read"):
+        definition.went_back(back.replace('reason="SnapshotLost"', 'reason="&lt;"'))
+
+
+@pytest.mark.parametrize("sample", SAMPLES)
 def test_the_true_definition_comes_back_with_a_marker(sample: str) -> None:
     done = definition.restored(definition.gated(SAMPLES[sample], gate(sample)), MARKER, genid=GENID)
     assert definition.done(done) == (MARKER,)

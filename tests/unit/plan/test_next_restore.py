@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -67,7 +68,9 @@ def test_what_nothing_can_be_done_about_now_is_told_by_its_reason() -> None:
     seen = RestoreSeen(request=request(), gate=Gate(marker=MARKER, targets=DISKS, autostart=False), marker=MARKER)
     told = next_restore.decide(replace(seen, problem="defined twice", problem_reason="DomainAmbiguous"), b.CREATED)
     assert isinstance(told.effect, Rest), "nothing is set back, nor given up"
-    assert ("DomainAmbiguous", "defined twice") in [(c.reason, c.message) for c in told.conditions]
+    found = {c.type: c for c in told.conditions}["Reconciling"]
+    assert found.reason == "DomainAmbiguous"
+    assert "defined twice" in found.message
 
 
 @dataclass(slots=True)
@@ -79,6 +82,8 @@ class World:
     saved: dict[str, str] = field(default_factory=dict)
     gate: Gate | None = None
     done: Marker | None = None
+    went_back: str = ""
+    half_done: bool = False
     power: PowerState = PowerState.RUNNING
     clones: set[str] = field(default_factory=set)
     new_vm: bool = False
@@ -118,9 +123,12 @@ class World:
             marker=MARKER,
             gate=self.gate,
             done=self.done,
+            went_back=self.went_back,
+            told_half_done=self.half_done,
             power=self.power if in_place or self.new_vm else None,
             started=self.started,
             safety=safety,
+            safety_name="back-safety",
             held=frozenset(self.clones),
             broken=self.broken,
             known_for=Seconds(self.clock),
@@ -129,6 +137,7 @@ class World:
     def turn(self) -> RestoreEffect:
         made = next_restore.decide(self.see(), b.at(self.clock))
         self.said.append(made.conditions)
+        self.half_done = {c.type: c.reason for c in made.conditions}["VolumesRestored"] == "HalfDone"
         if next_restore.conditions_of_end(made.conditions):
             self.ended = made.conditions
         handlers: dict[type, Callable[[Any], None]] = {
@@ -168,6 +177,7 @@ class World:
 
     def _revert(self, _: Revert) -> None:
         assert self.gate is not None, "nobody may start the VM while its disks are set back"
+        assert self.power is PowerState.SHUT_OFF
         for disk in self.disks:
             self.step()
             if disk == self.bad_disk:
@@ -177,12 +187,13 @@ class World:
         self.step()
         self.gate, self.done = None, MARKER
 
-    def _back(self, _: GoBack) -> None:
+    def _back(self, effect: GoBack) -> None:
+        assert self.power is PowerState.SHUT_OFF
         for disk in self.disks:
             self.step()
             self.disks[disk] = self.saved[disk]
         self.step()
-        self.gate = None
+        self.gate, self.went_back = None, effect.why.reason
 
     def _clone(self, _: Clone) -> None:
         self.step()
@@ -275,6 +286,41 @@ def test_a_disk_that_cannot_be_set_back_brings_all_back_to_the_safety_snapshot(c
     told = {c.type: c for c in world.said[-1]}
     assert (told["Stalled"].status, told["Stalled"].reason) == (True, "SnapshotLost")
     assert not world.finalizer
+
+
+@pytest.mark.parametrize("started", [False, True])
+@pytest.mark.parametrize("deleting", [False, True])
+@pytest.mark.parametrize("bad", ["", "vdb"])
+def test_a_vm_that_somebody_defines_anew_in_the_middle_is_never_called_untouched(
+    started: bool, deleting: bool, bad: str
+) -> None:
+    """Off, it is gated again and comes to its end; while it runs, the truth is told. Whenever that happens, and twice."""
+    met = 0
+    for before in range(20):
+        world = World(power=PowerState.SHUT_OFF, bad_disk=bad)
+        for steps in (before, before // 2):
+            world.steps = steps
+            with contextlib.suppress(Crash):
+                while not isinstance(world.turn(), Rest):
+                    pass
+            world.crash()
+            begun, world.gate = world.gate is not None, None
+        world.deleting = deleting
+        if started:
+            world.power = PowerState.RUNNING
+        world.settle()
+        told = {c.type: c for c in world.said[-1]}
+        assert not world.finalizer
+        if world.half_done:
+            met += 1
+            assert started, "else it is gated again"
+            if not deleting:
+                assert (told["VolumesRestored"].reason, told["Stalled"].status) == ("HalfDone", True)
+                assert 'VMSnapshot "back-safety" with spec.safetySnapshot: false' in told["Stalled"].message
+        else:
+            met += begun
+            assert world.bootable()
+    assert met > 3
 
 
 def test_without_a_safety_snapshot_it_stays_gated_and_is_not_called_an_end() -> None:
@@ -478,6 +524,23 @@ def test_an_end_stays_told_whatever_is_waited_for(changes: dict[str, Any], final
     assert next_restore.decide(replace(seen, **changes), b.CREATED).conditions == done.ended
 
 
+@pytest.mark.parametrize("power", [p for p in PowerState if p is not PowerState.RUNNING])
+@pytest.mark.parametrize("new", [False, True])
+def test_it_is_not_ready_while_the_vm_that_was_started_does_not_run(power: PowerState, new: bool) -> None:
+    asked = request(start_after=True, new_name="copy" if new else "")
+    seen = RestoreSeen(
+        request=asked, finalizer=True, marker=MARKER, done=MARKER, power=power, started=True, held=frozenset()
+    )
+    effect, told = told_of(seen)
+    assert effect == Rest(Seconds(1.0))
+    assert (told["Ready"].status, told["Reconciling"].reason) == (None, "VMStopped")
+    effect, told = told_of(seen, 7200)
+    assert isinstance(effect, LetGo)
+    assert (told["Ready"].status, told["Stalled"].reason, told["VolumesRestored"].status) == (False, "VMStopped", True)
+    assert f"it is {power}" in told["Stalled"].message
+    assert told_of(replace(seen, power=PowerState.RUNNING))[1]["Ready"].status is True
+
+
 # --- the gate without a record --------------------------------------------------------------------------------------------
 
 GATED = RestoreSeen(
@@ -582,6 +645,21 @@ def test_what_became_of_each_disk_is_told_also_when_there_is_no_plan_any_more(se
     old = {"volumes": [{"target": "vda", "className": "files", "result": "Restoring"}]}
     told = restore_report.status(seen, next_restore.decide(seen, b.CREATED), old, b.CREATED)
     assert told["volumes"] == [{"target": "vda", "className": "files", "result": result}]
+
+
+@pytest.mark.parametrize("changes", [{"plan": PLAN, "refusal": None}, {}], ids=["forwards", "back"])
+@pytest.mark.parametrize("power", [p for p in PowerState if p is not PowerState.SHUT_OFF])
+@pytest.mark.parametrize("deleting", [False, True])
+@pytest.mark.parametrize("seconds", [0.0, 7200.0])
+def test_nothing_is_set_back_beneath_a_vm_that_runs_although_it_is_gated(
+    changes: dict[str, Any], power: PowerState, deleting: bool, seconds: float
+) -> None:
+    seen = replace(GATED, safety=Safety.READY, deleting=deleting, **changes)
+    assert isinstance(told_of(seen, seconds)[0], Revert | GoBack)
+    effect, told = told_of(replace(seen, power=power), seconds)
+    assert effect == Rest(Seconds(1.0))
+    assert told["Reconciling"].reason == "VMRunning"
+    assert "shut it down" in told["Reconciling"].message
 
 
 def test_a_finalizer_that_was_taken_away_while_the_gate_is_closed_is_put_on_again() -> None:

@@ -13,7 +13,7 @@ from tests.unit.kube import records
 from tests.unit.plan import builders as b
 from vmsnapshot_operator.core import names
 from vmsnapshot_operator.core.driver import Capabilities, CutKind, Fit
-from vmsnapshot_operator.core.effects import Record
+from vmsnapshot_operator.core.effects import Failure, Record
 from vmsnapshot_operator.core.machine import Disk, Machine, PowerState
 from vmsnapshot_operator.core.markers import Gate, Marker
 from vmsnapshot_operator.core.planning import Patience, Request
@@ -29,12 +29,19 @@ from vmsnapshot_operator.core.restoring import (
     RestoreEffect,
     RestoreRequest,
     RestoreSeen,
+    Revert,
     Safety,
     Stop,
     TakeSafety,
 )
 from vmsnapshot_operator.core.volumes import NVRAM, Seconds, volume_id
-from vmsnapshot_operator.errors import DriverError, HypervisorUnreachableError
+from vmsnapshot_operator.errors import (
+    ConflictError,
+    DomainGoneError,
+    DriverError,
+    HypervisorError,
+    HypervisorUnreachableError,
+)
 from vmsnapshot_operator.hypervisors import definitions
 from vmsnapshot_operator.hypervisors.definitions import Defined
 from vmsnapshot_operator.hypervisors.domains import Gated, Ref
@@ -182,6 +189,13 @@ def snapshot_body(asked: Request) -> dict[str, Any]:
     }
 
 
+class Reverting(fakes.FakeHost):
+    """A driver that sets back whatever it is asked to."""
+
+    async def revert(self, _cut: Any, _onto: Any, **_: Any) -> None:
+        """Nothing to do."""
+
+
 class Client(fakes.FakeClient):
     """All of its VMs are so; if nothing is said, off, and without the disks of the snapshot: nothing can begin."""
 
@@ -189,10 +203,14 @@ class Client(fakes.FakeClient):
 
     async def describe(self, _ref: Ref, *, ask_agent: bool) -> Machine:
         assert not ask_agent
-        return self.machine
+        return replace(self.machine, power=self.described or self.machine.power)
+
+    elsewhere: str = ""
+    """Another endpoint that defines each of its VMs as well, and runs it from that."""
+    described: PowerState | None = None
 
     async def places(self, ref: Ref) -> tuple[Ref, ...]:
-        return (ref,)
+        return (ref, replace(ref, endpoint=self.elsewhere)) if self.elsewhere else (ref,)
 
 
 @dataclass
@@ -211,6 +229,7 @@ class Scene:
     domains: dict[tuple[str, str], str] = field(default_factory=dict)
     uuids: dict[str, str] = field(default_factory=dict)
     saved: bool = False
+    power: PowerState = PowerState.SHUT_OFF
 
     @property
     def cluster(self) -> fakes.FakeCluster:
@@ -220,7 +239,7 @@ class Scene:
     def classes(self) -> fakes.FakeClasses:
         return cast("fakes.FakeClasses", self.world.classes)
 
-    def add(self, hypervisor: str, **domains: str) -> fakes.FakeClient:
+    def add(self, hypervisor: str, **domains: str) -> Client:
         """A hypervisor with domains by name, each by its definition; those with a gate are found by it."""
         client = Client()
         client.gated = tuple(
@@ -282,7 +301,7 @@ def scene(monkeypatch: pytest.MonkeyPatch) -> Scene:
         found = Defined(
             ref=Ref(uuid=made.uuids.get(name, f"uuid of {name}"), name=name, endpoint=hypervisor),
             xml=xml,
-            power=client.machine.power,
+            power=made.power or client.machine.power,
             persistent=True,
             autostart=False,
             managed_save=made.saved,
@@ -290,7 +309,19 @@ def scene(monkeypatch: pytest.MonkeyPatch) -> Scene:
         )
         return (found,)
 
-    monkeypatch.setattr(definitions, "look", look)
+    async def look_first(client: Any, domain: str) -> tuple[Defined, ...]:
+        seen = await look(client, domain)
+        if not client.elsewhere:
+            return seen
+        there = {"ref": replace(seen[0].ref, endpoint=client.elsewhere), "xml": XML, "power": PowerState.RUNNING}
+        return (replace(seen[0], **there),)  # type: ignore[arg-type]  # its fields
+
+    async def look_on(client: Any, ref: Ref) -> Defined | None:
+        return next(iter(await look(client, ref.uuid)), None)
+
+    monkeypatch.setattr(definitions, "look", look_first)
+    monkeypatch.setattr(definitions, "look_everywhere", look)
+    monkeypatch.setattr(definitions, "look_on", look_on)
     return made
 
 
@@ -422,7 +453,9 @@ async def test_a_hypervisor_object_that_is_gone(
 
 async def test_a_marker_that_cannot_be_read_is_not_taken_for_none(scene: Scene) -> None:
     scene.add("lab", demo=gated().replace(f'uid="{UID}"', f'uid="{UID}!"'))
-    assert isinstance(await scene.next(), Rest)
+    made = await scene.decided()
+    assert isinstance(made.effect, Rest)
+    assert {c.type: c.reason for c in made.conditions}["Reconciling"] == "MarkerUnreadable"
     scene.deleting = True
     assert isinstance(await scene.next(), Rest)
     scene.finalizers, scene.deleting = [], False
@@ -656,6 +689,15 @@ async def test_clones_that_are_a_vms_disks_are_handed_over(
     assert await copy.next() == HandOver(frozenset({CLONE}))
 
 
+async def test_a_name_that_several_vms_have_is_taken(copy: Scene) -> None:
+    copy.add("lab", demo=XML).error = DomainGoneError('there are several domains "copy"', ambiguous=True)
+    assert {c.type: c.reason for c in (await copy.decided()).conditions}["Reconciling"] == "NameTaken"
+    copy.finalizers, copy.status = [], {}
+    seen = await copy.seen()
+    assert seen.refusal is not None
+    assert seen.refusal.reason == "NameTaken"
+
+
 async def test_clones_stay_while_their_vm_may_be_defined_where_nobody_can_look(copy: Scene) -> None:
     copy.add("lab", copy=new_vm()).error = HypervisorUnreachableError("lab does not answer")
     _no_snapshot(copy)
@@ -714,7 +756,7 @@ async def test_going_back_sets_back_what_the_gate_took_and_nothing_else(
         async def revert(self, _cut: Any, onto: Any, **_: Any) -> None:
             reverted.extend(v.label for v in onto)
 
-    async def redefine(_client: Any, _ref: Ref, change: Callable[[str], str]) -> None:
+    async def redefine(_client: Any, _ref: Ref, change: Callable[[str], str], **_: Any) -> None:
         opened.append(change(gated("vda", "vdc")))
 
     scene.classes.by_name = {"fast": Host(), "slow": Host()}
@@ -725,16 +767,127 @@ async def test_going_back_sets_back_what_the_gate_took_and_nothing_else(
     assert sorted(reverted) == ["vda", "vdc"]
     assert definition.gate_of(opened[0]) is None
     assert definition.done(opened[0]) == ()
+    assert definition.went_back(opened[0]) == (MARKER, "SnapshotNotFound")
     assert scene.memory.broken is not None
     assert scene.memory.broken.reason == "SnapshotNotFound"
+
+
+HALF_DONE = {"type": "VolumesRestored", "status": "False", "reason": "HalfDone"}
+
+
+@LOST
+async def test_one_that_went_back_is_known_although_the_process_died_before_it_said_so(
+    scene: Scene, lose: Callable[[Scene], None]
+) -> None:
+    scene.add("lab", demo=definition.reopened(gated(), MARKER, why="SnapshotLost"))
+    scene.status |= {"vm": {"name": "demo", "uuid": "uuid of demo"}, "conditions": [HALF_DONE]}
+    lose(scene)
+    made = await scene.decided()
+    told = {c.type: c for c in made.conditions}
+    assert isinstance(made.effect, LetGo)
+    assert told["VolumesRestored"].reason == "WentBack"
+    assert told["Stalled"].status is True
+
+
+@LOST
+async def test_one_whose_gate_is_nowhere_is_not_called_one_that_was_not_begun(
+    scene: Scene, lose: Callable[[Scene], None]
+) -> None:
+    scene.add("lab", demo=XML)
+    scene.status |= {"vm": {"name": "demo", "uuid": "uuid of demo"}, "conditions": [HALF_DONE]}
+    lose(scene)
+    told = {c.type: c for c in (await scene.decided()).conditions}
+    assert (told["VolumesRestored"].reason, told["Stalled"].reason) == ("HalfDone", "HalfDone")
+    assert SAFETY.name in told["Stalled"].message
+
+
+async def test_what_was_told_of_half_done_disks_is_not_forgotten_while_nobody_can_look(scene: Scene) -> None:
+    scene.add("lab", demo=XML).error = HypervisorUnreachableError("lab does not answer")
+    scene.status["conditions"] = [HALF_DONE]
+    made = await scene.decided()
+    assert isinstance(made.effect, Rest)
+    assert {c.type: c.reason for c in made.conditions}["VolumesRestored"] == "HalfDone"
+
+
+async def test_what_is_judged_and_what_is_decided_upon_are_of_one_look(scene: Scene) -> None:
+    """It was started between two of them: then nothing was asked that is asked of one that is off."""
+    scene.add("lab", demo=XML).described = PowerState.RUNNING
+    assert (await scene.seen()).power is PowerState.RUNNING
+
+
+# --- a VM that could run, or does ------------------------------------------------------------------------------------------
+
+
+@LOST
+@pytest.mark.parametrize("how", ["runs", "defined elsewhere"])
+async def test_no_disk_is_set_back_beneath_a_vm_that_runs_or_could(
+    scene: Scene, lose: Callable[[Scene], None], how: str
+) -> None:
+    client = scene.add("lab", demo=gated())
+    lose(scene)
+    seen = await scene.seen()
+    effect = next_restore.decide(seen, b.CREATED).effect
+    assert isinstance(effect, GoBack)
+    if how == "runs":
+        scene.power = PowerState.RUNNING
+    else:
+        client.elsewhere = "another"
+    made = await scene.decided()
+    assert isinstance(made.effect, Rest)
+    reason = "VMRunning" if how == "runs" else "DomainAmbiguous"
+    assert {c.type: c.reason for c in made.conditions}["Reconciling"] == reason
+    assert {c.type: c.reason for c in made.conditions}["VolumesRestored"] == "HalfDone"
+    with pytest.raises(HypervisorError) as caught:  # it was decided upon before that
+        await restore_apply.apply(scene.world, effect, seen, scene.body, scene.memory)
+    assert caught.value.reason == reason
+    assert scene.classes.by_name == {}, "no driver was asked"
+
+
+@pytest.mark.parametrize("closing", [False, True])
+async def test_the_gate_is_moved_by_the_leader_alone_and_taken_back_if_it_came_too_late(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, closing: bool
+) -> None:
+    asked: dict[str, Any] = {}
+
+    async def redefine(_client: Any, _ref: Ref, _change: Any, **options: Any) -> None:
+        asked.update(options)
+
+    async def set_autostart(_client: Any, _ref: Ref, *, on: bool) -> None:
+        assert not on
+
+    monkeypatch.setattr(definitions, "redefine", redefine)
+    monkeypatch.setattr(definitions, "set_autostart", set_autostart)
+    scene.classes.by_name = {"fast": Reverting(), "slow": Reverting()}
+    scene.add("lab", demo=XML if closing else gated())
+    record = records.example()
+    plan = restore_plan.make(record, record.plan.volumes, {v.target: v.volume for v in record.plan.volumes})
+    seen = replace(await scene.seen(), plan=plan)
+    effect = CloseGate(plan.gate) if closing else Revert(plan.groups)
+    await restore_apply.apply(scene.world, effect, seen, scene.body, scene.memory)
+    assert asked.get("take_back", False) is closing
+    assert asked["permit"]() == ""
+    monkeypatch.setattr(scene.world.leadership, "is_leader", lambda *_: False)
+    assert "another instance" in asked["permit"]()
+
+
+@pytest.mark.parametrize("back", [False, True])
+async def test_no_disk_is_set_back_once_the_gate_is_gone(scene: Scene, back: bool) -> None:
+    scene.add("lab", demo=gated())
+    seen = await scene.seen()
+    assert seen.plan is not None
+    scene.add("lab", demo=XML)
+    effect = GoBack(Failure(reason="SnapshotLost", message="it is gone")) if back else Revert(seen.plan.groups)
+    with pytest.raises(ConflictError, match="does not bear the gate"):
+        await restore_apply.apply(scene.world, effect, seen, scene.body, scene.memory)
 
 
 async def test_a_safety_snapshot_that_lacks_a_disk_opens_nothing(scene: Scene) -> None:
     scene.add("lab", demo=gated().replace("/b'", "/elsewhere'").replace('"/b"', '"/elsewhere"'))
     _no_snapshot(scene)
     seen = await scene.seen()
+    effect = GoBack(Failure(reason="SnapshotLost", message="it is gone"))
     with pytest.raises(restore_apply.RefusedError, match="lacks 1 of the 3 disks"):
-        await restore_apply.apply(scene.world, GoBack(), seen, scene.body, scene.memory)
+        await restore_apply.apply(scene.world, effect, seen, scene.body, scene.memory)
 
 
 async def test_a_gate_on_the_vm_that_it_began_with_is_found_although_the_snapshot_is_of_another_one_now(
