@@ -114,7 +114,7 @@ def test_one_that_went_back_says_so_until_another_begins(sample: str) -> None:
     back = definition.reopened(definition.gated(SAMPLES[sample], gate(sample)), MARKER, why="SnapshotLost")
     assert without(back, "metadata") == without(SAMPLES[sample], "metadata")
     assert definition.went_back(back) == (MARKER, "SnapshotLost")
-    assert definition.done(back) is None
+    assert definition.done(back) == ()
     with pytest.raises(RefusedError, match="went back already"):
         definition.gated(back, gate(sample))
     other = definition.gated(back, gate(sample, marker=OTHER))
