@@ -50,13 +50,15 @@ class Overlaid:
     """What was seen of a VM that may have overlays of ours.
 
     `chains` is None if the domain is gone. `fingerprints`: of each base, by volume, as far as it could be read now.
-    `pristine`: volumes whose overlay nobody ever wrote to. `missing`: those whose overlay does not exist (any more).
+    `pristine`: volumes whose overlay nobody ever wrote to. `missing`: those whose overlay does not exist (any more). `on_base`: those that
+    a disk of the running VM writes to itself, with nothing over them.
     """
 
     chains: Chains | None
     fingerprints: Mapping[str, str] = field(default_factory=dict)
     pristine: frozenset[str] = frozenset()
     missing: frozenset[str] = frozenset()
+    on_base: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

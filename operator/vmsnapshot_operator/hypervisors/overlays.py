@@ -19,7 +19,7 @@ import libvirt
 from vmsnapshot_operator.core import qcow2
 from vmsnapshot_operator.core.chains import BlockJob, Chains, DiskChain, Overlaid, OverlayFile
 from vmsnapshot_operator.core.machine import Disk
-from vmsnapshot_operator.core.volumes import Layer, Seconds, SourceKind, Volume
+from vmsnapshot_operator.core.volumes import Layer, Seconds, SourceKind, Volume, volume_id
 from vmsnapshot_operator.errors import HypervisorError
 from vmsnapshot_operator.hypervisors import description, domain_xml
 
@@ -309,6 +309,7 @@ def _look(domain: Any, overlays: Mapping[str, str]) -> Overlaid:
         fingerprints={v: _fingerprint(connection, bases[path]) for v, path in overlays.items() if path in bases},
         pristine=frozenset(v for v, volume in volumes.items() if volume is not None and _is_pristine(volume)),
         missing=frozenset(v for v, volume in volumes.items() if volume is None),
+        on_base=frozenset(str(volume_id(d.layers[0])) for d in live if d.layers) & overlays.keys(),
     )
 
 

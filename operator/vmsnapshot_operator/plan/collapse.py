@@ -79,11 +79,12 @@ def _left(journal: Journal, seen: Overlaid, chains: Chains, rule: _Rule, volume:
         return rule(Move.REMOVE, "it was committed")
     if volume in seen.pristine:
         return rule(Move.REMOVE, "nobody wrote to it")
-    if volume in journal.begun and _same_run(journal, chains):
+    # That a commit was begun proves no whole one: a disk that was detached meanwhile has what was written in its overlay alone.
+    if volume in journal.begun and volume in seen.on_base and _same_run(journal, chains):
         return rule(Move.REMOVE, "it was committed, and the VM went on without it")
     return rule(
         Move.KEEP,
-        "the VM went on without it (it was redefined, or its disk replaced): what was written to it is in this file alone",
+        "the VM went on without it (it was redefined, or its disk replaced or detached): what was written to it is in this file alone",
     )
 
 

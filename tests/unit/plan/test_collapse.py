@@ -36,7 +36,11 @@ def seen(
     """One disk with this chain, and a base that stands as it stood."""
     live = () if power in (PowerState.SHUT_OFF, PowerState.CRASHED) else chain
     disk = DiskChain(target="vda", live=live, saved=chain[:1], job=job)
-    return Overlaid(chains=Chains(run_id=run, power=power, disks=(disk,)), fingerprints={"v": "then"})
+    return Overlaid(
+        chains=Chains(run_id=run, power=power, disks=(disk,)),
+        fingerprints={"v": "then"},
+        on_base=frozenset({"v"} if live == OFF else ()),
+    )
 
 
 def move(journal: Journal, found: Overlaid) -> Move:
@@ -89,6 +93,9 @@ def test_an_overlay_that_was_left() -> None:
     assert move(replace(JOURNAL, pivoted=("v",), phase=Phase.COLLAPSING), seen(OFF, run=9)) is Move.REMOVE
     assert move(BEGUN, seen(OFF)) is Move.REMOVE, "the same run left it by a pivot"
     assert move(BEGUN, seen(OFF, run=9)) is Move.KEEP
+    assert move(BEGUN, seen(("/elsewhere",))) is Move.KEEP, "a disk that was replaced while its commit failed"
+    detached = replace(seen(), chains=Chains(run_id=7, power=PowerState.RUNNING))
+    assert move(BEGUN, detached) is Move.KEEP, "its commit was begun, and not seen to end"
     assert move(replace(BEGUN, begun=("w",)), seen(OFF)) is Move.KEEP, "it was another disk that was committed"
     assert move(JOURNAL, replace(seen(OFF), pristine=frozenset({"v"}))) is Move.REMOVE
     assert move(JOURNAL, replace(seen(OFF), missing=frozenset({"v"}))) is Move.GONE
@@ -131,7 +138,7 @@ def test_an_overlay_with_writes_is_removed_only_after_a_proven_commit(
     if made is Move.REMOVE:
         assert found.chains is not None
         assert found.chains.with_image(ON[0]) is None
-        assert noted or ("v" in begun and run == 7 and power is PowerState.RUNNING)
+        assert noted or ("v" in begun and chain == OFF and run == 7 and power is PowerState.RUNNING)
     if made is Move.COMMIT:
         assert chain == ON
         assert power is PowerState.RUNNING
