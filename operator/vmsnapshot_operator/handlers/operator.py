@@ -20,17 +20,18 @@ import kopf
 
 from vmsnapshot_operator.api.meta import GROUP, LABEL_SAFETY_OF, VERSION, content_name, label_of
 from vmsnapshot_operator.drivers.fence import Fence
+from vmsnapshot_operator.errors import KubeError
 from vmsnapshot_operator.handlers.classes import Classes
 from vmsnapshot_operator.handlers.contents import Contents
 from vmsnapshot_operator.handlers.hypervisors import Hypervisors
 from vmsnapshot_operator.handlers.orphans import Known, OrphanScan
-from vmsnapshot_operator.handlers.queue import WorkQueue
+from vmsnapshot_operator.handlers.queue import RESYNC_SECONDS, WorkQueue
 from vmsnapshot_operator.handlers.reconcile import Reconciler
 from vmsnapshot_operator.handlers.restores import Restores
 from vmsnapshot_operator.handlers.unfinished import Doing, Unfinished
 from vmsnapshot_operator.hypervisors.calls import left_behind
 from vmsnapshot_operator.hypervisors.guardian_link import GuardianLink
-from vmsnapshot_operator.kube.cluster import Cluster
+from vmsnapshot_operator.kube.cluster import Cluster, has_finalizer
 from vmsnapshot_operator.kube.events import Events
 from vmsnapshot_operator.kube.lease import Durations, Leadership
 from vmsnapshot_operator.quiesce import base as quiesce
@@ -82,7 +83,7 @@ class Operator:
         self._stack = AsyncExitStack()
         self._bodies: dict[tuple[str, str], Mapping[str, Any]] = {}
         self._snapshots: set[Key] = set()
-        self._restoring: set[Key] = set()
+        self._restoring: dict[Key, bool] = {}  # whether it bears our finalizer
         self._early: list[Key] = []
         self._world: World | None = None
         self._reconciler: Reconciler | None = None
@@ -162,7 +163,13 @@ class Operator:
             told=self._look_at_class,
             lost=self._look_at_snapshots,
         )
-        for task in (self._queue.run(), self._beat(metrics), scan.run(), self._fence(leadership)):
+        for task in (
+            self._queue.run(),
+            self._beat(metrics),
+            scan.run(),
+            self._fence(leadership),
+            self._list_again(cluster),
+        ):
             self._keep(asyncio.create_task(task))
         for key in self._early:
             self._queue.add(key)
@@ -188,24 +195,56 @@ class Operator:
             key = Key(SNAPSHOTS, ref.get("namespace", ""), ref.get("name", ""), ref.get("uid", ""))
             if key not in self._snapshots:
                 return
-        elif kind == RESTORES:
-            (self._restoring.discard if gone else self._restoring.add)(key)
-        elif kind == SNAPSHOTS:
-            (self._snapshots.discard if gone else self._snapshots.add)(key)
-            (self._unfinished.gone(key.uid) if gone else self._unfinished.seen(body))
-            if gone:
-                self._add(Key(CONTENTS, "", content_name(key.uid), ""))
-            if label := (meta.get("labels") or {}).get(LABEL_SAFETY_OF):
-                self._wake_restores(key.namespace, label)
         elif gone:
-            self._bodies.pop((kind, key.name), None)
+            self._gone(key)
+        elif kind == RESTORES:
+            self._restoring[key] = has_finalizer(body)
+        elif kind == SNAPSHOTS:
+            self._snapshots.add(key)
+            self._unfinished.seen(body)
         else:
             self._bodies[(kind, key.name)] = _plain(body)
             if kind == CLASSES and self._classes is not None:
                 self._classes.expect(body)
             elif kind == HYPERVISORS:
                 self._hypervisors.expect(body)
+        if kind == SNAPSHOTS and (label := (meta.get("labels") or {}).get(LABEL_SAFETY_OF)):
+            self._wake_restores(key.namespace, label)
         self._add(key)
+
+    def _gone(self, key: Key) -> None:
+        """Forget an object that was deleted; the queue sees to what it leaves."""
+        if key.kind == RESTORES:
+            self._restoring.pop(key, None)
+        elif key.kind == SNAPSHOTS:
+            self._snapshots.discard(key)
+            self._unfinished.gone(key.uid)
+            self._add(Key(CONTENTS, "", content_name(key.uid), ""))
+        else:
+            self._bodies.pop((key.kind, key.name), None)
+
+    def _watched(self) -> frozenset[Key]:
+        """All objects that are known by a watch alone. Of a content, its own look finds out that it is gone."""
+        others = (Key(kind, "", name, body["metadata"]["uid"]) for (kind, name), body in self._bodies.items())
+        return frozenset((*self._snapshots, *self._restoring, *others))
+
+    async def _forget_missed(self, cluster: Cluster) -> None:
+        """Forget what is gone although no watch has told it: one that began anew shows what is there, and nothing else."""
+        before = self._watched()
+        there = await cluster.uids()
+        for key in before & self._watched():
+            if key.uid not in there:
+                log.warning("%s %s is gone, and the watch did not tell it", key.kind, key.name)
+                self._gone(key)
+                self._add(key)
+
+    async def _list_again(self, cluster: Cluster) -> None:
+        while True:
+            await asyncio.sleep(RESYNC_SECONDS)
+            try:
+                await self._forget_missed(cluster)
+            except KubeError as error:
+                log.info("whether a watch has missed a deletion is not known: %s", error.message)
 
     def _wake_restores(self, namespace: str, label: str) -> None:
         """A restore goes on as soon as its safety snapshot is there."""
@@ -225,7 +264,11 @@ class Operator:
 
     def _known(self) -> Known:
         kept = self._contents.kept() if self._contents is not None else ()
-        return Known(contents=kept, snapshots=frozenset(k.uid for k in (*self._snapshots, *self._restoring)))
+        return Known(
+            contents=kept,
+            snapshots=frozenset(k.uid for k in self._snapshots),
+            restores=frozenset(k.uid for k, begun in self._restoring.items() if begun),
+        )
 
     def _oldest(self, doing: Doing) -> float:
         return self._unfinished.oldest(doing, self._world.now()) if self._world is not None else 0.0

@@ -40,15 +40,16 @@ _TICK = 1.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Known:
-    """What the watches know: contents, and VMSnapshots by UID."""
+    """What is known to exist: contents, VMSnapshots by UID, and VMRestores that have not come to their end, by UID."""
 
     contents: tuple[Kept, ...] = ()
     snapshots: frozenset[str] = frozenset()
+    restores: frozenset[str] = frozenset()
 
     @property
     def uids(self) -> frozenset[str]:
-        """All VMSnapshots that exist or of which a content exists."""
-        return self.snapshots | {k.uid for k in self.contents}
+        """All VMSnapshots that exist or of which a content exists, and the VMRestores."""
+        return self.snapshots | self.restores | {k.uid for k in self.contents}
 
 
 class OrphanScan:
@@ -140,7 +141,7 @@ class OrphanScan:
             listed=listed,
             contents=before.contents,
             snapshots=before.snapshots,
-            busy=frozenset(world.claims.values()),
+            busy=frozenset(world.claims.values()) | before.restores,
             journals=dict(self._proven()),
         )
         # At first, too: right after the start the watches may know of snapshots, and of their contents not yet.
@@ -151,12 +152,13 @@ class OrphanScan:
         fresh = Known(
             contents=tuple([contents.kept(body, world.installation) async for body in world.cluster.contents()]),
             snapshots=await world.cluster.snapshot_uids(),
+            restores=await world.cluster.restores_under_way(),
         )
         await self._note_lost(name, host, fresh)
         gone = before.uids - fresh.uids
         # A watch that fell silent must not hide for ever what is gone: one scan's grace is enough for a deletion.
         going, self._vanished[name] = gone - self._vanished.get(name, frozenset()), gone
-        busy = frozenset(world.claims.values()) | going
+        busy = frozenset(world.claims.values()) | fresh.restores | going
         return orphans.judge(replace(seen, contents=fresh.contents, snapshots=fresh.snapshots, busy=busy))
 
     async def _spare(self, name: str, found: Findings) -> Findings:

@@ -141,13 +141,17 @@ class Cluster:
         return tuple(
             str(body["metadata"]["name"])
             for body in found.get("items") or ()
-            if FINALIZER in (body["metadata"].get("finalizers") or ())
+            if has_finalizer(body)
             and snapshot in (body["spec"].get("snapshotName"), (body.get("status") or {}).get("safetySnapshotName"))
         )
 
     async def write_restore_status(self, body: Mapping[str, Any], status: Mapping[str, Any]) -> dict[str, Any]:
         """Make `status` the whole status of this very object (its uid) and return it; ConflictError if it is gone."""
         return await self._write_status(RESTORES, body, status)
+
+    async def restores_under_way(self) -> frozenset[str]:
+        """Return the UIDs of the VMRestores of all namespaces that have begun and not come to their end, as they are now."""
+        return frozenset([_uid(body) async for body in self._all(RESTORES) if has_finalizer(body)])
 
     # --- VMSnapshotContent --------------------------------------------------------------------------------------------
 
@@ -243,6 +247,11 @@ class Cluster:
     async def class_names(self) -> tuple[str, ...]:
         """Return the names of all StorageDriverClass objects."""
         return tuple([str(body["metadata"]["name"]) async for body in self._all(CLASSES)])
+
+    async def uids(self) -> frozenset[str]:
+        """Return the UIDs of all VMSnapshots, VMRestores, StorageDriverClasses and Hypervisors as they are now."""
+        kinds = (SNAPSHOTS, RESTORES, CLASSES, HYPERVISORS)
+        return frozenset([_uid(body) for kind in kinds async for body in self._all(kind)])
 
     # --- shared -------------------------------------------------------------------------------------------------------
 
@@ -341,6 +350,11 @@ class Cluster:
         except KubeError as error:
             if error.reason != "NotFound":
                 raise
+
+
+def has_finalizer(body: Mapping[str, Any]) -> bool:
+    """Tell whether an object bears our finalizer: we have begun with it, and not come to its end."""
+    return FINALIZER in (body["metadata"].get("finalizers") or ())
 
 
 def _uid(body: Mapping[str, Any]) -> str:

@@ -92,6 +92,10 @@ class FakeCluster:
         self._ask()
         return frozenset(b["metadata"]["uid"] for b in self.snapshots.values())
 
+    async def restores_under_way(self) -> frozenset[str]:
+        self._ask()
+        return frozenset(b["metadata"]["uid"] for b in self.restores.values() if b["metadata"].get("finalizers"))
+
     async def delete_content(self, name: str, uid: str | None) -> None:
         self._ask()
         self.deleted.append((name, uid))

@@ -177,6 +177,23 @@ async def test_what_goes_meanwhile_is_no_orphan_and_what_stays_is_one() -> None:
         assert lab.orphans() == [held], "a watch that fell silent hides it no longer"
 
 
+async def test_clones_of_a_restore_that_is_under_way_are_nobodys_orphans() -> None:
+    """Whatever else is on that storage, and however long they take: who deletes orphans by hand would delete them."""
+    lab = Lab()
+    clone, stranger = name(uid="restore"), name(uid="stranger")
+    restore: dict[str, Any] = {"metadata": {"uid": "restore", "finalizers": ["ours"]}}
+    lab.known = Known(restores=frozenset({"restore"}))
+    lab.cluster.restores[("team-a", "new")] = restore
+    lab.files.held, lab.ceph.held = {clone, stranger}, {clone}
+    async with lab.running():
+        await asyncio.sleep(3 * SCAN_EVERY)
+        assert (lab.orphans("files"), lab.orphans("ceph")) == ([stranger], [])
+        del restore["metadata"]["finalizers"]
+        lab.known = Known()
+        await asyncio.sleep(3 * SCAN_EVERY)
+        assert lab.orphans("ceph") == [clone], "it is over, and this was left"
+
+
 async def test_what_a_content_proves_to_be_older_is_removed() -> None:
     lab = Lab()
     current = lab.record(attempt=3)
