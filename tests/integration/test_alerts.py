@@ -62,6 +62,15 @@ CASES = (
         summary="VMs of hypervisor kvm are still frozen or paused by a snapshot: 1",
     ),
     Case(
+        alert="VMSnapshotVMStalled",
+        severity="critical",
+        at=5,
+        fires=({'vmsnapshot_stalled_vms{hypervisor="kvm"}': "0 1+0x9"},),
+        silent=({'vmsnapshot_stalled_vms{hypervisor="kvm"}': "1+0x2 0 1+0x9"},),
+        labels=_KVM,
+        summary="VMs of hypervisor kvm stand still, because they cannot write to the overlays of a snapshot: 1",
+    ),
+    Case(
         alert="VMSnapshotThawFailed",
         severity="critical",
         labels=_KVM,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -18,6 +19,7 @@ from tests.integration.hypervisor_support import connect, eventually, journal, s
 from tests.lab import Lab
 from tests.lab.definition import GuestDisk
 from tests.lab.guests import Guest
+from tests.lab.run import run
 from tests.stack import NAMESPACE, Stack, conditions, until
 from vmsnapshot_operator.core import journal as journals
 from vmsnapshot_operator.core import names, qcow2
@@ -126,7 +128,12 @@ async def switched(lab: Lab, hypervisor: Hypervisor, guest: Guest) -> AsyncItera
 
 @asynccontextmanager
 async def on_overlays_of(
-    lab: Lab, hypervisor: Hypervisor, guest: Guest, whose: Journal, name: Callable[[str, VolumeId], str] | None = None
+    lab: Lab,
+    hypervisor: Hypervisor,
+    guest: Guest,
+    whose: Journal,
+    name: Callable[[str, VolumeId], str] | None = None,
+    pool: str = POOL,
 ) -> AsyncIterator[tuple[Ref, Journal]]:
     """The guest on overlays of both disks, named by target and volume, with this journal that says so; on its disks afterwards."""
     guest.up()
@@ -139,7 +146,7 @@ async def on_overlays_of(
             id=volume_id(disk.layers[0]), label=disk.target, writable=disk.layers[0], size_bytes=disk.size_bytes
         )
         called = name(disk.target, volume.id) if name is not None else f"ovl-test-{disk.target}"
-        made[disk.target] = (volume.id, await hypervisor.overlays(ref).create(POOL, called, volume))
+        made[disk.target] = (volume.id, await hypervisor.overlays(ref).create(pool, called, volume))
         layers[str(volume.id)] = volume.writable
     held = replace(
         whose,
@@ -324,6 +331,57 @@ async def test_a_vm_that_goes_on_without_its_overlays_loses_none(
     ruled = {target_of(r.overlay): r.move for r in collapse.judge(told, await overlays.look(hypervisor, ref, told))}
     assert ruled["vda"] is Move.KEEP
     assert Path(overlay).exists()
+
+
+@pytest.fixture
+def tiny(lab: Lab) -> Iterator[str]:
+    """A pool of a few MiB, on a file system of its own that the laboratory's libvirt has mounted."""
+    image, folder = lab.state / "tiny.img", lab.state / "tiny"
+    with image.open("wb") as made:
+        made.truncate(4 << 20)
+    run("mkfs.ext4", "-q", "-F", "-m", "0", "-b", "4096", "-O", "^has_journal", image)
+    folder.mkdir(exist_ok=True)
+    device = run("losetup", "--find", "--show", image).strip()
+    connection = lab.libvirt()
+    try:
+        pool = connection.storagePoolCreateXML(
+            f"<pool type='fs'><name>tiny</name><source><device path='{device}'/><format type='ext4'/></source>"
+            f"<target><path>{folder}</path></target></pool>"
+        )
+    finally:
+        run("losetup", "--detach", device)  # as soon as it is mounted no more
+    yield "tiny"
+    pool.destroy()
+    connection.close()
+    image.unlink()
+
+
+async def test_a_vm_that_stands_still_because_its_overlays_have_no_room_goes_on_by_itself(
+    lab: Lab, hypervisor: Hypervisor, guest: Guest, tiny: str
+) -> None:
+    async with on_overlays_of(lab, hypervisor, guest, journal("HypervisorSnapshot"), pool=tiny) as (ref, told):
+        domain = guest.domain()
+
+        async def stalled() -> bool:
+            return any(s.stalled for s in await hypervisor.sweep() if s.ref.uuid == ref.uuid)
+
+        domain.suspend()
+        assert not await stalled()
+        assert await moves(hypervisor, ref) == {Move.WAIT}, "a person has paused it"
+        domain.resume()
+        much = "yes precious | head -c 6291456 > /mnt/vda/much; sync; echo 3 > /proc/sys/vm/drop_caches; touch /run/written"
+        guest.control(["sh", "-c", f"({much}) > /dev/null 2>&1 < /dev/null &"])
+        await eventually("it stands still", stalled)
+        assert domain.state() == [libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_IOERROR]
+        assert await moves(hypervisor, ref) == {Move.COMMIT}
+        assert {r.move for r in await bring_back(hypervisor, ref)} == {Move.GONE}
+        assert domain.state()[0] == libvirt.VIR_DOMAIN_RUNNING
+        assert await hypervisor.read_journal(ref) is None
+        machine = await hypervisor.describe(ref, ask_agent=False)
+        assert {volume_id(d.layers[0]) for d in machine.disks} == set(told.overlays), "on its own disks again"
+        until("all is written", lambda: guest.control(["sh", "-c", "ls /run"]).find("written") >= 0)
+        wanted = hashlib.sha256((b"precious\n" * 699_051)[:6_291_456]).hexdigest()
+        assert guest.control(["sha256sum", "/mnt/vda/much"]).split()[0] == wanted, "nothing of it is lost"
 
 
 @pytest.mark.parametrize("size", [1 << 20, 64 << 20, 10 << 40])

@@ -512,7 +512,7 @@ class Reason(StrEnum):
     )
     OVERLAY_FULL = (
         "OverlayFull",
-        "The copy was given up, because what the VM wrote meanwhile left too little room in the overlays' pool.",
+        "The copy was given up, because what the VM wrote meanwhile left too little room in the overlays' pool, or none, so that the VM stood still.",
         "Give the overlay pool more room, or take the snapshot when the VM writes less.",
     )
     OVERLAY_LOST = (
@@ -529,6 +529,11 @@ class Reason(StrEnum):
         "GateLeft",
         "A VM bears the gate of a restore whose VMRestore is gone: it cannot be started, its disks may be neither old nor new, and nobody opens the gate.",
         "Do not put its disks back before you know what they hold: see the chapter VMSnapshotGateLeft of docs/operations.md.",
+    )
+    COMMIT_FAILED = (
+        "CommitFailed",
+        "The commit of an overlay fails again and again, so the VM stays on it. It is tried again, at least each minute.",
+        "Look at the storage of the disk that the message names: it may be full, or refuse writes; `virsh domblkerror`, and the log of its QEMU.",
     )
     JOURNAL_LOST = (
         "JournalLost",
@@ -821,8 +826,8 @@ class Reason(StrEnum):
     )
     VM_FREED = (
         "VMFreed",
-        "A VM was found held by an attempt of ours that nobody was at any more, and was freed.",
-        "Nothing for the VM; look why neither the operator nor a guardian freed it before (restarts, node, network).",
+        "A VM was found held by an attempt of ours that nobody was at any more, or standing still on overlays without room, and was freed.",
+        "Nothing for the VM. Of one on overlays: see `OverlayFull`. Else look why neither the operator nor a guardian freed it before (restarts, node, network).",
     )
     VM_STILL_HELD = (
         "VMStillHeld",

@@ -34,11 +34,22 @@ class DiskChain:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chains:
-    """All disks of a domain at one moment. `run_id` as in `core.machine`."""
+    """All disks of a domain at one moment. `run_id` as in `core.machine`.
+
+    `io_error`: it is paused by an I/O error, and by nobody. `stalled`: and that occurred at a disk that has an overlay of ours, or had one;
+    also where the hypervisor does not say at which.
+    """
 
     run_id: int
     power: PowerState
+    io_error: bool = False
+    stalled: bool = False
     disks: tuple[DiskChain, ...] = ()
+
+    @property
+    def runs(self) -> bool:
+        """Whether it runs, or would but for an I/O error: its block jobs run all the same."""
+        return self.power is PowerState.RUNNING or self.io_error
 
     def with_image(self, source: str) -> DiskChain | None:
         """The disk that has this image anywhere in its chain, live or saved."""
@@ -67,6 +78,7 @@ class OverlayFile:
 
     `domain`: the VM that has it among its disks, running or saved; empty if none has. `pristine`: nobody ever wrote to it.
     `genuine`: its content is what this program writes into a new overlay, byte for byte; looked at only where it is pristine.
+    `stalled`: that VM stands still by an I/O error at it.
     """
 
     path: str
@@ -74,6 +86,7 @@ class OverlayFile:
     domain: str = ""
     pristine: bool = False
     genuine: bool = False
+    stalled: bool = False
 
     @property
     def name(self) -> str:

@@ -52,11 +52,13 @@ MOST_PROVEN, MOST_NAMED = 1024, 256
 class Swept:
     """What a sweep found, by the names of VMs.
 
-    `held` by us and not freed yet; with `overlays` of ours; with a journal that was `left` untouched, and why.
+    `held` by us and not freed yet; with `overlays` of ours; `stalled` on these, by an I/O error; with a journal that was `left` untouched,
+    and why.
     """
 
     held: tuple[str, ...] = ()
     overlays: tuple[str, ...] = ()
+    stalled: tuple[str, ...] = ()
     left: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -117,6 +119,8 @@ class Hypervisors:
             about = {**await client.about(), "guardianLayers": guardians}
             world.metrics.hypervisor_answers(answers=not client.problems, hypervisor=name)
             found = self._kept.look(body, client, spec.overlay.pool if spec.overlay is not None else "", world)
+            stalled = {*swept.stalled, *(k.file.domain for k in found or () if k.file.stalled)}
+            world.metrics.stalled(len(stalled), hypervisor=name)
             about["keptOverlays"] = kept.status(body.get("status") or {}, found, world, now())
             left = await self._gates.look(body, client, world)
             about["leftGates"] = gates.status(body.get("status") or {}, left, now())
@@ -210,6 +214,7 @@ class Hypervisors:
         return Swept(
             held=tuple(sorted(held)),
             overlays=tuple(sorted(overlaid)),
+            stalled=tuple(s.ref.name for s in ours if s.stalled and not self._is_free(name, s)),
             left=left,
         )
 
@@ -224,6 +229,7 @@ class Hypervisors:
                 owner=world.claims.get(sighting.ref.uuid, ""),
                 leader=world.leadership.is_leader(),
                 known=journal is None or world.known(journal.owner_uid),
+                stalled=sighting.stalled,
                 seen_for=Seconds(clock() - first),
             )
         )
@@ -272,7 +278,8 @@ class Hypervisors:
             if world.guardian is not None:
                 await world.guardian.disarm(journal.nonce, late=client.order_may_come(ref))
             self._freed.add(key)
-            world.metrics.swept(hypervisor=name)
+            if journal.holds or not world.known(journal.owner_uid):
+                world.metrics.swept(hypervisor=name)
             log.warning("hypervisor %s: domain %s was %s; freed", name, ref.name, why)
             await world.events.emit(body, "Warning", "VMFreed", f"domain {ref.name} was {why}; freed")
 
@@ -286,7 +293,11 @@ class Hypervisors:
             await release(client, ref, journal)
             return
         uid = journal.owner_uid
-        if uid in world.uids() and await world.cluster.content(content_name(uid)) is not None:
+        if (
+            uid in world.uids()
+            and not await client.overlays(ref).stalled(journal.overlays)
+            and await world.cluster.content(content_name(uid)) is not None
+        ):
             # A snapshot is not given up for a content that a watch has not shown.
             raise HypervisorError(f"its VMSnapshot {uid} is on record after all", reason="OverlayInUse")
         rulings = await overlays.collapse(client, ref, journal, None, lambda _: None)

@@ -175,7 +175,9 @@ def _judge(sighting: Sighting, ours: str) -> Ruling:
     journal = sighting.journal
     if journal is not None and not ours:
         return Ruling(Action.LEAVE, f"--installation {journal.installation} would free it")
-    return judge(Found(journal=journal, problem=sighting.problem, installation=ours, leader=True))
+    return judge(
+        Found(journal=journal, problem=sighting.problem, installation=ours, leader=True, stalled=sighting.stalled)
+    )
 
 
 async def _domain(
@@ -192,6 +194,10 @@ async def _domain(
     if journal is None:
         report.bad(
             f"{where}: left: {ruling.why}; `thaw --force` thaws it, its host's administrator removes the journal"
+        )
+    elif ruling.action is Action.COLLAPSE:
+        report.bad(
+            f"{where}: {ruling.why}; the operator commits them; room in their pool, and `virsh resume`, let it go on"
         )
     elif ruling.action is not Action.FREE:
         report.lines.append(f"{where}: left: {ruling.why}")

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from vmsnapshot_operator.core.journal import Journal, UnreadableJournalError
 from vmsnapshot_operator.errors import DomainGoneError, HypervisorError
-from vmsnapshot_operator.hypervisors import journals
+from vmsnapshot_operator.hypervisors import journals, overlays
 from vmsnapshot_operator.hypervisors.hosts import SWEEP_TIMEOUT, Host
 from vmsnapshot_operator.hypervisors.lookup import Lookup, Ref
 from vmsnapshot_operator.hypervisors.window import ACT_TIMEOUT, Permit
@@ -22,11 +22,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sighting:
-    """A domain that bears a journal. `journal` is None if it cannot be read: `problem` then says why."""
+    """A domain that bears a journal. `journal` is None if it cannot be read: `problem` then says why.
+
+    `stalled`: an I/O error has paused it at an overlay that the journal names.
+    """
 
     ref: Ref
     journal: Journal | None
     problem: str = ""
+    stalled: bool = False
 
 
 class DomainJournals:
@@ -104,9 +108,11 @@ async def sweep(host: Host) -> list[Sighting]:
 
 
 def _sweep(connection: Any, endpoint: str) -> list[Sighting]:
-    return [
-        Sighting(
-            ref=Ref(uuid=domain.UUIDString(), name=domain.name(), endpoint=endpoint), journal=journal, problem=problem
-        )
-        for domain, journal, problem in journals.sweep(connection)
-    ]
+    return [_sighting(domain, journal, problem, endpoint) for domain, journal, problem in journals.sweep(connection)]
+
+
+def _sighting(domain: Any, journal: Journal | None, problem: str, endpoint: str) -> Sighting:
+    ref = Ref(uuid=domain.UUIDString(), name=domain.name(), endpoint=endpoint)
+    overlaid = journal.overlays if journal is not None and not journal.holds else {}
+    stalled = bool(overlaid) and overlays.seen_stalled(lambda: domain, overlaid)
+    return Sighting(ref=ref, journal=journal, problem=problem, stalled=stalled)

@@ -4,7 +4,9 @@ Blocking calls off the event loop, each with a deadline; everything raises Hyper
 an overlay (`plan.collapse`), nor the switch to overlays, which is a part of the window (`hypervisors.window`).
 
 Seen with libvirt 9.0 and QEMU 7.2: after the switch the saved definition names the overlay, too; a commit's job ends with the
-VM, and the overlay keeps all that was written; a base that is committed onto is opened for writing by QEMU itself.
+VM, and the overlay keeps all that was written; a base that is committed onto is opened for writing by QEMU itself. Where the pool of
+the overlays is full, QEMU pauses the VM; a commit and a pivot go on all the same, and once resumed the VM writes to the base what it
+could not write to the overlay. An error of a disk is told for the rest of the VM's run.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import libvirt
 
 from vmsnapshot_operator.core import qcow2
 from vmsnapshot_operator.core.chains import BlockJob, Chains, DiskChain, Overlaid, OverlayFile
-from vmsnapshot_operator.core.machine import Disk
+from vmsnapshot_operator.core.machine import Disk, PowerState
 from vmsnapshot_operator.core.volumes import Layer, Seconds, SourceKind, Volume, volume_id
 from vmsnapshot_operator.errors import HypervisorError
 from vmsnapshot_operator.hypervisors import description, domain_xml
@@ -98,6 +100,24 @@ class Overlays:
             lambda d: d.blockJobAbort(target, libvirt.VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT),
             timeout=JOB_TIMEOUT,
         )
+
+    async def unlimit(self, target: str) -> None:
+        """Let the commit of a disk go on as fast as it can; one that has ended is success."""
+        await self._hypervisor.act(
+            self._ref,
+            f"commit of disk {target} of {self._ref.name}",
+            lambda d: d.blockJobSetSpeed(target, 0, 0) if d.blockJobInfo(target, 0) else None,
+            timeout=JOB_TIMEOUT,
+        )
+
+    async def stalled(self, overlays: Mapping[str, str]) -> bool:
+        """Whether an I/O error has paused the VM at one of these overlays (path by volume)."""
+        what = f"state of {self._ref.name}"
+        return await self._hypervisor.act(self._ref, what, lambda d: stalled(d, overlays), timeout=POOL_TIMEOUT)
+
+    async def resume(self) -> None:
+        """Have the VM go on if an I/O error has paused it, and nobody else."""
+        await self._hypervisor.act(self._ref, f"resuming of {self._ref.name}", _resume, timeout=JOB_TIMEOUT)
 
     async def fingerprints(self, layers: Mapping[str, Layer]) -> dict[str, str]:
         """Return what betrays a later change of these images, by the same keys; empty where nothing would."""
@@ -200,11 +220,12 @@ def _file(connection: Any, endpoint: str, path: str, volume: Any | None, domain:
     try:
         pristine = volume is not None and _is_pristine(volume)
         genuine = pristine and not domain and qcow2.is_new_overlay(_content(connection, volume))
+        still = bool(domain) and seen_stalled(lambda: connection.lookupByName(domain), {"": path})
     except libvirt.libvirtError as error:
         if error.get_error_code() in _MISSING:
             return None
         raise
-    return OverlayFile(path=path, endpoint=endpoint, domain=domain, pristine=pristine, genuine=genuine)
+    return OverlayFile(path=path, endpoint=endpoint, domain=domain, pristine=pristine, genuine=genuine, stalled=still)
 
 
 def _content(connection: Any, volume: Any) -> bytes:
@@ -291,9 +312,43 @@ def users(connection: Any) -> dict[str, str]:
     return found
 
 
+def stalled(domain: Any, overlays: Mapping[str, str]) -> bool:
+    """Whether an I/O error has paused a domain at a disk that has one of these overlays (path by volume), or is such a volume.
+
+    Where libvirt does not say at which disk, it may be such a one.
+    """
+    if not _by_io_error(domain):
+        return False
+    failed = frozenset(domain.diskErrors())
+    ours = frozenset(
+        d.target
+        for d in domain_xml.parse(domain.XMLDesc(0))[0]
+        if d.layers and (d.layers[0].source in overlays.values() or str(volume_id(d.layers[0])) in overlays)
+    )
+    return bool(ours & failed) if failed else bool(ours)
+
+
+def seen_stalled(find: Callable[[], Any], overlays: Mapping[str, str]) -> bool:
+    """As `stalled`; no where the domain is gone or cannot say it now, so that it hides none of the others."""
+    try:
+        return stalled(find(), overlays)
+    except libvirt.libvirtError:
+        return False
+
+
+def _by_io_error(domain: Any) -> bool:
+    return description.power_of(domain) == (PowerState.PAUSED, libvirt.VIR_DOMAIN_PAUSED_IOERROR)
+
+
+def _resume(domain: Any) -> None:
+    if _by_io_error(domain):
+        domain.resume()
+
+
 def _look(domain: Any, overlays: Mapping[str, str]) -> Overlaid:
     connection = domain.connect()
     power, _ = description.power_of(domain)
+    io_error = _by_io_error(domain)
     active = bool(domain.isActive())
     live = domain_xml.parse(domain.XMLDesc(0))[0] if active else ()
     saved = domain_xml.parse(domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE))[0] if domain.isPersistent() else ()
@@ -305,7 +360,13 @@ def _look(domain: Any, overlays: Mapping[str, str]) -> Overlaid:
     bases = {d.layers[0].source: d.layers[1] for d in live if len(d.layers) > 1}
     volumes = {vid: _at(connection, path) for vid, path in overlays.items()}
     return Overlaid(
-        chains=Chains(run_id=int(domain.ID()) if active else -1, power=power, disks=tuple(disks.values())),
+        chains=Chains(
+            run_id=int(domain.ID()) if active else -1,
+            power=power,
+            io_error=io_error,
+            stalled=io_error and stalled(domain, overlays),
+            disks=tuple(disks.values()),
+        ),
         fingerprints={v: _fingerprint(connection, bases[path]) for v, path in overlays.items() if path in bases},
         pristine=frozenset(v for v, volume in volumes.items() if volume is not None and _is_pristine(volume)),
         missing=frozenset(v for v, volume in volumes.items() if volume is None),

@@ -3,6 +3,9 @@
 An overlay holds what the VM wrote since the switch, and is often the only place that does: it is removed only where it is
 proven that the VM left it after a whole commit, or that nobody ever wrote to it. A base that changed while it had to stand
 still is never committed onto: the result would be neither the one nor the other.
+
+A VM that an I/O error has paused, as one does whose overlays have no room left, is brought back onto its disks as one that runs is:
+it waits for that room, which nobody else gives.
 """
 
 from __future__ import annotations
@@ -11,7 +14,6 @@ from collections.abc import Callable, Sequence
 
 from vmsnapshot_operator.core.chains import Chains, DiskChain, Move, Overlaid, Ruling
 from vmsnapshot_operator.core.journal import Journal, Phase
-from vmsnapshot_operator.core.machine import PowerState
 
 
 def judge(journal: Journal, seen: Overlaid) -> tuple[Ruling, ...]:
@@ -24,6 +26,15 @@ def actionable(rulings: Sequence[Ruling]) -> bool:
     """Whether something can be done now: one overlay has a next step, or all have come to their end."""
     moves = {r.move for r in rulings}
     return bool(moves & {Move.COMMIT, Move.WATCH, Move.PIVOT, Move.REMOVE}) or moves <= {Move.KEEP, Move.GONE}
+
+
+def may_go_on(seen: Overlaid, rulings: Sequence[Ruling]) -> bool:
+    """Whether the VM stands still by an I/O error at a disk that had an overlay, and nothing more will be committed.
+
+    One that cannot write all the same is paused again, and nothing is lost.
+    """
+    left = {r.move for r in rulings} - {Move.REMOVE, Move.GONE, Move.KEEP}
+    return seen.chains is not None and seen.chains.stalled and not left
 
 
 def told(rulings: Sequence[Ruling]) -> str:
@@ -63,7 +74,7 @@ def _one(journal: Journal, seen: Overlaid, volume: str, overlay: str) -> Ruling:
     disk = seen.chains.with_image(overlay)
     if disk is None:
         return _left(journal, seen, seen.chains, rule, volume)
-    if seen.chains.power is not PowerState.RUNNING:
+    if not seen.chains.runs:
         why = f"the VM is {seen.chains.power}: its overlay is committed when it runs"
         return rule(Move.WAIT, why, disk.target)
     if disk.live[:1] != (overlay,):
@@ -111,4 +122,4 @@ def _on_it(journal: Journal, seen: Overlaid, chains: Chains, rule: _Rule, volume
 
 
 def _same_run(journal: Journal, chains: Chains) -> bool:
-    return chains.power is PowerState.RUNNING and journal.run_id == chains.run_id
+    return chains.runs and journal.run_id == chains.run_id

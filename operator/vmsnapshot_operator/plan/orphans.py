@@ -56,8 +56,8 @@ class Listing:
     """What one class's storage named, and all who may know of it.
 
     `contents` and `snapshots` (UIDs) are those that existed right before or right after the storage was asked. `busy`: UIDs
-    of VMSnapshots whose attempt is under way in this process, and of VMRestores that are. `journals`: by UID, what the journal of the latest attempt proves
-    that was left in a VM.
+    of VMSnapshots whose attempt is under way in this process, and of VMRestores that are under way. `journals`: by UID, what the
+    journal of the latest attempt proves that was left in a VM.
     """
 
     installation: str

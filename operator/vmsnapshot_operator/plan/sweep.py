@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from vmsnapshot_operator.core.journal import Journal
+from vmsnapshot_operator.core.journal import Journal, Phase
 from vmsnapshot_operator.core.volumes import Seconds
 
 OVERDUE = Seconds(5.0)
@@ -36,6 +36,7 @@ class Found:
     `journal` is None if it cannot be read, for the reason in `problem`. `owner`: the VMSnapshot that this process works on
     this VM for, or empty. `leader`: whether this instance holds the lease. `seen_for`: how long this process has seen this
     very journal (its nonce), by a clock that is never set. `known`: its VMSnapshot and its content exist, as far as this process knows.
+    `stalled`: the VM stands still, because it cannot write to its overlays.
     """
 
     journal: Journal | None
@@ -45,6 +46,7 @@ class Found:
     leader: bool = False
     known: bool = True
     seen_for: Seconds = _NEVER
+    stalled: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,9 @@ def judge(found: Found) -> Ruling:
             Action.LEAVE, f"held by another installation ({journal.installation}), which frees it itself; not touched"
         )
     if not journal.holds:
+        if found.stalled and _nobody_commits(found, journal):
+            why = f"standing still on overlays of attempt {journal.attempt} of VMSnapshot {journal.owner_uid}, to which it cannot write"
+            return Ruling(Action.COLLAPSE, why)
         if found.known or not found.leader:
             return Ruling(Action.WAIT, "the VM goes on, on overlays of its snapshot, which are committed by and by")
         if found.seen_for < SETTLED:
@@ -87,3 +92,10 @@ def judge(found: Found) -> Ruling:
             Action.FREE, f"held by attempt {journal.attempt} of VMSnapshot {journal.owner_uid}, which is over"
         )
     return Ruling(Action.WAIT, "its snapshot may be being taken by the instance that holds the lease")
+
+
+def _nobody_commits(found: Found, journal: Journal) -> bool:
+    """Whether a VM that stands still has to wait for nobody else. It is worth more than its snapshot, and what is done twice is done once."""
+    if not found.leader:
+        return found.seen_for > SETTLED
+    return journal.phase is not Phase.COLLAPSING or found.owner != journal.owner_uid

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -27,6 +28,8 @@ CLASS = "(overlays)"
 """What overlays are listed under, among the names that classes of storage hold: no class can be called so."""
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.02, 1.0
+MOST_COMMITS = 3
+"""So many commits of a disk may fail before that is told, and tried again later."""
 
 Told = Callable[[tuple[Ruling, ...]], None]
 
@@ -79,13 +82,19 @@ async def collapse(
 ) -> tuple[Ruling, ...]:
     """Bring the VM back onto its own disks, as far as that can be done now; return what was ruled last.
 
-    The journal is removed once nothing is left to do. `told` is called with what is under way. Raises HypervisorError.
+    The journal is removed once nothing is left to do. A VM that stood still because its overlays found no room goes on.
+    `told` is called with what is under way. Raises HypervisorError.
     """
     overlays, uid, pause = client.overlays(ref), journal.owner_uid, FIRST_PAUSE
     bandwidth = settings.bandwidth if settings is not None else 0
+    commits: Counter[str] = Counter()
     while True:
-        rulings = plans.judge(journal, await look(client, ref, journal))
+        seen = await look(client, ref, journal)
+        rulings = plans.judge(journal, seen)
         told(rulings)
+        if plans.may_go_on(seen, rulings):
+            log.warning("domain %s was paused by an I/O error on its overlays, and goes on without them", ref.name)
+            await overlays.resume()
         if not plans.actionable(rulings):
             return rulings
         moves = {m: [r for r in rulings if r.move is m] for m in Move}
@@ -93,7 +102,19 @@ async def collapse(
             async with step(Step.COLLAPSE_BEGIN, uid):
                 begun = replace(journal, phase=Phase.COLLAPSING, begun=(*journal.begun, *fresh))
                 journal = await _note(client, ref, begun)
+        if seen.chains is not None and seen.chains.io_error and bandwidth:
+            bandwidth = 0  # the VM stands still until all is committed
+            for ruling in moves[Move.WATCH]:
+                await overlays.unlimit(ruling.target)
         for ruling in moves[Move.COMMIT]:
+            commits[ruling.target] += 1
+            if commits[ruling.target] > MOST_COMMITS:
+                raise HypervisorError(
+                    f"the commit of disk {ruling.target} of {ref.name} ends again and again with its overlay still in use: its storage"
+                    " refuses writes (it may be full), or somebody aborts it; the log of its QEMU says more",
+                    reason="CommitFailed",
+                    retryable=True,
+                )
             async with step(Step.COLLAPSE_COMMIT, uid, ruling.target):
                 await overlays.commit(ruling.target, ruling.overlay, bandwidth)
         for ruling in moves[Move.PIVOT]:

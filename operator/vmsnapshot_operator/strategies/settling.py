@@ -106,7 +106,7 @@ async def _while_there_is_room(
 
 
 async def _watch_room(world: World, record: Record, request: Request) -> None:
-    """Return only by raising DriverError (`OverlayFull`): the overlays' pool is about to be full."""
+    """Return only by raising DriverError (`OverlayFull`): the overlays' pool is about to be full, or was."""
     live, pool = world.hypervisors.get(request.hypervisor), record.plan.quiesce.overlay_pool
     least = live.overlay.min_free_bytes // 2 if live is not None and live.overlay is not None else 0
     while True:
@@ -114,9 +114,14 @@ async def _watch_room(world: World, record: Record, request: Request) -> None:
         try:
             client, ref = await locate(world, request, record)
             free = await client.overlays(ref).free_bytes(pool)
+            journal = await client.read_journal(ref) if free >= least else None
+            stalled = journal is not None and await client.overlays(ref).stalled(journal.overlays)
         except SnapshotError as error:
             log.info("room for the overlays of snapshot %s is not known: %s", request.uid, error.message)
             continue
+        if stalled:
+            text = f"the copy was given up: the VM stands still, because it cannot write to its overlays in the pool {pool}"
+            raise DriverError(text, reason="OverlayFull")
         if free < least:
             text = (
                 f"the copy was given up: what the VM wrote meanwhile has left {free >> 20} MiB in the pool {pool} of its overlays, "

@@ -79,6 +79,12 @@ class Metrics:
             ("hypervisor",),
             registry=self.registry,
         )
+        self._stalled = Gauge(
+            "vmsnapshot_stalled_vms",
+            "VMs that an I/O error has paused at an overlay of ours, mostly because its pool is full",
+            ("hypervisor",),
+            registry=self.registry,
+        )
         self._left_gates = Gauge(
             "vmsnapshot_left_gates",
             "VMs that bear the gate of a restore which nobody opens any more: they cannot be started, and their disks may be half set back",
@@ -199,6 +205,10 @@ class Metrics:
         """So many overlays were found that are kept for good."""
         self._kept_overlays.labels(hypervisor).set(count)
 
+    def stalled(self, count: int, *, hypervisor: str) -> None:
+        """So many VMs stand still because they cannot write to overlays of ours."""
+        self._stalled.labels(hypervisor).set(count)
+
     def left_gates(self, count: int, *, hypervisor: str) -> None:
         """So many VMs bear a restore's gate that nobody opens."""
         self._left_gates.labels(hypervisor).set(count)
@@ -259,6 +269,7 @@ class Metrics:
             self._journals,
             self._overlays,
             self._kept_overlays,
+            self._stalled,
             self._left_gates,
             self._guardian,
             self._hypervisor_answers,

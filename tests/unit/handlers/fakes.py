@@ -228,6 +228,13 @@ class FakeClient:
             raise self.error
         return tuple(c for c in self.seen if c.name.startswith(prefix))
 
+    def overlays(self, _ref: Ref) -> FakeClient:
+        return self
+
+    async def stalled(self, overlays: Mapping[str, str]) -> bool:
+        held = (s for s in self.sightings if s.journal is not None and s.journal.overlays == overlays)
+        return any(s.stalled for s in held)
+
     async def find(self, domain: str) -> Ref:
         return Ref(uuid=domain, name=domain, endpoint="host")
 

@@ -10,6 +10,8 @@ import pytest
 
 from tests.unit.handlers import fakes
 from vmsnapshot_operator.api.meta import content_name
+from vmsnapshot_operator.core import names
+from vmsnapshot_operator.core.chains import OverlayFile
 from vmsnapshot_operator.core.journal import Journal, Phase
 from vmsnapshot_operator.errors import HypervisorError, HypervisorUnreachableError, KubeError, QuiesceError
 from vmsnapshot_operator.handlers import hypervisors
@@ -307,6 +309,49 @@ async def test_one_that_is_replaced_is_never_taken_for_one_that_is_gone(
     await lab.look({**BODY, "spec": spec})
     await lab.hypervisors.remove("lab")
     assert seen == [True, False]
+
+
+async def test_a_vm_that_stands_still_on_overlays_is_freed_whoever_needs_them(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also while the API server does not answer: nobody works on its snapshot then."""
+    committed: list[str] = []
+
+    async def collapse(client: fakes.FakeClient, _ref: Any, journal: Journal, *_: object) -> tuple[()]:
+        committed.append(journal.nonce)
+        client.sightings = []
+        return ()
+
+    monkeypatch.setattr(hypervisors.overlays, "collapse", collapse)
+    left = replace(sighting(overlays={"v": "/pool/ovl"}, phase=Phase.OVERLAID), stalled=True)
+    assert left.journal is not None
+    owner = left.journal.owner_uid
+    lab.world.uids, lab.world.known = lambda: frozenset({owner}), lambda _: True
+    lab.client.sightings = [replace(left, stalled=False)]
+    await lab.look()
+    assert (committed, lab.metric("vmsnapshot_stalled_vms")) == ([], 0)
+    lab.client.sightings, lab.cluster.down = [left], True
+    await lab.look()
+    assert committed == [left.journal.nonce]
+    assert any("VMFreed" in e and "standing still" in e for e in lab.events)
+    assert not lab.metric("vmsnapshot_swept_vms_total"), "no operator has ended"
+    assert lab.metric("vmsnapshot_stalled_vms") == 0
+
+
+async def test_vms_that_stand_still_are_counted(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def collapse(*_: object) -> tuple[()]:
+        raise HypervisorError("no room", reason="CommitFailed", retryable=True)
+
+    monkeypatch.setattr(hypervisors.overlays, "collapse", collapse)
+    lab.client.sightings = [replace(sighting(overlays={"v": "/over"}, phase=Phase.OVERLAID), stalled=True)]
+    kept = OverlayFile(path=f"/pool/{names.overlays_prefix(OURS)}strange", endpoint="host", domain="vm2", stalled=True)
+    lab.client.files = (kept,)
+    await lab.look()
+    assert lab.metric("vmsnapshot_stalled_vms") == 1
+    assert any("OverlayInUse" in e and "no room" in e for e in lab.events)
+    await asyncio.sleep(1)
+    await lab.look()
+    assert lab.metric("vmsnapshot_stalled_vms") == 2, "one whose overlay no journal tells of, too"
 
 
 @pytest.mark.parametrize(("exists", "on_record"), [(True, True), (True, False), (False, True)])

@@ -150,6 +150,17 @@ async def test_what_is_left_is_freed_after_it_had_time_to_end_by_itself(lab: Lab
     assert asyncio.get_running_loop().time() >= sweep.LIVE
 
 
+async def test_a_vm_that_stands_still_on_overlays_is_not_well(lab: Lab) -> None:
+    overlaid = replace(JOURNAL, phase=Phase.OVERLAID, overlays={"v": "/over"})
+    lab.hypervisors["lab"] = FakeHypervisor([[held(overlaid)]])
+    assert (await lab.sweep())[1]
+    lab.hypervisors["lab"] = FakeHypervisor([[replace(held(overlaid), stalled=True)]])
+    said, ok = await lab.sweep()
+    assert not ok
+    assert "to which it cannot write; the operator commits them" in said
+    assert not lab.freed
+
+
 async def test_without_the_api_server_and_an_id_nothing_is_freed(lab: Lab) -> None:
     lab.api = False
     lab.hypervisors["qemu:///system"] = FakeHypervisor([[held()]])

@@ -73,6 +73,13 @@ class Domain:
     label: str
     live: str = ""
     saved: str = ""
+    is_in: tuple[int, int] = (libvirt.VIR_DOMAIN_RUNNING, 0)
+
+    def state(self) -> tuple[int, int]:
+        return self.is_in
+
+    def diskErrors(self) -> dict[str, int]:  # noqa: N802 - libvirt's name
+        return {}
 
     def name(self) -> str:
         return self.label
@@ -84,7 +91,7 @@ class Domain:
         source = self.saved if flags == INACTIVE else self.live
         return (
             f"<domain><metadata><journal x='/pool/ovl-abcdef-x'/></metadata>"
-            f"<devices><disk><source file='{source}'/></disk></devices></domain>"
+            f"<devices><disk type='file'><source file='{source}'/><target dev='vda'/></disk></devices></domain>"
         )
 
 
@@ -108,6 +115,12 @@ class Connection:
             if volume.label == name:
                 return volume
         raise error(libvirt.VIR_ERR_NO_STORAGE_VOL)
+
+    def lookupByName(self, name: str) -> Domain:  # noqa: N802 - libvirt's name
+        for domain in self.domains:
+            if domain.label == name:
+                return domain
+        raise error(libvirt.VIR_ERR_NO_DOMAIN)
 
     def listAllDomains(self) -> list[Domain]:  # noqa: N802 - libvirt's name
         return self.domains
@@ -139,6 +152,14 @@ def test_all_that_bear_the_name_are_found_and_nothing_else() -> None:
         "ovl-abcdef-new": OverlayFile(path="/pool/ovl-abcdef-new", endpoint="host", pristine=True, genuine=True),
         "ovl-abcdef-far": OverlayFile(path="/elsewhere/ovl-abcdef-far", endpoint="host", domain="vm"),
     }
+
+
+def test_a_vm_that_stands_still_on_one_is_told_as_such() -> None:
+    still = (libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_IOERROR)
+    host = Connection(
+        domains=[Domain("a", live="/p/ovl-abcdef-a", is_in=still), Domain("b", live="/p/ovl-abcdef-b")],
+    )
+    assert {n: f.stalled for n, f in survey(host).items()} == {"ovl-abcdef-a": True, "ovl-abcdef-b": False}
 
 
 @pytest.mark.parametrize("place", ["live", "saved"])

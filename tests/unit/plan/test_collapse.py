@@ -31,13 +31,18 @@ OFF = ("/base",)
 
 
 def seen(
-    chain: tuple[str, ...] = ON, *, power: PowerState = PowerState.RUNNING, run: int = 7, job: BlockJob | None = None
+    chain: tuple[str, ...] = ON,
+    *,
+    power: PowerState = PowerState.RUNNING,
+    run: int = 7,
+    job: BlockJob | None = None,
+    stalled: bool = False,
 ) -> Overlaid:
     """One disk with this chain, and a base that stands as it stood."""
     live = () if power in (PowerState.SHUT_OFF, PowerState.CRASHED) else chain
     disk = DiskChain(target="vda", live=live, saved=chain[:1], job=job)
     return Overlaid(
-        chains=Chains(run_id=run, power=power, disks=(disk,)),
+        chains=Chains(run_id=run, power=power, io_error=stalled, stalled=stalled, disks=(disk,)),
         fingerprints={"v": "then"},
         on_base=frozenset({"v"} if live == OFF else ()),
     )
@@ -82,6 +87,37 @@ def test_a_switch_whose_bases_were_not_noted() -> None:
 def test_a_vm_that_does_not_run_keeps_its_overlay_until_it_does() -> None:
     assert move(JOURNAL, seen(power=PowerState.SHUT_OFF, run=-1)) is Move.WAIT
     assert move(JOURNAL, seen(power=PowerState.PAUSED)) is Move.WAIT
+
+
+STILL = PowerState.PAUSED
+
+
+def test_a_vm_that_an_io_error_has_paused_is_brought_back_as_one_that_runs() -> None:
+    """It waits for room that nobody else gives."""
+    assert move(JOURNAL, seen(power=STILL, stalled=True)) is Move.COMMIT
+    assert move(BEGUN, seen(power=STILL, stalled=True, job=BlockJob(commit=True, ready=True))) is Move.PIVOT
+    assert move(BEGUN, seen(OFF, power=STILL, stalled=True)) is Move.REMOVE, "it is the same run"
+    assert move(JOURNAL, replace(seen(power=STILL, stalled=True), fingerprints={"v": "now"})) is Move.KEEP
+    assert collapse.stands(JOURNAL, seen(power=STILL, stalled=True)) == ""
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        (seen(OFF, power=STILL, stalled=True), True),
+        (replace(seen(OFF, power=STILL, stalled=True), missing=frozenset({"v"})), True),
+        (replace(seen(power=STILL, stalled=True), fingerprints={"v": "now"}), True),
+        (seen(power=STILL, stalled=True), False),
+        (seen(power=STILL, stalled=True, job=BlockJob(commit=True, ready=True)), False),
+        (seen(("/other", *ON), power=STILL, stalled=True), False),
+        (seen(OFF, power=STILL), False),
+        (seen(OFF), False),
+        (Overlaid(chains=None), False),
+    ],
+    ids=["left", "removed", "kept", "to commit", "to pivot", "in the way", "paused by a person", "runs", "gone"],
+)
+def test_when_a_vm_that_stood_still_may_go_on(found: Overlaid, expected: bool) -> None:
+    assert collapse.may_go_on(found, collapse.judge(BEGUN if found.on_base else JOURNAL, found)) is expected
 
 
 def test_somebody_elses_layer_on_top() -> None:

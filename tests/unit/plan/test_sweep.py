@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.plan import builders as b
-from vmsnapshot_operator.core.journal import Journal
+from vmsnapshot_operator.core.journal import Journal, Phase
 from vmsnapshot_operator.core.volumes import Seconds
-from vmsnapshot_operator.plan.sweep import OVERDUE, Action, Found, judge
+from vmsnapshot_operator.plan.sweep import OVERDUE, SETTLED, Action, Found, judge
 
 OURS = Journal(
     installation=b.INSTALLATION, owner_uid=b.UID, nonce="0" * 32, attempt=2, method="GuestAgent", budget=30.0
@@ -72,3 +72,19 @@ def test_every_journal_of_ours_is_freed_in_the_end(leader: bool, owner: str, see
     found = replace(LEFT, leader=leader, owner=owner, seen_for=Seconds(seen_for))
     assert judge(found).action in (Action.FREE, Action.WAIT)
     assert judge(replace(found, seen_for=Seconds(seen_for + LONG))).action is Action.FREE
+
+
+def test_a_vm_that_stands_still_on_overlays_is_worth_more_than_its_snapshot() -> None:
+    overlaid = replace(LEFT, journal=replace(OURS, phase=Phase.OVERLAID, overlays={"v": "/over"}), owner=b.UID)
+    still = replace(overlaid, stalled=True)
+    assert judge(overlaid).action is Action.WAIT
+    ruling = judge(still)
+    assert ruling.action is Action.COLLAPSE
+    assert "to which it cannot write" in ruling.why
+    committing = replace(OURS, phase=Phase.COLLAPSING, overlays={"v": "/over"})
+    assert judge(replace(still, journal=committing)).action is Action.WAIT, "this process is at it"
+    assert judge(replace(still, journal=committing, owner="")).action is Action.COLLAPSE
+    standby = replace(still, leader=False, owner="")
+    assert judge(standby).action is Action.WAIT, "the leader does it"
+    assert judge(replace(standby, seen_for=Seconds(SETTLED + 1))).action is Action.COLLAPSE
+    assert judge(replace(still, installation="another")).action is Action.LEAVE

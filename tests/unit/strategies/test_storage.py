@@ -12,6 +12,7 @@ import pytest
 from tests.unit.handlers import fakes
 from tests.unit.kube import records
 from tests.unit.plan import builders as b
+from tests.unit.plan.test_collapse import JOURNAL
 from vmsnapshot_operator.core.driver import Hold, Progress, SnapshotRequest
 from vmsnapshot_operator.core.effects import Fail, Failure, Observation, Prepare, Record, Recover, Settle
 from vmsnapshot_operator.core.evidence import Evidence, WindowOutcome
@@ -28,7 +29,7 @@ from vmsnapshot_operator.strategies.storage import StorageStrategy
 from vmsnapshot_operator.strategies.world import LiveHypervisor, Memory, Prepared, World, clock
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Mapping
     from contextlib import AsyncExitStack
 
 pytestmark = pytest.mark.looptime
@@ -121,20 +122,34 @@ async def test_how_far_a_copy_is_can_be_told_while_it_runs() -> None:
     assert memory.copied == {}
 
 
-async def test_a_copy_is_given_up_before_the_overlays_have_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("stalled", [False, True])
+async def test_a_copy_is_given_up_before_the_overlays_have_no_room_or_at_once_after(
+    monkeypatch: pytest.MonkeyPatch, stalled: bool
+) -> None:
     record = records.example()
     quiesce = replace(record.plan.quiesce, method=Method.HYPERVISOR_SNAPSHOT, overlay_pool="over")
     lab = Lab(replace(record, plan=replace(record.plan, quiesce=quiesce)))
     lab.hosts["slow"].hangs = 200.0
-    free = iter([100 << 20, 50 << 20, 49 << 20])
+    free = iter([100 << 20, 50 << 20, *(() if stalled else (49 << 20,))])
 
     class Overlays:
         async def free_bytes(self, pool: str) -> int:
             assert pool == "over"
             return next(free)
 
-    async def locate(*_: object) -> tuple[object, None]:
-        return type("Client", (), {"overlays": lambda _self, _ref: Overlays()})(), None
+        async def stalled(self, overlays: Mapping[str, str]) -> bool:
+            assert overlays == JOURNAL.overlays
+            return stalled and next(free) == 50 << 20
+
+    class Client:
+        def overlays(self, _ref: object) -> Overlays:
+            return Overlays()
+
+        async def read_journal(self, _ref: object) -> Journal:
+            return JOURNAL
+
+    async def locate(*_: object) -> tuple[Client, None]:
+        return Client(), None
 
     live = LiveHypervisor(name="lab", overlay=OverlaySettings(pool="over", min_free_bytes=100 << 20))
     monkeypatch.setattr(settling, "locate", locate)
