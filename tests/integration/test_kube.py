@@ -28,7 +28,7 @@ from vmsnapshot_operator.kube.lease import NAME, Durations, Leadership
 
 GROUP = "kube-test.vmsnapshot.io"
 CRDS = Path(__file__).resolve().parent.parent.parent / "crds"
-KINDS = ("SNAPSHOTS", "CONTENTS", "CLASSES", "HYPERVISORS")
+KINDS = ("SNAPSHOTS", "RESTORES", "CONTENTS", "CLASSES", "HYPERVISORS")
 
 
 @dataclass(frozen=True)
@@ -243,6 +243,20 @@ async def test_finalizers_of_others_survive_a_race(place: Place, cluster: Cluste
     await cluster.remove_finalizer(held)
     assert (await _read(cluster, snapshot))["metadata"]["finalizers"] == ["example.org/theirs"]
     place.kubectl("-n", place.namespace, "patch", name, "--type=merge", "-p", '{"metadata":{"finalizers":[]}}')
+
+
+async def test_what_exists_is_told_by_uid(place: Place, cluster: Cluster, snapshot: dict[str, Any]) -> None:
+    spec = {"snapshotName": "backup", "mode": "NewVM", "newVM": {"name": "another"}}
+    waiting, begun = [await _create(cluster, "RESTORES", spec) for _ in range(2)]
+    await cluster.add_finalizer(begun)
+    others = [await _create(cluster, kind, SPECS[kind]) for kind in ("CLASSES", "HYPERVISORS")]
+    assert await cluster.restores_under_way() == {begun["metadata"]["uid"]}
+    made = {body["metadata"]["uid"] for body in (snapshot, waiting, begun, *others)}
+    assert made <= await cluster.uids()
+    await cluster.remove_finalizer({**begun, "metadata": {**begun["metadata"], "finalizers": [FINALIZER]}})
+    await cluster.delete_snapshot(snapshot)
+    assert await cluster.restores_under_way() == frozenset()
+    assert made - await cluster.uids() == {snapshot["metadata"]["uid"]}
 
 
 async def test_no_finalizer_for_what_is_being_deleted(place: Place, cluster: Cluster, snapshot: dict[str, Any]) -> None:
