@@ -96,6 +96,8 @@ def judge(found: Found) -> Ruling:
 
 def _nobody_commits(found: Found, journal: Journal) -> bool:
     """Whether a VM that stands still has to wait for nobody else. It is worth more than its snapshot, and what is done twice is done once."""
+    if not journal.bases:
+        return False  # it is being switched right now; or that was not written down, and its own workflow knows
     if not found.leader:
         return found.seen_for > SETTLED
     return journal.phase is not Phase.COLLAPSING or found.owner != journal.owner_uid

@@ -417,6 +417,14 @@ async def _tell(effect: TakeWindow, progress: _Progress, ref: Ref, client: Hyper
         if after is not None and (new := disks.unplanned(plan, after.disks)):
             text = f"disk {', '.join(new)} was plugged into the VM meanwhile and is not in what was cut"
             progress.fail("DiskPlugged", text, interrupted=True)
+        if (
+            after is not None
+            and plan.quiesce.overlay_pool
+            and progress.has_rest()
+            and _committed(after, effect.attempt)
+        ):
+            text = "the overlays were being committed before all was cut, because the VM could not write to them and stood still"
+            progress.fail("OverlayFull", text, interrupted=True)
         by_job = [c for c, g in progress.groups.items() if g.result is not None and g.result.hold is Hold.JOB]
         planned = {v.label: v.id for c in by_job for v in effect.requests[c].volumes}
         if after is not None and (wrong := not_at(planned, after.disks)):
@@ -433,6 +441,12 @@ async def _tell(effect: TakeWindow, progress: _Progress, ref: Ref, client: Hyper
         reason=progress.reason,
         message=progress.message,
     )
+
+
+def _committed(after: Machine, attempt: int) -> bool:
+    """Whether the bases may have changed since the switch: a commit is written down before it begins, and the journal goes with its end."""
+    journal = after.journal
+    return journal is None or journal.attempt != attempt or journal.phase is Phase.COLLAPSING
 
 
 async def _afterwards(ref: Ref, client: Hypervisor) -> Machine | None:

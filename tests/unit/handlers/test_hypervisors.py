@@ -323,7 +323,7 @@ async def test_a_vm_that_stands_still_on_overlays_is_freed_whoever_needs_them(
         return ()
 
     monkeypatch.setattr(hypervisors.overlays, "collapse", collapse)
-    left = replace(sighting(overlays={"v": "/pool/ovl"}, phase=Phase.OVERLAID), stalled=True)
+    left = replace(sighting(overlays={"v": "/pool/ovl"}, bases={"v": "then"}, phase=Phase.OVERLAID), stalled=True)
     assert left.journal is not None
     owner = left.journal.owner_uid
     lab.world.uids, lab.world.known = lambda: frozenset({owner}), lambda _: True
@@ -343,7 +343,9 @@ async def test_vms_that_stand_still_are_counted(lab: Lab, monkeypatch: pytest.Mo
         raise HypervisorError("no room", reason="CommitFailed", retryable=True)
 
     monkeypatch.setattr(hypervisors.overlays, "collapse", collapse)
-    lab.client.sightings = [replace(sighting(overlays={"v": "/over"}, phase=Phase.OVERLAID), stalled=True)]
+    lab.client.sightings = [
+        replace(sighting(overlays={"v": "/over"}, bases={"v": "then"}, phase=Phase.OVERLAID), stalled=True)
+    ]
     kept = OverlayFile(path=f"/pool/{names.overlays_prefix(OURS)}strange", endpoint="host", domain="vm2", stalled=True)
     lab.client.files = (kept,)
     await lab.look()

@@ -151,7 +151,7 @@ async def test_what_is_left_is_freed_after_it_had_time_to_end_by_itself(lab: Lab
 
 
 async def test_a_vm_that_stands_still_on_overlays_is_not_well(lab: Lab) -> None:
-    overlaid = replace(JOURNAL, phase=Phase.OVERLAID, overlays={"v": "/over"})
+    overlaid = replace(JOURNAL, phase=Phase.OVERLAID, overlays={"v": "/over"}, bases={"v": "then"})
     lab.hypervisors["lab"] = FakeHypervisor([[held(overlaid)]])
     assert (await lab.sweep())[1]
     lab.hypervisors["lab"] = FakeHypervisor([[replace(held(overlaid), stalled=True)]])

@@ -75,13 +75,15 @@ def test_every_journal_of_ours_is_freed_in_the_end(leader: bool, owner: str, see
 
 
 def test_a_vm_that_stands_still_on_overlays_is_worth_more_than_its_snapshot() -> None:
-    overlaid = replace(LEFT, journal=replace(OURS, phase=Phase.OVERLAID, overlays={"v": "/over"}), owner=b.UID)
+    journal = replace(OURS, phase=Phase.OVERLAID, overlays={"v": "/over"}, bases={"v": "then"})
+    overlaid = replace(LEFT, journal=journal, owner=b.UID)
     still = replace(overlaid, stalled=True)
     assert judge(overlaid).action is Action.WAIT
     ruling = judge(still)
     assert ruling.action is Action.COLLAPSE
     assert "to which it cannot write" in ruling.why
-    committing = replace(OURS, phase=Phase.COLLAPSING, overlays={"v": "/over"})
+    assert judge(replace(still, journal=replace(journal, bases={}))).action is Action.WAIT, "it is being switched"
+    committing = replace(journal, phase=Phase.COLLAPSING)
     assert judge(replace(still, journal=committing)).action is Action.WAIT, "this process is at it"
     assert judge(replace(still, journal=committing, owner="")).action is Action.COLLAPSE
     standby = replace(still, leader=False, owner="")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -16,7 +16,7 @@ from tests.unit.quiesce.fake_libvirt import REF, as_any
 from vmsnapshot_operator.core.driver import CutResult, Hold, SnapshotRequest
 from vmsnapshot_operator.core.effects import TakeWindow
 from vmsnapshot_operator.core.evidence import Evidence, Window, WindowOutcome
-from vmsnapshot_operator.core.journal import Journal
+from vmsnapshot_operator.core.journal import Journal, Phase
 from vmsnapshot_operator.core.machine import Disk, Machine, not_at
 from vmsnapshot_operator.core.planning import Policy
 from vmsnapshot_operator.core.volumes import Handle, Layer, Seconds, VolumeId
@@ -60,6 +60,8 @@ class Scene:
     permit: Callable[[], str] = str
     busy: bool = False
     late: bool = False
+    rest: bool = False
+    journal_after: Journal | None = None
 
     def targets(self, effect: TakeWindow) -> dict[str, dict[VolumeId, Layer]]:
         """The files of the classes whose disks the hypervisor copies."""
@@ -110,7 +112,7 @@ class Scene:
         return
 
     async def describe(self, *_: object, **__: object) -> Machine:
-        return b.machine(disks=self.disks_after)
+        return b.machine(disks=self.disks_after, journal=self.journal_after)
 
     async def arm(self, *_: object) -> None:
         if self.deaf:
@@ -130,6 +132,7 @@ class Scene:
         if self.refusing:
             raise QuiesceError("the hook failed", reason="FreezeFailed", free=True)
         self.log.append("freeze")
+        opened.rest = self.rest
         opened.stands()
         try:
             yield opened
@@ -179,10 +182,12 @@ async def take(
     policy: Policy = Policy.PREFER,
     metrics: object = None,
     max_frozen_seconds: int = 3,
+    overlay_pool: str = "",
     **slots: dict[str, Any],
 ) -> WindowOutcome:
     """Take the window of a VM of which `files` and `ceph` serve the disks."""
     plan = b.plan(b.request(max_frozen_seconds=max_frozen_seconds, policy=policy))
+    plan = replace(plan, quiesce=replace(plan.quiesce, overlay_pool=overlay_pool))
     effect = TakeWindow(1, plan, next_effect.requests_for(plan, b.INSTALLATION, b.UID, 1))
     world = fakes.world(installation=b.INSTALLATION)
     world.leadership = world.guardian = as_any(scene)
@@ -201,6 +206,35 @@ async def test_all_goes_well(scene: Scene) -> None:
     assert scene.log == [*HOLD, "cut ceph", "cut files", *LET_GO, "told"]
     assert outcome.ok
     assert outcome.free
+
+
+OVERLAID = Journal(
+    installation=b.INSTALLATION,
+    owner_uid=b.UID,
+    nonce="0" * 32,
+    attempt=1,
+    method="HypervisorSnapshot",
+    budget=30,
+    phase=Phase.OVERLAID,
+)
+
+
+@pytest.mark.parametrize(
+    ("journal", "reason"),
+    [
+        (OVERLAID, ""),
+        (replace(OVERLAID, phase=Phase.COLLAPSING), "OverlayFull"),
+        (None, "OverlayFull"),
+        (replace(OVERLAID, attempt=2), "OverlayFull"),
+    ],
+)
+async def test_what_is_cut_while_overlays_are_committed_is_no_snapshot(
+    scene: Scene, journal: Journal | None, reason: str
+) -> None:
+    """A VM that stands still on overlays without room is brought back at once, whoever cuts its bases just then."""
+    scene.rest, scene.journal_after = True, journal
+    outcome = await take(scene, overlay_pool="over")
+    assert (outcome.ok, outcome.reason, outcome.interrupted) == (not reason, reason, bool(reason))
 
 
 class Counted:
