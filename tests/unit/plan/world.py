@@ -152,6 +152,7 @@ class World:
             fingerprints={"volume": self.base},
             pristine=frozenset({"volume"}) if self.overlay == "made" else frozenset(),
             missing=frozenset({"volume"}) if not self.overlay else frozenset(),
+            on_base=frozenset({"volume"}) if not on and not self.off else frozenset(),
         )
 
     def names_of(self, attempt: int) -> list[str]:
