@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 
 import click
@@ -26,7 +27,7 @@ console = Console(highlight=False)
 @click.option("--only", type=click.Choice(sorted(ALL)), help="Run this one only.")
 @click.option("--pairs", default=15, show_default=True, help="Pairs for each alternating measurement.")
 def main(only: str | None, pairs: int) -> None:
-    """Measure on the laboratory; write build/bench/NAME.json and print a table."""
+    """Measure on the laboratory; write build/bench/NAME.json and print a table. Exit status 1 if a goal was missed."""
     lab = Lab.up(report=lambda line: console.print(f"[dim]{line}[/dim]"))
     lab.guest("demo")
     results: list[Result] = []
@@ -42,6 +43,8 @@ def main(only: str | None, pairs: int) -> None:
     for result in results:
         for what, value in result.details.items():
             console.print(f"  [dim]{result.name}: {what}: {value}[/dim]")
+    if missed := [result.name for result in results if result.met is False]:
+        sys.exit(f"goals were missed: {', '.join(missed)}")
 
 
 if __name__ == "__main__":

@@ -91,6 +91,7 @@ def hold(lab: Lab, guardian: Guardian, ref: Ref) -> Iterator[Hold]:
         holder.stop()
 
 
+DEATH_GUARD_SECONDS = 10.0
 HELD = {"GuestAgent": AgentState.FROZEN, "Pause": PowerState.PAUSED}
 FREE = {"GuestAgent": AgentState.THAWED, "Pause": PowerState.RUNNING}
 both = pytest.mark.parametrize("method", ["GuestAgent", "Pause"])
@@ -104,7 +105,9 @@ async def test_the_holder_is_killed(
     holder = hold(held)
     assert await is_state(hypervisor, ref, HELD[method])
     holder.signal(signal.SIGKILL)
-    await eventually("it is free", lambda: is_state(hypervisor, ref, FREE[method]))
+    took = await eventually("it is free", lambda: is_state(hypervisor, ref, FREE[method]))
+    # 2 s are promised, and measured by `make bench`; this is far from the budget on a busy machine, too.
+    assert took < DEATH_GUARD_SECONDS < held.budget
     (line,) = guardian.said("releasing", held.nonce)
     assert line["why"] == "the process that armed it is gone"
     assert await hypervisor.read_journal(ref) == held, "the operator must see what happened"

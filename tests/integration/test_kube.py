@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
+import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 import yaml
 
 from tests.lab import Lab
+from tests.stack import NAMESPACE, Stack, until
 from tests.unit.kube import records
 from vmsnapshot_operator.errors import ConflictError, KubeError
 from vmsnapshot_operator.kube import cluster as cluster_module
@@ -356,6 +358,24 @@ async def test_of_two_instances_one_leads_and_hands_over(place: Place) -> None:
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks)
+
+
+def test_a_standby_takes_over_from_one_that_was_killed(stack: Stack) -> None:
+    def holder() -> str:
+        words = ("-n", NAMESPACE, "get", "lease", NAME, "-o", "jsonpath={.spec.holderIdentity}")
+        return stack.lab.kubectl(*words).strip()
+
+    stack.start_operator("standby", wait=False)
+    try:
+        time.sleep(5)  # by then it has seen who leads
+        assert holder() == "operator"
+        stack.programs.pop("operator").kill()
+        # Below 15 s by reckoning; one that waited for two leases would take more than 20.
+        until("the standby leads", lambda: holder() == "standby", 19)
+    finally:
+        stack.programs.pop("standby").stop()
+        if "operator" not in stack.programs:
+            stack.start_operator()
 
 
 async def test_events_are_accepted_and_not_repeated(place: Place, cluster: Cluster, snapshot: dict[str, Any]) -> None:
