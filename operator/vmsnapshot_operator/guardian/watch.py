@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -35,6 +36,9 @@ WATCHFUL_SECONDS = 10.0
 
 LOST_SECONDS = 600.0
 """How long a held VM that was found nowhere is remembered: one that migrated to a host not yet followed comes to be seen there."""
+
+ENDED_KEPT = 4096
+"""Journals whose holders have said that it is over, of which it is remembered: they come back with a VM that was saved while it was held."""
 
 HOPELESS_TRIES, HOPELESS_AT_ONCE = 5, 6
 """VMs that could not be freed in so many tries take turns, so many at a time: each dead agent holds one of libvirtd's 20
@@ -80,6 +84,7 @@ class Watch:
         self._grace = grace
         self._lock = threading.Lock()
         self._held: dict[str, Held] = {}
+        self._ended: deque[str] = deque(maxlen=ENDED_KEPT)
         self._hosts: dict[str, Host] = {}
         self._wake = threading.Event()
         # By whether they were free once, and are looked at again.
@@ -179,6 +184,8 @@ class Watch:
             for nonce, held in list(self._held.items()):
                 kept = not held.over.is_set() and (held.armed or held.releasing)
                 if held.uri == uri and nonce not in present and not kept and not self._may_return(held):
+                    if held.armed:
+                        self._ended.append(nonce)
                     held.over.set()
                     del self._held[nonce]
 
@@ -203,7 +210,9 @@ class Watch:
                     known.over.clear()
                     self._wake.set()
                 return
-            until = self._clock() + journal.budget + self._grace
+            # Its holder found a VM that does not run, hence is free; its saved memory is as it was, and has just come back.
+            back = journal.nonce in self._ended
+            until = self._clock() + (0.0 if back else journal.budget + self._grace)
             self._held[journal.nonce] = Held(uri, domain, journal, until, armed)
         say("armed", domain=domain, nonce=journal.nonce, method=journal.method, budget=journal.budget)
         self._wake.set()

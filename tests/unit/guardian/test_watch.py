@@ -146,6 +146,23 @@ def test_what_was_armed_is_kept_though_an_older_look_does_not_show_it(
     assert watch.due() == [held.nonce]
 
 
+def test_one_that_comes_back_with_saved_memory_is_freed_at_once(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its holder found it off, and said that it is free; its journal was saved with the memory of a guest that is frozen."""
+    watch, held, watched = Watch(clock), journal(30.0), journal(30.0)
+    shown(monkeypatch, held)
+    watch.arm(HERE, VM, held.nonce)
+    watch.disarm(held.nonce)
+    watch.seen(HERE, {})
+    assert watch.due() == []
+    watch.seen(HERE, {VM: held})
+    assert watch.due() == [held.nonce]
+    # One that nobody armed here may just have migrated, in mid-window.
+    watch.seen(THERE, {VM: watched})
+    watch.seen(THERE, {})
+    watch.seen(THERE, {VM: watched})
+    assert watch.due() == [held.nonce]
+
+
 def test_what_was_seen_and_then_armed_is_kept(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     watch, held = Watch(clock), journal(10.0)
     shown(monkeypatch, held)
