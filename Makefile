@@ -84,7 +84,7 @@ test: bindings ## Everything: unit tests, then integration tests on the laborato
 
 .PHONY: chaos
 chaos: bindings ## Inject faults at every step, judge the world; N, SEED, FIRST, WAY=NAME, FLEET=NUMBER, or CASE=NAME
-	$(BIN)/python -m tests.chaos $(if $(N),-n $(N)) $(if $(SEED),--seed $(SEED)) $(if $(FIRST),--first $(FIRST)) $(if $(FLEET),--fleet $(FLEET)) $(foreach way,$(WAY),--way $(way)) $(if $(CASE),--case $(CASE))
+	$(BIN)/python -m tests.chaos $(if $(N),-n $(N)) $(if $(SEED),--seed $(SEED)) $(if $(FIRST),--first $(FIRST)) $(if $(FLEET),--fleet $(FLEET)) $(if $(FLEET_FIRST),--fleet-first $(FLEET_FIRST)) $(foreach way,$(WAY),--way $(way)) $(if $(CASE),--case $(CASE))
 
 .PHONY: bench
 bench: bindings ## Measure; ONLY=NAME for one measurement

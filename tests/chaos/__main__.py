@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from tests.chaos import cases, results, runner
+from tests.chaos.fleet import replay as replay_of_fleet
 from tests.chaos.fleet import run as run_fleet
 from tests.chaos.results import Result
 from tests.lab import Lab
@@ -31,6 +32,7 @@ console = Console(highlight=False)
 @click.option(
     "--fleet", default=0, show_default=True, help="Afterwards so many VMSnapshots over 16 guests, a fault each."
 )
+@click.option("--fleet-first", default=0, show_default=True, help="Leave out so many of the fleet.")
 @click.option("--quick", is_flag=True, help="Leave out faults that take longer than half a minute each.")
 def main(
     *,
@@ -41,6 +43,7 @@ def main(
     ways: tuple[str, ...],
     listing: bool,
     fleet: int,
+    fleet_first: int,
     quick: bool,
 ) -> None:
     """Inject faults into the laboratory and judge what is left of the world. Exit status 1 if the judge found anything.
@@ -67,10 +70,10 @@ def main(
             for finding in result.findings:
                 said = f"✘ {result.case}: {finding.kind}: {finding.subject}: {finding.what}"
                 bar.console.print(said, style="red", markup=False, soft_wrap=True)
-                if not result.case.endswith("@fleet"):
-                    bar.console.print(
-                        f"  replay: make chaos SEED={seed} CASE={result.case}", markup=False, soft_wrap=True
-                    )
+                alone = f"make chaos SEED={seed} CASE={result.case}"
+                of_fleet = result.case.endswith("@fleet")
+                command = replay_of_fleet(result.number, seed) if of_fleet else alone
+                bar.console.print(f"  replay: {command}", markup=False, soft_wrap=True)
             if result.reached:
                 bar.advance(task)
             if not console.is_terminal:
@@ -87,7 +90,7 @@ def main(
                 tell(suite.inject(cases.instead(case), first + offset))
         if fleet:
             bar.update(task, description=f"{fleet} over 16 guests")
-            run_fleet(suite, fleet, tell)
+            run_fleet(suite, fleet, tell, fleet_first)
         found = results.write(suite.results, seed, BUILD / "chaos.json")
     console.print(_table(found))
     console.print("written to build/chaos.json, and one line for each injection added to build/chaos.jsonl")

@@ -1,7 +1,7 @@
 """Stands between the operator and the API server, and fails as networks and overloaded servers do.
 
 Faults: answers of its own (409, 429, 500), requests that are never answered, answers that get lost after the server did what
-was asked, watches that fall silent; of writes or of reads. Leases are left out, so that a fault meets the work and not the
+was asked, watches that fall silent or whose connections are dead and stay open; of writes or of reads. Leases are left out, so that a fault meets the work and not the
 leadership, unless everything is meant.
 """
 
@@ -48,7 +48,10 @@ class Trouble:
 
 
 class ApiProxy:
-    """A proxy in a thread of its own for as long as it is entered; speaks plain HTTP on loopback."""
+    """A proxy in a thread of its own for as long as it is entered; speaks plain HTTP on loopback.
+
+    `withheld`: how often a watch has had something to tell since the trouble began, and did not.
+    """
 
     def __init__(self, kubeconfig: Path) -> None:
         given = yaml.safe_load(kubeconfig.read_text())
@@ -63,6 +66,8 @@ class ApiProxy:
             self._authority = base64.b64decode(cluster["certificate-authority-data"]).decode()
         self.trouble = Trouble()
         self.wanted = 0
+        self.withheld = 0
+        self._deaf_before = self._watches = 0
         self.url = ""
         self._loop = asyncio.new_event_loop()
         self._ready = threading.Event()
@@ -82,12 +87,16 @@ class ApiProxy:
 
     def begin(self, trouble: Trouble) -> None:
         """Fail in this way from now on."""
-        self.wanted = trouble.count
+        self.wanted, self.withheld = trouble.count, 0
         self.trouble = trouble
+
+    def deafen(self) -> None:
+        """Let nothing more come through the watches that there are now: their connections stay open. Those that are begun later work."""
+        self.withheld, self._deaf_before = 0, self._watches
 
     def calm(self) -> None:
         """Fail no more; what hangs is cut off."""
-        self.trouble = Trouble()
+        self.trouble, self._deaf_before = Trouble(), 0
         self._loop.call_soon_threadsafe(self._release)
 
     def _release(self) -> None:
@@ -145,11 +154,13 @@ class ApiProxy:
                 _cut_off(request)
             passed = {k: v for k, v in answer.headers.items() if k.lower() not in _HOP}
             response = web.StreamResponse(status=answer.status, headers=passed)
-            watch = _is_watch(request)
+            watch, born = _is_watch(request), self._watches
+            self._watches += watch
             try:
                 await response.prepare(request)
                 async for chunk in answer.content.iter_any():
-                    if watch and self.trouble.silent:
+                    if watch and (self.trouble.silent or born < self._deaf_before):
+                        self.withheld += 1
                         await self._calm.wait()
                         _cut_off(request)
                         break

@@ -140,7 +140,7 @@ LEFT_OUT: tuple[tuple[Callable[[Fault], bool], frozenset[Place], str], ...] = (
         "the VM has just been freed after a death of the operator: the way there is that very fault",
     ),
     (
-        lambda f: f.name in ("deleted", "deleted-by-force"),
+        lambda f: f.name == "deleted",
         at(s for s, way in WAYS.items() if way in (Way.DELETE, Way.DELETE_EARLY)),
         "it is deleted already: to do so again changes nothing",
     ),

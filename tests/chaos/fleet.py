@@ -18,10 +18,19 @@ import libvirt
 
 from tests.chaos import judge
 from tests.chaos.faults import FAULTS, Fault, NoEffectError, Scene
+from tests.chaos.faults.base import BUDGET_SECONDS
 from tests.chaos.faults.neighbours import is_over
 from tests.chaos.judge import Finding
 from tests.chaos.results import Result
-from tests.chaos.runner import Suite
+from tests.chaos.runner import (
+    REST_SECONDS,
+    THAW_SECONDS,
+    TORN_SECONDS,
+    Suite,
+    forget_freezes,
+    frozen_too_long,
+    longest_freeze,
+)
 from tests.lab import Lab, LabError
 from tests.lab.definition import GuestDisk
 from tests.lab.guests import Guest
@@ -39,6 +48,8 @@ PAIR_SHARE = 0.25
 """Of so many of the guests another VMSnapshot is taken at the same time."""
 MEET_SECONDS = 1.5
 """A fault strikes within so long after its snapshot was asked for."""
+STRUCK_SECONDS = 1.5
+"""A fault lasts so long at most."""
 END_SECONDS = 300.0
 TRIES = 2
 """So many times the number of injections that are wanted are tried at most."""
@@ -72,18 +83,47 @@ _OF_ONE = (
 )
 
 
-def run(suite: Suite, number: int, tell: Callable[[Result], None]) -> None:
-    """Take snapshots until `number` of them have met a fault that did something; the results are added to the suite's."""
-    random = Random(f"{suite.seed}/fleet")  # noqa: S311 - nothing secret
+def run(suite: Suite, number: int, tell: Callable[[Result], None], first: int = 0) -> None:
+    """Take snapshots until `number` of them have met a fault that did something; the results are added to the suite's.
+
+    `first`: leave out so many of this seed's, as an earlier run has numbered them. What is done to each depends on the seed and its
+    number alone; how it meets the others is a matter of time, which is not repeated.
+    """
     with _guests(suite.lab, min(GUESTS, number)) as guests:
         tried = met = 0
         while met < number and tried < TRIES * number:
             size = min(BATCH, number - met)
-            for result in _batch(suite, guests, random, tried, size):
+            for result in _batch(suite, guests, first + tried, size):
                 suite.results.append(result)
                 met += result.reached
                 tell(result)
             tried += size
+
+
+def replay(number: int, seed: int) -> str:
+    """The command that repeats one of a fleet, among those that were under way beside it."""
+    return f"make chaos SEED={seed} N=0 FLEET={BATCH} FLEET_FIRST={number // BATCH * BATCH}"
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What is done to one of a fleet: which fault, so many seconds after it was asked for, and whether another one is taken beside it."""
+
+    fault: str
+    pause: float
+    pair: bool
+    random: Random
+
+
+def choose(seed: int, number: int) -> Choice:
+    """The choice for this number. Pure."""
+    random = Random(f"{seed}/fleet/{number}")  # noqa: S311 - nothing secret
+    return Choice(
+        fault=random.choice(_OF_ONE if random.random() < OF_ONE_SHARE else _OF_ALL),
+        pause=random.uniform(0.0, MEET_SECONDS),
+        pair=random.random() < PAIR_SHARE,
+        random=random,
+    )
 
 
 @contextlib.contextmanager
@@ -114,21 +154,26 @@ class _Turn:
     findings: list[Finding] = field(default_factory=list)
 
 
-def _batch(suite: Suite, guests: list[Guest], random: Random, first: int, size: int) -> list[Result]:
+def _batch(suite: Suite, guests: list[Guest], first: int, size: int) -> list[Result]:
     faults = {f.name: f for f in FAULTS}
+    chosen = {n: choose(suite.seed, n) for n in range(first, first + size)}
     turns = [
         _Turn(
-            scene=suite.scene(guests[(first + n) % len(guests)], random, f"fleet-{first + n}"),
-            fault=faults[random.choice(_OF_ONE if random.random() < OF_ONE_SHARE else _OF_ALL)],
-            pause=random.uniform(0.0, MEET_SECONDS),
-            pair=random.random() < PAIR_SHARE,
+            scene=suite.scene(guests[n % len(guests)], choice.random, f"fleet-{n}"),
+            fault=faults[choice.fault],
+            pause=choice.pause,
+            pair=choice.pair,
         )
-        for n in range(size)
+        for n, choice in chosen.items()
     ]
     alone = threading.Lock()
     with ThreadPoolExecutor(AT_ONCE) as threads:
+        list(threads.map(forget_freezes, guests))
         list(threads.map(lambda turn: _take(suite, turn, alone), turns))
+        longest = dict(zip([g.name for g in guests], threads.map(longest_freeze, guests), strict=True))
     world = _look(suite, guests, turns)
+    for name, milliseconds in longest.items():
+        world += frozen_too_long(name, milliseconds, BUDGET_SECONDS + STRUCK_SECONDS + THAW_SECONDS)
     return [
         Result(
             case=f"{turn.fault.name}@fleet",
@@ -136,7 +181,7 @@ def _batch(suite: Suite, guests: list[Guest], random: Random, first: int, size: 
             reached=turn.met,
             seconds=round(turn.seconds, 2),
             recovery_seconds=round(turn.recovery, 2),
-            longest_freeze_milliseconds=0,
+            longest_freeze_milliseconds=longest[turn.scene.guest.name],
             outcome=turn.outcome,
             findings=tuple(dict.fromkeys([*turn.scene.findings, *turn.findings, *(world if number == 0 else ())])),
         )
@@ -172,7 +217,7 @@ def _strike(suite: Suite, turn: _Turn) -> bool:
     try:
         try:
             fault.strike(scene)
-            time.sleep(min(fault.hold, 1.5) * scene.random.random())
+            time.sleep(min(fault.hold, STRUCK_SECONDS) * scene.random.random())
         finally:
             fault.heal(scene)
     except NoEffectError:
@@ -195,11 +240,12 @@ def _look(suite: Suite, guests: list[Guest], turns: list[_Turn]) -> list[Finding
             judged = [threads.submit(judge.judge_snapshot, suite.lab, suite.stack, name, TENANT) for _, name in left]
             for (turn, _), each in zip(left, judged, strict=True):
                 turn.findings += each.result()
-        world += judge.settled(suite.lab, suite.stack, guests)
+        patience = TORN_SECONDS if any(turn.scene.torn for turn in turns) else REST_SECONDS
+        world += judge.settled(suite.lab, suite.stack, guests, patience)
         for _, name in left:
             suite.stack.delete(name, namespace=TENANT, wait=False)
         until("all are gone", lambda: not any(suite.stack.get(name, TENANT) for _, name in left), END_SECONDS)
-        world += judge.settled(suite.lab, suite.stack, guests)
+        world += judge.settled(suite.lab, suite.stack, guests, patience)
     except LabError as error:
         world.append(Finding("stuck", "fleet", str(error)))
     return world

@@ -6,8 +6,9 @@ import contextlib
 import json
 import socket
 import threading
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
@@ -19,13 +20,16 @@ from vmsnapshot_operator.core.steps import Moment, Step
 class Trap:
     """Waits for the first time that any snapshot reaches one side of a step; the operator stands there until `go`.
 
-    `about`: the class or handle that it has to be about; empty: any. `detail` is then what it was about.
+    `about`: the class or handle that it has to be about; empty: any. `detail` is then what it was about, `stood` for how many
+    seconds the operator was kept there.
     """
 
     step: Step
     moment: Moment
     about: str = ""
     detail: str = ""
+    stood: float = 0.0
+    _since: float = 0.0
     _reached: threading.Event = field(default_factory=threading.Event)
     _going: threading.Event = field(default_factory=threading.Event)
 
@@ -35,6 +39,8 @@ class Trap:
 
     def go(self) -> None:
         """Let the operator go on."""
+        if self._since and not self._going.is_set():
+            self.stood = time.monotonic() - self._since
         self._going.set()
 
     @property
@@ -49,24 +55,33 @@ class Trap:
 
     def hold(self, detail: str = "") -> None:
         """Keep the operator there."""
-        self.detail = detail
+        self.detail, self._since = detail, time.monotonic()
         self._reached.set()
         self._going.wait(120)
 
 
+def _nothing() -> None:
+    """Nothing is to be done."""
+
+
 class Injector:
-    """Listens on a socket as long as it is entered. `clock_seconds`: by so much the operator's wall clock shall be wrong.
+    """Listens on a socket as long as it is entered. `clock_seconds`: by so much the operator's wall clock shall be wrong. `stood`: for so
+    many seconds traps have kept it anywhere.
 
     `orders`: what shall become of the next thing that the driver of a class does, by the class, told once: `lose` it is done, and the
     driver dies before it says so; `fail` it dies before; `refuse` it says that it cannot be done.
+
+    `calls`: what is done right before the operator sends libvirt an order, by the name of the function, once.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.clock_seconds = 0
         self.orders: dict[str, str] = {}
+        self.calls: dict[str, Callable[[], None]] = {}
         self._obeyed: dict[int, int] = {}
         self.reached: Counter[tuple[str, str]] = Counter()
+        self.stood = 0.0
         self._traps: list[Trap] = []
         self._listener: socket.socket | None = None
 
@@ -101,6 +116,7 @@ class Injector:
         finally:
             self._traps.remove(made)
             made.go()
+            self.stood += made.stood
 
     def _listen(self, listener: socket.socket) -> None:
         while True:
@@ -113,6 +129,10 @@ class Injector:
     def _answer(self, link: socket.socket) -> None:
         with link, contextlib.suppress(OSError, ValueError):
             said = json.loads(link.makefile().readline())
+            if "call" in said:
+                self.calls.pop(said["call"], _nothing)()
+                link.sendall(b"\n")
+                return
             self.reached[said["step"], said["moment"]] += 1
             self._obeyed[said["pid"]] = said["obeyed"]
             for trap in list(self._traps):

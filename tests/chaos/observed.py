@@ -2,18 +2,24 @@
 
 `python -m tests.chaos.observed SOCKET run …` is `vmsnapshot-operator run …`, and nothing else is different. With nobody at the
 other end a step goes on at once. The answer says by how many seconds the process's wall clock shall be wrong from now on, and what
-shall become of the next thing that the driver of this step's class does (`Injector.orders`).
+shall become of the next thing that the driver of this step's class does (`Injector.orders`). Orders to libvirt are told in the same way,
+in the very thread that is about to send them.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import json
 import os
+import socket
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
+import libvirt
 import time_machine
 
 from vmsnapshot_operator.cli import main
@@ -25,6 +31,37 @@ from vmsnapshot_operator.errors import DriverCrashedError, DriverError
 
 _DEEDS = frozenset({"prepare", "cut", "wait_ready", "revert", "clone", "keep", "delete"})
 """What a driver does; everything else only asks."""
+
+
+_ORDERS = (
+    (libvirt.virDomain, "fsFreeze"),
+    (libvirt.virDomain, "suspend"),
+    (libvirt.virDomain, "snapshotCreateXML"),
+    (libvirt.virDomain, "backupBegin"),
+    (libvirt.virDomain, "blockCommit"),
+    (libvirt.virDomain, "blockJobAbort"),
+    (libvirt.virDomain, "createWithFlags"),
+    (libvirt.virConnect, "defineXML"),
+)
+"""What libvirt is ordered to do that holds a VM or leaves something behind."""
+
+
+def tell_of_orders(path: str) -> None:
+    """Have the injector at this socket told of each of them before it is sent."""
+    for owner, name in _ORDERS:
+        setattr(owner, name, _told(path, name, getattr(owner, name)))
+
+
+def _told(path: str, name: str, send: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(send)
+    def tell_and_send(*arguments: Any, **options: Any) -> Any:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as link:
+            link.connect(path)
+            link.sendall(json.dumps({"call": name}).encode() + b"\n")
+            link.makefile().readline()
+        return send(*arguments, **options)
+
+    return tell_and_send
 
 
 class LossyProcess(DriverProcess):
@@ -90,5 +127,6 @@ class SocketObserver:
 
 if __name__ == "__main__":
     steps.observe(SocketObserver(sys.argv[1]))
+    tell_of_orders(sys.argv[1])
     host.DriverProcess = LossyProcess  # type: ignore[misc]  # a class of its own is what it is replaced by
     main(sys.argv[2:])

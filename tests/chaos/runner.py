@@ -23,6 +23,7 @@ from tests.chaos.annex import Annex
 from tests.chaos.apiproxy import ApiProxy
 from tests.chaos.cases import RESTORING, Case, Way
 from tests.chaos.faults import At, Fault, NoEffectError, Scene
+from tests.chaos.faults.base import BUDGET_SECONDS
 from tests.chaos.faults.neighbours import all_over, is_over, is_restored
 from tests.chaos.injector import Injector, Trap
 from tests.chaos.judge import Finding
@@ -35,6 +36,11 @@ from tests.stack import NAMESPACE, SERVICE_ACCOUNT, TENANT, Stack, conditions, u
 MADE = "c"
 """What each injection makes begins with this and its number."""
 HEAL_SECONDS = 3.0
+THAW_SECONDS = 12.0
+"""So long it may take at most until a guest is thawed whose budget is over, or whose fault was mended: a try that gets no answer, and another."""
+REST_SECONDS, TORN_SECONDS = 30.0, 150.0
+"""So long the world may need to come to rest; what somebody tore away is waited for before what it left is taken away: half a minute,
+and where that does not succeed at first a minute more."""
 END_SECONDS = 240.0
 SHORT_SECONDS = 2.0
 """So long after the mending everything may need to come to its end; after that it is stuck."""
@@ -59,9 +65,9 @@ class Suite:
         random = Random(f"{self.seed}/{case.name}")  # noqa: S311 - nothing secret
         guest = case.fault.guest(self.annex) if case.fault.guest is not None else self.guest
         scene = self.scene(guest, random, f"{MADE}{number}-{random.randrange(10**6)}")
-        guest.control(["sh", "-c", ": > /run/fsfreeze-hook.log"])
+        forget_freezes(guest)
         reached, recovery, findings = False, 0.0, scene.findings
-        written = guest.records()
+        written, stood = guest.records(), self.injector.stood
         try:
             case.fault.prepare(scene)
             reached = self._strike(case, scene)
@@ -71,7 +77,10 @@ class Suite:
         except _trouble() as error:
             findings.append(Finding("stuck", scene.name, _said(error)))
         outcome = self.outcome(scene)
+        longest = longest_freeze(guest)
         findings += self._look(scene, written)
+        longest = max(longest, longest_freeze(guest))
+        findings += frozen_too_long(guest.name, longest, _permitted(case.fault, scene, self.injector.stood - stood))
         try:
             case.fault.leave(scene)
         except _trouble() as error:
@@ -82,7 +91,7 @@ class Suite:
             reached=reached,
             seconds=round(time.monotonic() - start, 2),
             recovery_seconds=round(recovery, 2),
-            longest_freeze_milliseconds=_longest_freeze(guest),
+            longest_freeze_milliseconds=longest,
             outcome=outcome,
             findings=tuple(dict.fromkeys(findings)),
         )
@@ -171,10 +180,11 @@ class Suite:
             findings += restored.judge(scene)
             for guest in guests:
                 findings += booted(scene, guest)
+            patience = TORN_SECONDS if scene.torn else REST_SECONDS
             names = [n for n in (scene.name, *scene.others, *scene.beside) if self.stack.get(n, TENANT) is not None]
             now = scene.guest.records()
             with ThreadPoolExecutor(2) as threads:  # they only look
-                world = threads.submit(judge.settled, self.lab, self.stack, guests)
+                world = threads.submit(judge.settled, self.lab, self.stack, guests, patience)
                 for name in names:
                     # One that was booted anew, or set back, does not count on; and of the other VMs nothing was counted.
                     counts = 0 < written <= now and name not in scene.beside and not scene.restores
@@ -184,7 +194,7 @@ class Suite:
                 self.stack.delete(name, namespace=TENANT, wait=False)
             for name in names:
                 until(f"{name} is gone", lambda name=name: self.stack.get(name, TENANT) is None, END_SECONDS)  # type: ignore[misc]
-            findings += judge.settled(self.lab, self.stack, guests)
+            findings += judge.settled(self.lab, self.stack, guests, patience)
         except _trouble() as error:
             findings.append(Finding("stuck", scene.name, _said(error)))
         return findings
@@ -246,8 +256,29 @@ def _wait_out(fault: Fault, scene: Scene) -> None:
         time.sleep(min(0.1, max(0.0, end - time.monotonic())))
 
 
-def _longest_freeze(guest: Guest) -> int:
-    """From the guest's own clock: its freeze hook writes down when it is called."""
+def _permitted(fault: Fault, scene: Scene, stood: float) -> float:
+    """So many seconds the scene's guest may stand still at a time: the budget, then a thaw; no fault lasts longer than it was made to,
+    and while the operator is kept at a step nobody may be there who thaws.
+    """
+    # Of the others that hold it nobody has said a budget.
+    budget = BUDGET_SECONDS if scene.others or scene.planted else scene.budget
+    return budget + fault.hold + stood + THAW_SECONDS
+
+
+def frozen_too_long(guest: str, milliseconds: int, permitted: float) -> Iterator[Finding]:
+    """Tell of a guest that was free when the judge looked, and had stood still for longer than it ever may. Pure."""
+    if milliseconds > permitted * 1000:
+        text = f"it stood still for {milliseconds / 1000:.1f} s, and may for {permitted:.1f} s at most"
+        yield Finding("frozen", f"guest {guest}", text)
+
+
+def forget_freezes(guest: Guest) -> None:
+    """Have the guest count its freezes from now on."""
+    guest.control(["sh", "-c", ": > /run/fsfreeze-hook.log"])
+
+
+def longest_freeze(guest: Guest) -> int:
+    """In milliseconds, from the guest's own clock: its freeze hook writes down when it is called."""
     try:
         lines = guest.control(["cat", "/run/fsfreeze-hook.log"]).split("\n")
     except LabError:

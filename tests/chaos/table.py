@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.chaos.cases import every
 from tests.chaos.results import KINDS, percentiles
 
 Line = Mapping[str, Any]
@@ -35,7 +36,14 @@ def markdown(found: Sequence[Line]) -> str:
     text += [f"| {' | '.join(row)} |" for row in rows]
     seeds = ", ".join(str(s) for s in sorted({int(line.get("seed", 0)) for line in found}))
     freeze = max((int(line["longestFreezeMilliseconds"]) for line in found), default=0)
-    return "\n".join([*text, "", f"Seeds: {seeds}. Longest freeze: {freeze} ms.", ""])
+    return "\n".join([*text, "", f"Seeds: {seeds}. Longest freeze: {freeze} ms. {coverage(found)}", ""])
+
+
+def coverage(found: Iterable[Line]) -> str:
+    """How many of all pairs of a fault and a moment of a step these injections have met; those that are none any more are not counted."""
+    there = {case.name for case in every()}
+    met = there & {str(line["case"]) for line in found if line["reached"]}
+    return f"Pairs of fault and moment met: {len(met)} of {len(there)}."
 
 
 def _row(name: str, found: Sequence[Line]) -> list[str]:

@@ -28,6 +28,7 @@ def _create(scene: Scene, **spec: Any) -> None:
     """Apply the scene's VMSnapshot; every other one with a budget that many faults outlast."""
     hasty = scene.random.random() < HASTY_SHARE
     if hasty if scene.hasty is None else scene.hasty:
+        scene.budget = HASTY_SECONDS
         spec["quiesce"] = {"maxFrozenSeconds": round(HASTY_SECONDS), **spec.get("quiesce", {})}
     if scene.method:
         spec["quiesce"] = {"method": scene.method, **spec.get("quiesce", {})}

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from tests.chaos.apiproxy import Trouble
-from tests.chaos.faults.base import RESTORING, At, Fault, NoEffectError, Scene, at, kill, start
+from tests.chaos.faults.base import RESTORING, TAKING, At, Fault, NoEffectError, Scene, at, kill, start
+from tests.chaos.faults.neighbours import is_over
+from tests.chaos.seen import Finding
 from tests.lab import LabError
 from tests.stack import until
 from vmsnapshot_operator.core.steps import Step
@@ -48,6 +52,37 @@ def _calm_if_met(scene: Scene) -> None:
         raise NoEffectError("nothing was asked of the API server meanwhile")
 
 
+def _calm_if_withheld(scene: Scene) -> None:
+    withheld = scene.proxy.withheld
+    scene.proxy.calm()
+    if not withheld:
+        raise NoEffectError("nothing was to be told by any watch meanwhile")
+
+
+def _deafen(scene: Scene) -> None:
+    """Every connection that a watch has now is dead, and nobody tells; then users delete and make what only a watch can tell of."""
+    scene.proxy.deafen()
+    scene.deleted, scene.seen = True, int(time.monotonic())
+    scene.stack.delete(scene.name, namespace=scene.namespace, wait=False)
+    scene.others.append(scene.stack.snapshot(f"{scene.name}-unheard", scene.guest.name, namespace=scene.namespace))
+
+
+def _is_noticed(scene: Scene) -> bool:
+    there = scene.stack.get(scene.others[0], scene.namespace) if scene.others else None
+    noticed = there is None or bool((there.get("status") or {}).get("conditions"))
+    return noticed and scene.stack.get(scene.name, scene.namespace) is None
+
+
+def _must_be_noticed(scene: Scene) -> None:
+    withheld, noticed = scene.proxy.withheld, _is_noticed(scene)
+    scene.proxy.calm()
+    if not withheld or (noticed and time.monotonic() - scene.seen < HEARD_SECONDS):
+        raise NoEffectError("no watch was deaf to what was to be told")
+    if not noticed:
+        text = f"a deletion and another VMSnapshot were not noticed within {DEAF_SECONDS:g} s of dead watches"
+        scene.findings.append(Finding("stuck", f"VMSnapshot {scene.name}", text))
+
+
 def _delete(*options: str) -> Callable[[Scene], None]:
     """By the scene's own VMSnapshot, also where a restore uses it."""
 
@@ -69,6 +104,56 @@ def _delete_restore(*options: str) -> Callable[[Scene], None]:
         _kubectl_delete(scene, "vmrestores.vmsnapshot.io", scene.restores[0], *options)
 
     return strike
+
+
+def _tear_away(scene: Scene) -> None:
+    """What people do to get rid of an object: `--force` alone takes no finalizer away, and so they take that away, too."""
+    if scene.stack.get(scene.name, scene.namespace) is None:
+        raise NoEffectError("it is gone already")
+    scene.deleted = scene.torn = True
+    _kubectl_delete(scene, _SNAPSHOTS, scene.name, "--force", "--grace-period=0")
+    _strip(scene, _SNAPSHOTS, scene.name)
+
+
+def _tear_restore_away(scene: Scene) -> None:
+    _delete_restore("--force", "--grace-period=0")(scene)
+    scene.torn = True
+    _strip(scene, _RESTORES, scene.restores[0])
+
+
+def _strip(scene: Scene, resource: str, name: str) -> None:
+    """Take its finalizers away. Raises LabError if it is gone by itself."""
+    bare = json.dumps({"metadata": {"finalizers": None}})
+    with contextlib.suppress(LabError):  # it had none, and is gone
+        scene.lab.kubectl("-n", scene.namespace, "patch", resource, name, "--type=merge", "-p", bare)
+
+
+def _strip_finalizer(scene: Scene) -> None:
+    there = scene.stack.get(scene.name, scene.namespace)
+    if there is None or there["metadata"].get("deletionTimestamp") or not there["metadata"].get("finalizers"):
+        raise NoEffectError("it has no finalizer, or is deleted already")
+    _strip(scene, _SNAPSHOTS, scene.name)
+
+
+def _delete_content(scene: Scene) -> None:
+    """Somebody deletes the record of what storage holds: whatever is cut then must be found by its name."""
+    content = scene.stack.content(scene.name, scene.namespace)
+    if content is None:
+        raise NoEffectError("there is no content")
+    scene.lab.kubectl("delete", "vmsnapshotcontents.vmsnapshot.io", content["metadata"]["name"], "--wait=false")
+
+
+def _delete_what_lost_its_content(scene: Scene) -> None:
+    """One that lost its content rightly keeps what storage has of it until it is deleted: by its user, when it has come to its end."""
+    try:
+        until(f"{scene.name} has ended", lambda: is_over(scene.stack, scene.name), 240)
+    except LabError as error:
+        scene.findings.append(Finding("stuck", scene.name, f"its content was deleted: {error}"))
+    scene.deleted = True
+    scene.stack.delete(scene.name, namespace=scene.namespace, wait=False)
+
+
+_SNAPSHOTS, _RESTORES = "vmsnapshots.vmsnapshot.io", "vmrestores.vmsnapshot.io"
 
 
 def _kubectl_delete(scene: Scene, resource: str, name: str, *options: str) -> None:
@@ -163,6 +248,16 @@ def _refusing(name: str, *, hold: float = 3.0, slow: bool = False, **trouble: in
 
 
 TIMED_OUT = REQUEST_TIMEOUT + 1.0
+DEAF_SECONDS = 90.0
+"""Longer than the operator waits for anything to come of a watch before it watches anew: 70 s."""
+HEARD_SECONDS = 10.0
+"""What is noticed sooner was told."""
+_AT_REST = (Step.SETTLE, At.AFTER)
+_HELD = at([Step.KEEP, Step.AMEND, Step.SETTLE, Step.SETTLE_DRIVER, Step.SETTLE_JOB])
+"""Where a content tells what storage holds."""
+_BEFORE_THE_GATE = at([Step.CLAIM, Step.TAKE_SAFETY, Step.STOP]) | {(Step.CLOSE_GATE, At.BEFORE)}
+"""Behind the gate the disks are neither old nor new, and nobody but the VMRestore knows whither: that gate stays, and is told of; and
+clones whose VMRestore was torn away are listed, not removed."""
 THERE = RESTORING - at([Step.REMOVE_CLONES])
 """Where the VMRestore is not deleted already."""
 
@@ -194,9 +289,27 @@ FAULTS = (
         hold=AWAY_SECONDS,
         slow=True,
     ),
-    Fault(name="watches-silent", strike=_answers(silent=1), heal=_calm, hold=4.0),
+    Fault(name="watches-silent", strike=_answers(silent=1), heal=_calm_if_withheld, hold=4.0),
+    Fault(
+        name="watches-deaf",
+        strike=_deafen,
+        heal=_must_be_noticed,
+        hold=DEAF_SECONDS,
+        over=_is_noticed,
+        only=frozenset({_AT_REST}),
+        sure=_AT_REST,
+        slow=True,
+    ),
     Fault(name="deleted", strike=_delete()),
-    Fault(name="deleted-by-force", strike=_delete("--force", "--grace-period=0")),
+    Fault(name="deleted-by-force", strike=_tear_away),
+    Fault(name="finalizer-stripped", strike=_strip_finalizer),
+    Fault(
+        name="content-deleted",
+        strike=_delete_content,
+        heal=_delete_what_lost_its_content,
+        only=TAKING | _HELD,
+        sure=(Step.SETTLE, At.AFTER),
+    ),
     Fault(name="namespace-deleted", strike=_delete_namespace, heal=_make_namespace),
     Fault(name="more-snapshots-of-the-vm", strike=_another_snapshot),
     Fault(name="two-snapshots-and-a-deletion-at-once", prepare=_take_one_before, strike=_two_snapshots_and_a_deletion),
@@ -204,9 +317,9 @@ FAULTS = (
     Fault(name="restore-deleted", strike=_delete_restore(), only=THERE, sure=(Step.REVERT_DRIVER, At.BEFORE)),
     Fault(
         name="restore-deleted-by-force",
-        strike=_delete_restore("--force", "--grace-period=0"),
-        only=THERE,
-        sure=(Step.CLONE_DRIVER, At.BEFORE),
+        strike=_tear_restore_away,
+        only=_BEFORE_THE_GATE,
+        sure=(Step.TAKE_SAFETY, At.BEFORE),
     ),
     Fault(name="restore-status-forged", strike=_forge_restore, only=THERE, sure=(Step.REVERT_DRIVER, At.BEFORE)),
     Fault(name="another-restore-of-the-vm", strike=_another_restore, only=RESTORING, sure=(Step.CLAIM, At.AFTER)),

@@ -42,6 +42,9 @@ Place = tuple[Step, At]
 HASTY_SECONDS = 5.0
 """A budget (`maxFrozenSeconds`) that many faults outlast."""
 
+BUDGET_SECONDS = 30.0
+"""The budget of a VMSnapshot that does not say any."""
+
 
 @dataclass(slots=True)
 class Scene:
@@ -51,10 +54,12 @@ class Scene:
     snapshot that they use holds, if that was read. `others` are further VMSnapshots of the same VM, `beside` those of other VMs; all of
     them are judged, too. `redefined`: somebody else defined the VM, as it was by `definition`: our marks may be gone from it.
 
+    `torn`: an object was deleted and its finalizers were taken away: what it leaves is found a while later.
+
     `late`: the step comes only when the snapshot has long been at rest. `started`: somebody has had the new VM run.
 
     `step` and `detail` are where the operator was met, `before` how often it had been at each step when the trap was set.
-    `hasty`: the budget is one that the fault outlasts; None: by chance. `method`: how the VM is to be held; empty: as is best. `findings` is what a fault itself saw that must not be;
+    `hasty`: the budget is one that the fault outlasts; None: by chance. `budget`: the longest of all that hold its guest. `method`: how the VM is to be held; empty: as is best. `findings` is what a fault itself saw that must not be;
     `planted` what it has to take away again.
     """
 
@@ -69,12 +74,14 @@ class Scene:
     name: str = ""
     uid: str = ""
     deleted: bool = False
+    torn: bool = False
     forged: bool = False
     late: bool = False
     started: bool = False
     redefined: bool = False
     definition: str = ""
     hasty: bool | None = None
+    budget: float = BUDGET_SECONDS
     method: str = ""
     restores: list[str] = field(default_factory=list)
     new_vms: dict[str, str] = field(default_factory=dict)
@@ -96,6 +103,11 @@ class Scene:
 
 def nothing(_: Scene) -> None:
     """Do nothing."""
+
+
+def unhurried(scene: Scene) -> None:
+    """Ask for a budget that is not over while it is waited for a thaw that comes sooner."""
+    scene.hasty = False
 
 
 def never(_: Scene) -> bool:

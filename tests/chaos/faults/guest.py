@@ -25,6 +25,7 @@ from tests.chaos.faults.base import (
     kill,
     send,
     start,
+    unhurried,
 )
 from tests.chaos.seen import Finding
 from tests.lab import LabError
@@ -35,6 +36,8 @@ from vmsnapshot_operator.core.steps import Step
 
 LATE_SECONDS = 7.0
 """Longer than the operator waits for any answer of an agent but the one to its freeze: the answer comes when nobody waits for it."""
+SAVED_SECONDS = 10.0
+"""So long a VM that was saved while it was frozen may be frozen when it comes back: the guardian sees its journal, and frees it at once."""
 _INACTIVE = libvirt.VIR_DOMAIN_XML_INACTIVE | libvirt.VIR_DOMAIN_XML_SECURE
 
 
@@ -140,6 +143,25 @@ def _up(scene: Scene) -> None:
 def _suspend(scene: Scene) -> None:
     with contextlib.suppress(libvirt.libvirtError):
         scene.guest.domain().suspend()
+
+
+def _save(scene: Scene) -> None:
+    """A host shuts down as many do: it saves its VMs, with the memory of a guest that is frozen."""
+    if scene.guest.freeze_status() != "frozen":
+        raise NoEffectError("the guest is not frozen")
+    scene.guest.domain().managedSave()
+
+
+def _start_with_its_memory(scene: Scene) -> None:
+    """The host is up again and starts it: its memory comes back as it was, frozen."""
+    domain = scene.guest.domain()
+    if not domain.hasManagedSaveImage():
+        return
+    domain.create()
+    try:
+        until("the guest is thawed", lambda: scene.guest.freeze_status() == "thawed", SAVED_SECONDS)
+    except LabError as error:
+        scene.findings.append(Finding("frozen", f"guest {scene.guest.name}", f"it was saved while frozen: {error}"))
 
 
 def _resume(scene: Scene) -> None:
@@ -328,6 +350,14 @@ FAULTS = (
     Fault(name="guest-destroyed", strike=_while_it_runs(_destroy), heal=_up, hold=1.0),
     Fault(name="guest-paused", strike=_while_it_runs(_suspend), heal=_resume, hold=3.0),
     Fault(name="guest-paused-and-resumed", strike=_while_it_runs(_suspend_and_resume), heal=_resume),
+    Fault(
+        name="guest-saved",
+        prepare=unhurried,
+        strike=_while_it_runs(_save),
+        heal=_start_with_its_memory,
+        hold=3.0,
+        only=FROZEN | {(Step.WINDOW_SWITCH, At.BEFORE), (Step.WINDOW_BEGIN, At.BEFORE)},
+    ),
     Fault(name="guest-redefined", prepare=_note_definition, strike=_redefine),
     Fault(name="guest-started", strike=_start_meanwhile, only=OFF, sure=(Step.REVERT_DRIVER, At.BEFORE)),
     Fault(

@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import Callable
 
-from tests.chaos.faults.base import At, Fault, Scene, at, nothing, send
+from tests.chaos.faults.base import FROZEN, At, Fault, NoEffectError, Scene, at, nothing, send, unhurried
 from tests.chaos.faults.storage import workers
 from tests.chaos.seen import Finding
 from tests.lab import LabError
@@ -17,6 +17,10 @@ from vmsnapshot_operator.core.steps import Step
 
 STOPPED_SECONDS = 20.0
 """Longer than a hasty window's budget, its freeze and its thaw may take: an operator that was stopped for so long finds all of them over."""
+TAKE_OVER_SECONDS = 40.0
+"""So long the start of another instance and its taking the lease over may last: 15 s are promised of one that runs already."""
+FREED_SECONDS = 10.0
+"""So long a guest may stay frozen after its operator died: a guardian promises 2 s. The budget is longer, so that it is freed for the death alone."""
 _HELD = at(
     [
         Step.TAKE_WINDOW,
@@ -33,6 +37,22 @@ _HELD = at(
 
 def _kill_operator(scene: Scene) -> None:
     scene.stack.programs["operator"].kill()
+
+
+def _kill_operator_that_holds(scene: Scene) -> None:
+    if scene.guest.freeze_status() != "frozen":
+        raise NoEffectError("the guest is not frozen")
+    _kill_operator(scene)
+
+
+def _start_operator_when_free(scene: Scene) -> None:
+    """The guardian frees the guest, as nobody else is there to."""
+    try:
+        until("the guest is thawed", lambda: scene.guest.freeze_status() == "thawed", FREED_SECONDS)
+    except LabError as error:
+        text = f"its operator died, and a guardian runs: {error}"
+        scene.findings.append(Finding("frozen", f"guest {scene.guest.name}", text))
+    _start_operator(scene)
 
 
 def _kill_group(scene: Scene) -> None:
@@ -72,7 +92,7 @@ def _stop_until_another_took_over(scene: Scene) -> None:
 def _go_on_beside_another(scene: Scene) -> None:
     end = time.monotonic() + STOPPED_SECONDS
     try:
-        until("another instance took over", lambda: _leader(scene) == "standby", 60)
+        until("another instance took over", lambda: _leader(scene) == "standby", TAKE_OVER_SECONDS)
     except LabError as error:
         scene.findings.append(Finding("stuck", "the lease", str(error)))
     time.sleep(max(0.0, end - time.monotonic()))
@@ -108,11 +128,32 @@ def _pause(scene: Scene) -> None:
     scene.method = "Pause"
 
 
+def _stop_libvirtd_at_its_order(call: str) -> Callable[[Scene], None]:
+    """Not before the operator is about to send this very order: what it asks before would hang instead, and the order never be sent."""
+
+    def strike(scene: Scene) -> None:
+        scene.injector.calls[call] = lambda: send("libvirtd", signal.SIGSTOP)(scene)
+
+    return strike
+
+
+def _is_sent(scene: Scene) -> bool:
+    """The order has come to libvirtd's socket: it is told of right before."""
+    if scene.injector.calls:
+        return False
+    time.sleep(0.5)
+    return True
+
+
 def _kill_operator_while_its_order_waits(scene: Scene) -> None:
-    """libvirtd has its order to hold the VM in a socket, and carries it out when nobody waits for it any more."""
+    """libvirtd has its order in a socket, and carries it out when nobody waits for it any more."""
+    sent = not scene.injector.calls
+    scene.injector.calls.clear()
     _kill_operator(scene)
     send("libvirtd", signal.SIGCONT)(scene)
     _start_operator(scene)
+    if not sent:
+        raise NoEffectError("the order was not given")
 
 
 def _kill_both(scene: Scene) -> None:
@@ -142,6 +183,18 @@ def _continue_guardian(scene: Scene) -> None:
     scene.stack.programs["guardian"].kill(signal.SIGCONT)
 
 
+_LATE: tuple[tuple[str, str, tuple[Step, ...], Callable[[Scene], None]], ...] = (
+    ("freeze", "fsFreeze", (Step.WINDOW_QUIESCE,), nothing),
+    ("pause", "suspend", (Step.WINDOW_QUIESCE,), _pause),
+    ("switch", "snapshotCreateXML", (Step.WINDOW_SWITCH,), nothing),
+    ("begin-a-copy", "backupBegin", (Step.WINDOW_BEGIN,), nothing),
+    ("commit", "blockCommit", (Step.COLLAPSE_COMMIT,), nothing),
+    ("pivot", "blockJobAbort", (Step.COLLAPSE_PIVOT,), nothing),
+    ("define", "defineXML", (Step.GATE_CLOSE, Step.GATE_OPEN, Step.CLONE_DEFINE), nothing),
+    ("start", "createWithFlags", (Step.START,), nothing),
+)
+"""What libvirt is ordered to do, by which function, and at which steps."""
+
 FAULTS = (
     Fault(name="operator-killed", strike=_kill_operator, heal=_start_operator, ends_operator=True),
     Fault(name="operator-killed-with-its-group", strike=_kill_group, heal=_start_operator, ends_operator=True),
@@ -154,17 +207,27 @@ FAULTS = (
         ends_operator=True,
         only=_HELD,
     ),
+    Fault(
+        name="operator-stays-dead",
+        prepare=unhurried,
+        strike=_kill_operator_that_holds,
+        heal=_start_operator_when_free,
+        ends_operator=True,
+        only=FROZEN | {(Step.WINDOW_SWITCH, At.BEFORE), (Step.WINDOW_BEGIN, At.BEFORE)},
+    ),
     *(
         Fault(
             name=f"order-to-{what}-comes-late",
             prepare=prepare,
-            strike=send("libvirtd", signal.SIGSTOP),
+            strike=_stop_libvirtd_at_its_order(call),
             heal=_kill_operator_while_its_order_waits,
-            hold=1.0,
-            only=at([Step.WINDOW_QUIESCE], [At.BEFORE]),
-            sure=(Step.WINDOW_QUIESCE, At.BEFORE),
+            hold=10.0,
+            over=_is_sent,
+            ends_operator=True,
+            only=at(steps, [At.BEFORE]),
+            sure=(steps[0], At.BEFORE),
         )
-        for what, prepare in (("freeze", nothing), ("pause", _pause))
+        for what, call, steps, prepare in _LATE
     ),
     Fault(name="operator-ended", strike=_end_operator, heal=_start_operator),
     Fault(

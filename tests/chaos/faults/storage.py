@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePath
 from typing import Any
+
+import libvirt
 
 from tests.chaos.annex import Annex
 from tests.chaos.faults.base import DRIVERS, HASTY_SECONDS, At, Fault, NoEffectError, Scene, at, send
@@ -56,8 +60,46 @@ def _fill(scene: Scene) -> None:
         os.posix_fallocate(out.fileno(), 0, max(1, free.f_bavail * free.f_frsize - 4 * 2**20))
 
 
+def _fill_wholly(scene: Scene) -> None:
+    """Not a block is left: not even those that a guest needs to write anew what a snapshot shares with it."""
+    _fill(scene)
+    path = scene.lab.pool_path("reflink") / "filler"
+    with path.open("ab", buffering=0) as out:
+        for size in (64 << 10, 4 << 10):
+            with contextlib.suppress(OSError):
+                while out.write(bytes(size)) == size:
+                    os.fsync(out.fileno())
+    probe = path.with_name("filler-probe")
+    try:
+        with probe.open("wb", buffering=0) as out:
+            out.write(bytes(4 << 10))
+            os.fsync(out.fileno())
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+    else:
+        raise NoEffectError("the pool has room")
+    finally:
+        probe.unlink(missing_ok=True)
+    end = time.monotonic() + 3.0
+    while time.monotonic() < end and not _stands_for_room(scene):
+        time.sleep(0.1)
+
+
+def _stands_for_room(scene: Scene) -> bool:
+    """Whether QEMU has paused the VM since it could not write."""
+    return list(scene.guest.domain().state()) == [libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_IOERROR]
+
+
 def _empty(scene: Scene) -> None:
     (scene.lab.pool_path("reflink") / "filler").unlink(missing_ok=True)
+
+
+def _empty_and_resume(scene: Scene) -> None:
+    """What an administrator does: he makes room, and lets the VM go on that QEMU paused when it could not write."""
+    _empty(scene)
+    if _stands_for_room(scene):
+        scene.guest.domain().resume()
 
 
 def _lock_pool(scene: Scene) -> None:
@@ -231,6 +273,18 @@ def _image(scene: Scene, handle: str) -> Iterator[tuple[Any, str]]:
 # A moment later it is done.
 _DELETING = at([Step.ROLL_BACK, Step.ROLL_BACK_DRIVER, Step.EXPIRE], [At.BEFORE])
 _TAKEN = at([Step.WINDOW_DISARM, Step.WINDOW_CLEAR, Step.KEEP, Step.SETTLE, Step.SETTLE_DRIVER])
+_CUT = at(
+    [
+        Step.WINDOW_CUT,
+        Step.WINDOW_BEGIN,
+        Step.WINDOW_FREE,
+        Step.KEEP,
+        Step.AMEND,
+        Step.SETTLE_JOB,
+        Step.SETTLE_CHECKPOINT,
+    ]
+) | (_TAKEN | _DELETING)
+"""From the cut on, where the VM writes to its own disks: before, a pool that is full is refused in time (`pool-full`)."""
 _BEFORE_CUT = (Step.WINDOW_QUIESCE, At.AFTER)
 
 FAULTS = (
@@ -247,6 +301,14 @@ FAULTS = (
         hold=8.0,
     ),
     Fault(name="pool-full", strike=_fill, heal=_empty, hold=3.0),
+    Fault(
+        name="pool-wholly-full",
+        strike=_fill_wholly,
+        heal=_empty_and_resume,
+        hold=5.0,
+        only=_CUT,
+        sure=(Step.SETTLE_DRIVER, At.BEFORE),
+    ),
     Fault(name="pool-refuses", strike=_lock_pool, heal=_unlock_pool, hold=3.0, sure=_BEFORE_CUT),
     Fault(name="ceph-fences-its-driver", strike=_fence_driver, heal=_readmit_driver, hold=3.0, sure=_BEFORE_CUT),
     Fault(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
 from tests.chaos import cases, runner
 from tests.chaos.annex import Annex
-from tests.chaos.faults import FAULTS, At, Fault, NoEffectError, Scene
+from tests.chaos.faults import FAULTS, At, Fault, NoEffectError, Scene, guest, operator
 from tests.chaos.faults.base import FROZEN, TAKING, WINDOW, at
 from tests.chaos.faults.neighbours import is_over
 from tests.chaos.injector import Trap
@@ -44,8 +45,25 @@ NAMED = {
     "restore-deleted",
     "another-restore-of-the-vm",
     "removal-of-clones-fails-twice",
+    "operator-stays-dead",
+    "guest-saved",
+    "pool-wholly-full",
+    "finalizer-stripped",
+    "content-deleted",
+    "deleted-by-force",
+    "watches-deaf",
+    *(
+        f"order-to-{what}-comes-late"
+        for what in ("freeze", "switch", "begin-a-copy", "commit", "pivot", "define", "start")
+    ),
 }
 SCENE = cast("Scene", object())
+PARTS = ("lab", "stack", "proxy", "injector", "annex", "guest", "random")
+
+
+def a_scene(**given: Any) -> Scene:
+    """A scene with none of the parts but those that are given."""
+    return Scene(**{part: cast("Any", None) for part in PARTS} | given)
 
 
 def test_every_fault_has_a_name_of_its_own() -> None:
@@ -114,6 +132,45 @@ def test_a_fault_that_did_nothing_is_healed_and_told(error: Exception) -> None:
     with pytest.raises(type(error)):
         runner.hurt(struck.fault, SCENE, struck.trap)
     assert struck.called == ["strike", "heal"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "permitted"),
+    [
+        ({}, 30 + 3 + 2 + 12),
+        ({"budget": 5.0}, 5 + 3 + 2 + 12),
+        ({"budget": 5.0, "others": ["x"]}, 30 + 3 + 2 + 12),
+    ],
+)
+def test_how_long_a_guest_may_stand_still(changed: dict[str, Any], permitted: float) -> None:
+    scene = a_scene(**changed)
+    fault = Fault(name="it", strike=lambda _: None, hold=3.0)
+    assert runner._permitted(fault, scene, 2.0) == permitted
+    assert not list(runner.frozen_too_long("demo", round(permitted * 1000), permitted))
+    (found,) = runner.frozen_too_long("demo", round(permitted * 1000) + 1, permitted)
+    assert (found.kind, found.subject) == ("frozen", "guest demo")
+
+
+@pytest.mark.parametrize("status", ["frozen", "thawed"])
+@pytest.mark.parametrize("fault", ["operator-stays-dead", "guest-saved"])
+def test_a_guest_that_nobody_frees_is_told(fault: str, status: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Held:
+        name = "demo"
+
+        def freeze_status(self) -> str:
+            return status
+
+        def domain(self) -> Any:
+            return SimpleNamespace(hasManagedSaveImage=lambda: True, create=lambda: None)
+
+    started: list[Scene] = []
+    monkeypatch.setattr(operator, "FREED_SECONDS", 0.05)
+    monkeypatch.setattr(operator, "_start_operator", started.append)
+    monkeypatch.setattr(guest, "SAVED_SECONDS", 0.05)
+    scene = a_scene(guest=Held())
+    next(f for f in FAULTS if f.name == fault).heal(scene)
+    assert [f.kind for f in scene.findings] == ([] if status == "thawed" else ["frozen"])
+    assert started == ([scene] if fault == "operator-stays-dead" else []), "only after it was waited for"
 
 
 class FakeStack:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import socket
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.chaos import observed
 from tests.chaos.apiproxy import Trouble
+from tests.chaos.faults.operator import _LATE
 from tests.chaos.injector import Injector
 from vmsnapshot_operator.core.steps import Moment, Step
 
@@ -43,6 +46,43 @@ def test_only_the_class_that_is_meant_is_held_and_its_answer_lost(tmp_path: Path
         say(injector.path, Step.KEEP, obeyed=1, pid=2)
         assert injector.obeyed == 2, "one that was started anew counts from its start"
         assert injector.reached[Step.WINDOW_CUT, Moment.BEFORE] == 3
+
+
+def test_how_long_the_operator_was_kept_anywhere(tmp_path: Path) -> None:
+    with Injector(tmp_path / "s") as injector:
+        with injector.trap(Step.KEEP, Moment.BEFORE) as trap:
+            held = threading.Thread(target=say, args=(injector.path, Step.KEEP))
+            held.start()
+            assert trap.wait(30)
+            time.sleep(0.2)
+            trap.go()
+            held.join(30)
+            time.sleep(0.3)
+        assert 0.2 <= injector.stood < 0.5
+        with injector.trap(Step.KEEP, Moment.BEFORE):
+            pass
+        assert injector.stood < 0.5, "nobody came there"
+
+
+def test_something_is_done_right_before_an_order_is_sent(tmp_path: Path) -> None:
+    done: list[str] = []
+    with Injector(tmp_path / "s") as injector:
+        freeze = observed._told(str(injector.path), "fsFreeze", lambda: done.append("sent"))
+        freeze()
+        injector.calls["fsFreeze"] = lambda: done.append("stopped")
+        freeze()
+        freeze()
+        assert done == ["sent", "stopped", "sent", "sent"]
+        assert not injector.calls
+        assert not injector.reached
+    freeze()
+    assert done[-1] == "sent", "with nobody at the other end it goes on"
+
+
+def test_every_order_is_a_function_of_libvirt() -> None:
+    for owner, name in observed._ORDERS:
+        assert callable(getattr(owner, name))
+    assert {call for _, call, _, _ in _LATE} <= {name for _, name in observed._ORDERS}
 
 
 WORK, LEASE, EVENT = "/apis/vmsnapshot.io/v1alpha1/x", "/apis/coordination.k8s.io/v1/leases/y", "/api/v1/events"

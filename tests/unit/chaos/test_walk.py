@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tests.chaos import cases, results, table
+from tests.chaos import cases, fleet, results, table
 from tests.chaos.cases import Way
 from tests.chaos.faults import FAULTS
 from tests.chaos.judge import Finding
@@ -58,6 +58,27 @@ def test_what_is_written_of_a_run_and_added_up(tmp_path: Path) -> None:
     text = table.markdown(list(table.lines([tmp_path / "one", tmp_path / "two"])))
     assert "| deleted | 6 | 0 | 2 | 0 | 0 | 0 | 1.0 s | 2.0 s | 2.0 s |" in text
     assert "Seeds: 5, 6." in text
+    assert f"Pairs of fault and moment met: 1 of {len(cases.every())}." in text
+
+
+def test_a_pair_counts_once_and_only_if_it_was_met() -> None:
+    first, second = cases.every()[:2]
+    lines = [
+        {"case": first.name, "reached": True},
+        {"case": first.name, "reached": True},
+        {"case": second.name, "reached": False},
+        {"case": "deleted@fleet", "reached": True},
+    ]
+    assert table.coverage(lines).endswith(f" 1 of {len(cases.every())}.")
+
+
+def test_what_is_done_to_one_of_a_fleet_depends_on_its_number_alone() -> None:
+    chosen = [fleet.choose(7, n) for n in range(200)]
+    again = [fleet.choose(7, n) for n in reversed(range(200))]
+    assert [(c.fault, c.pause, c.pair) for c in chosen] == [(c.fault, c.pause, c.pair) for c in reversed(again)]
+    assert len({c.fault for c in chosen}) > 15
+    assert {c.fault for c in chosen} <= {f.name for f in FAULTS}
+    assert fleet.replay(85, 7) == "make chaos SEED=7 N=0 FLEET=40 FLEET_FIRST=80"
 
 
 def test_one_injection_is_its_own_median() -> None:
