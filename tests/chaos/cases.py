@@ -140,9 +140,14 @@ LEFT_OUT: tuple[tuple[Callable[[Fault], bool], frozenset[Place], str], ...] = (
         "the VM has just been freed after a death of the operator: the way there is that very fault",
     ),
     (
-        lambda f: f.name == "deleted",
-        at(s for s, way in WAYS.items() if way in (Way.DELETE, Way.DELETE_EARLY)),
-        "it is deleted already: to do so again changes nothing",
+        lambda f: f.name in ("deleted", "finalizer-stripped"),
+        at(s for s, way in WAYS.items() if way in (Way.DELETE, Way.DELETE_EARLY, Way.DELETE_BACKUP)),
+        "it is deleted already: to do so again changes nothing, and without its finalizer it is `deleted-by-force`",
+    ),
+    (
+        lambda f: f.name == "finalizer-stripped",
+        at([Step.ADOPT], [At.BEFORE, At.DURING]),
+        "it bears none yet: there is nothing to take away",
     ),
     (
         lambda f: f.name.startswith("agent-"),

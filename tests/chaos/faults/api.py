@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from tests.chaos.apiproxy import Trouble
 from tests.chaos.faults.base import RESTORING, TAKING, At, Fault, NoEffectError, Scene, at, kill, start
 from tests.chaos.faults.neighbours import is_over
+from tests.chaos.rules import is_true
 from tests.chaos.seen import Finding
 from tests.lab import LabError
 from tests.stack import until
@@ -144,13 +145,24 @@ def _delete_content(scene: Scene) -> None:
 
 
 def _delete_what_lost_its_content(scene: Scene) -> None:
-    """One that lost its content rightly keeps what storage has of it until it is deleted: by its user, when it has come to its end."""
+    """One that lost its content rightly keeps what storage has of it until it is deleted: by its user, when it has come to its end. One
+    that was taken anew is for the judge to read.
+    """
+
+    def ready() -> bool:
+        return is_true(scene.stack.get(scene.name, scene.namespace) or {}, "Ready")
+
+    def ended() -> bool:
+        there = scene.stack.content(scene.name, scene.namespace) is not None
+        return is_over(scene.stack, scene.name) and (there or not ready())
+
     try:
-        until(f"{scene.name} has ended", lambda: is_over(scene.stack, scene.name), 240)
+        until(f"{scene.name} has ended", ended, 240)
     except LabError as error:
         scene.findings.append(Finding("stuck", scene.name, f"its content was deleted: {error}"))
-    scene.deleted = True
-    scene.stack.delete(scene.name, namespace=scene.namespace, wait=False)
+    if not ready() and scene.stack.get(scene.name, scene.namespace) is not None:
+        scene.deleted = True
+        scene.stack.delete(scene.name, namespace=scene.namespace, wait=False)
 
 
 _SNAPSHOTS, _RESTORES = "vmsnapshots.vmsnapshot.io", "vmrestores.vmsnapshot.io"
