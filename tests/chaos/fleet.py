@@ -23,9 +23,9 @@ from tests.chaos.faults.neighbours import is_over
 from tests.chaos.judge import Finding
 from tests.chaos.results import Result
 from tests.chaos.runner import (
+    PATIENT_SECONDS,
     REST_SECONDS,
     THAW_SECONDS,
-    TORN_SECONDS,
     Suite,
     forget_freezes,
     frozen_too_long,
@@ -240,7 +240,7 @@ def _look(suite: Suite, guests: list[Guest], turns: list[_Turn]) -> list[Finding
             judged = [threads.submit(judge.judge_snapshot, suite.lab, suite.stack, name, TENANT) for _, name in left]
             for (turn, _), each in zip(left, judged, strict=True):
                 turn.findings += each.result()
-        patience = TORN_SECONDS if any(turn.scene.torn for turn in turns) else REST_SECONDS
+        patience = PATIENT_SECONDS if any(turn.scene.patient for turn in turns) else REST_SECONDS
         world += judge.settled(suite.lab, suite.stack, guests, patience)
         for _, name in left:
             suite.stack.delete(name, namespace=TENANT, wait=False)

@@ -38,9 +38,9 @@ MADE = "c"
 HEAL_SECONDS = 3.0
 THAW_SECONDS = 12.0
 """So long it may take at most until a guest is thawed whose budget is over, or whose fault was mended: a try that gets no answer, and another."""
-REST_SECONDS, TORN_SECONDS = 30.0, 150.0
-"""So long the world may need to come to rest; what somebody tore away is waited for before what it left is taken away: half a minute,
-and where that does not succeed at first a minute more."""
+REST_SECONDS, PATIENT_SECONDS = 30.0, 150.0
+"""So long the world may need to come to rest, and where nobody is told of what is left: the operator looks each half minute, lets half a
+minute pass before it takes away what nobody accounts for, and tries a minute later what does not succeed."""
 END_SECONDS = 240.0
 SHORT_SECONDS = 2.0
 """So long after the mending everything may need to come to its end; after that it is stuck."""
@@ -180,7 +180,7 @@ class Suite:
             findings += restored.judge(scene)
             for guest in guests:
                 findings += booted(scene, guest)
-            patience = TORN_SECONDS if scene.torn else REST_SECONDS
+            patience = PATIENT_SECONDS if scene.patient else REST_SECONDS
             names = [n for n in (scene.name, *scene.others, *scene.beside) if self.stack.get(n, TENANT) is not None]
             now = scene.guest.records()
             with ThreadPoolExecutor(2) as threads:  # they only look

@@ -111,14 +111,14 @@ def _tear_away(scene: Scene) -> None:
     """What people do to get rid of an object: `--force` alone takes no finalizer away, and so they take that away, too."""
     if scene.stack.get(scene.name, scene.namespace) is None:
         raise NoEffectError("it is gone already")
-    scene.deleted = scene.torn = True
+    scene.deleted = scene.patient = True
     _kubectl_delete(scene, _SNAPSHOTS, scene.name, "--force", "--grace-period=0")
     _strip(scene, _SNAPSHOTS, scene.name)
 
 
 def _tear_restore_away(scene: Scene) -> None:
     _delete_restore("--force", "--grace-period=0")(scene)
-    scene.torn = True
+    scene.patient = True
     _strip(scene, _RESTORES, scene.restores[0])
 
 

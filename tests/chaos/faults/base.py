@@ -54,7 +54,7 @@ class Scene:
     snapshot that they use holds, if that was read. `others` are further VMSnapshots of the same VM, `beside` those of other VMs; all of
     them are judged, too. `redefined`: somebody else defined the VM, as it was by `definition`: our marks may be gone from it.
 
-    `torn`: an object was deleted and its finalizers were taken away: what it leaves is found a while later.
+    `patient`: nobody is told of what is left, so it is found by one of the looks that the operator takes by itself.
 
     `late`: the step comes only when the snapshot has long been at rest. `started`: somebody has had the new VM run.
 
@@ -74,7 +74,7 @@ class Scene:
     name: str = ""
     uid: str = ""
     deleted: bool = False
-    torn: bool = False
+    patient: bool = False
     forged: bool = False
     late: bool = False
     started: bool = False

@@ -149,6 +149,7 @@ def _save(scene: Scene) -> None:
     """A host shuts down as many do: it saves its VMs, with the memory of a guest that is frozen."""
     if scene.guest.freeze_status() != "frozen":
         raise NoEffectError("the guest is not frozen")
+    scene.patient = True  # a sweep frees it, and the next one sees that nobody accounts for its overlays
     scene.guest.domain().managedSave()
 
 
