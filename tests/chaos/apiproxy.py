@@ -8,6 +8,7 @@ leadership, unless everything is meant.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import ssl
 import threading
@@ -105,7 +106,8 @@ class ApiProxy:
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
-        self._loop.run_until_complete(self._serve())
+        with contextlib.closing(self._loop):
+            self._loop.run_until_complete(self._serve())
 
     async def _serve(self) -> None:
         self._end = asyncio.Event()
@@ -114,7 +116,11 @@ class ApiProxy:
         timeout = aiohttp.ClientTimeout(total=None)
         async with aiohttp.ClientSession(connector=connector, timeout=timeout, auto_decompress=False) as client:
             application = web.Application(client_max_size=16 * 2**20)
-            application.router.add_route("*", "/{path:.*}", lambda request: self._answer(request, client))
+
+            async def answer(request: web.Request) -> web.StreamResponse:
+                return await self._answer(request, client)
+
+            application.router.add_route("*", "/{path:.*}", answer)
             runner = web.AppRunner(application, access_log=None, shutdown_timeout=1, handler_cancellation=True)
             await runner.setup()
             site = web.TCPSite(runner, "127.0.0.1", 0)
