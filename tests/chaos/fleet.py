@@ -89,11 +89,12 @@ def run(suite: Suite, number: int, tell: Callable[[Result], None], first: int = 
     `first`: leave out so many of this seed's, as an earlier run has numbered them. What is done to each depends on the seed and its
     number alone; how it meets the others is a matter of time, which is not repeated.
     """
-    with _guests(suite.lab, min(GUESTS, number)) as guests:
+    # What a thread has started ends with it (`tests.lab.supervisor.die_with_parent`): the operator that a fault's mending started, too.
+    with _guests(suite.lab, min(GUESTS, number)) as guests, ThreadPoolExecutor(AT_ONCE) as threads:
         tried = met = 0
         while met < number and tried < TRIES * number:
             size = min(BATCH, number - met)
-            for result in _batch(suite, guests, first + tried, size):
+            for result in _batch(suite, guests, threads, first + tried, size):
                 suite.results.append(result)
                 met += result.reached
                 tell(result)
@@ -154,7 +155,7 @@ class _Turn:
     findings: list[Finding] = field(default_factory=list)
 
 
-def _batch(suite: Suite, guests: list[Guest], first: int, size: int) -> list[Result]:
+def _batch(suite: Suite, guests: list[Guest], threads: ThreadPoolExecutor, first: int, size: int) -> list[Result]:
     faults = {f.name: f for f in FAULTS}
     chosen = {n: choose(suite.seed, n) for n in range(first, first + size)}
     turns = [
@@ -167,10 +168,9 @@ def _batch(suite: Suite, guests: list[Guest], first: int, size: int) -> list[Res
         for n, choice in chosen.items()
     ]
     alone = threading.Lock()
-    with ThreadPoolExecutor(AT_ONCE) as threads:
-        list(threads.map(forget_freezes, guests))
-        list(threads.map(lambda turn: _take(suite, turn, alone), turns))
-        longest = dict(zip([g.name for g in guests], threads.map(longest_freeze, guests), strict=True))
+    list(threads.map(forget_freezes, guests))
+    list(threads.map(lambda turn: _take(suite, turn, alone), turns))
+    longest = dict(zip([g.name for g in guests], threads.map(longest_freeze, guests), strict=True))
     world = _look(suite, guests, turns)
     for name, milliseconds in longest.items():
         world += frozen_too_long(name, milliseconds, BUDGET_SECONDS + STRUCK_SECONDS + THAW_SECONDS)

@@ -11,7 +11,7 @@ import pytest
 from tests.chaos.faults import FAULTS
 from tests.stack import ROOT, Stack
 
-GUARD_SECONDS = 2700
+GUARD_SECONDS = 3300
 
 
 @pytest.mark.timeout(2 * GUARD_SECONDS)

@@ -6,7 +6,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from tests.chaos.faults.base import FROZEN, At, Fault, NoEffectError, Scene, at, nothing, send, unhurried
 from tests.chaos.faults.storage import workers
@@ -128,11 +128,12 @@ def _pause(scene: Scene) -> None:
     scene.method = "Pause"
 
 
-def _stop_libvirtd_at_its_order(call: str) -> Callable[[Scene], None]:
+def _stop_libvirtd_at_its_order(call: Mapping[Step, str]) -> Callable[[Scene], None]:
     """Not before the operator is about to send this very order: what it asks before would hang instead, and the order never be sent."""
 
     def strike(scene: Scene) -> None:
-        scene.injector.calls[call] = lambda: send("libvirtd", signal.SIGSTOP)(scene)
+        assert scene.step is not None, "struck at a step"
+        scene.injector.calls[call[scene.step]] = lambda: send("libvirtd", signal.SIGSTOP)(scene)
 
     return strike
 
@@ -183,17 +184,24 @@ def _continue_guardian(scene: Scene) -> None:
     scene.stack.programs["guardian"].kill(signal.SIGCONT)
 
 
-_LATE: tuple[tuple[str, str, tuple[Step, ...], Callable[[Scene], None]], ...] = (
-    ("freeze", "fsFreeze", (Step.WINDOW_QUIESCE,), nothing),
-    ("pause", "suspend", (Step.WINDOW_QUIESCE,), _pause),
-    ("switch", "snapshotCreateXML", (Step.WINDOW_SWITCH,), nothing),
-    ("begin-a-copy", "backupBegin", (Step.WINDOW_BEGIN,), nothing),
-    ("commit", "blockCommit", (Step.COLLAPSE_COMMIT,), nothing),
-    ("pivot", "blockJobAbort", (Step.COLLAPSE_PIVOT,), nothing),
-    ("define", "defineXML", (Step.GATE_CLOSE, Step.GATE_OPEN, Step.CLONE_DEFINE), nothing),
-    ("start", "createWithFlags", (Step.START,), nothing),
+LATE: tuple[tuple[str, Callable[[Scene], None], Mapping[Step, str]], ...] = (
+    ("freeze", nothing, {Step.WINDOW_QUIESCE: "fsFreeze"}),
+    ("pause", _pause, {Step.WINDOW_QUIESCE: "suspend"}),
+    ("switch", nothing, {Step.WINDOW_SWITCH: "snapshotCreateXML"}),
+    ("begin-a-copy", nothing, {Step.WINDOW_BEGIN: "backupBegin"}),
+    ("commit", nothing, {Step.COLLAPSE_COMMIT: "blockCommit", Step.COLLAPSE_PIVOT: "blockJobAbort"}),
+    (
+        "define",
+        nothing,
+        {
+            Step.GATE_CLOSE: "defineXML",
+            Step.GATE_OPEN: "defineXML",
+            Step.CLONE_DEFINE: "defineXML",
+            Step.START: "createWithFlags",
+        },
+    ),
 )
-"""What libvirt is ordered to do, by which function, and at which steps."""
+"""What libvirt is ordered to do, at which steps, and by which function there."""
 
 FAULTS = (
     Fault(name="operator-killed", strike=_kill_operator, heal=_start_operator, ends_operator=True),
@@ -224,10 +232,10 @@ FAULTS = (
             hold=10.0,
             over=_is_sent,
             ends_operator=True,
-            only=at(steps, [At.BEFORE]),
-            sure=(steps[0], At.BEFORE),
+            only=at(call, [At.BEFORE]),
+            sure=(next(iter(call)), At.BEFORE),
         )
-        for what, call, steps, prepare in _LATE
+        for what, prepare, call in LATE
     ),
     Fault(name="operator-ended", strike=_end_operator, heal=_start_operator),
     Fault(

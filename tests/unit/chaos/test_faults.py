@@ -52,10 +52,7 @@ NAMED = {
     "content-deleted",
     "deleted-by-force",
     "watches-deaf",
-    *(
-        f"order-to-{what}-comes-late"
-        for what in ("freeze", "switch", "begin-a-copy", "commit", "pivot", "define", "start")
-    ),
+    *(f"order-to-{what}-comes-late" for what in ("freeze", "switch", "begin-a-copy", "commit", "define")),
 }
 SCENE = cast("Scene", object())
 PARTS = ("lab", "stack", "proxy", "injector", "annex", "guest", "random")

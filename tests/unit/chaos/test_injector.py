@@ -13,7 +13,7 @@ import pytest
 
 from tests.chaos import observed
 from tests.chaos.apiproxy import Trouble
-from tests.chaos.faults.operator import _LATE
+from tests.chaos.faults.operator import LATE
 from tests.chaos.injector import Injector
 from vmsnapshot_operator.core.steps import Moment, Step
 
@@ -82,7 +82,7 @@ def test_something_is_done_right_before_an_order_is_sent(tmp_path: Path) -> None
 def test_every_order_is_a_function_of_libvirt() -> None:
     for owner, name in observed._ORDERS:
         assert callable(getattr(owner, name))
-    assert {call for _, call, _, _ in _LATE} <= {name for _, name in observed._ORDERS}
+    assert {name for _, _, call in LATE for name in call.values()} <= {name for _, name in observed._ORDERS}
 
 
 WORK, LEASE, EVENT = "/apis/vmsnapshot.io/v1alpha1/x", "/apis/coordination.k8s.io/v1/leases/y", "/api/v1/events"
