@@ -54,13 +54,15 @@ NAMED = {
     "watches-deaf",
     *(f"order-to-{what}-comes-late" for what in ("freeze", "switch", "begin-a-copy", "commit", "define")),
 }
-SCENE = cast("Scene", object())
 PARTS = ("lab", "stack", "proxy", "injector", "annex", "guest", "random")
 
 
 def a_scene(**given: Any) -> Scene:
     """A scene with none of the parts but those that are given."""
     return Scene(**{part: cast("Any", None) for part in PARTS} | given)
+
+
+SCENE = a_scene()
 
 
 def test_every_fault_has_a_name_of_its_own() -> None:
