@@ -23,8 +23,8 @@ AGENT_SECONDS = 10
 WRITES_SECONDS = 10.0
 """So long every disk of a free guest with a writer gets to be written to; the slowest writer makes a round in a quarter of a second."""
 _OURS = "vmsnapshot.io"
-_STAYS = "{https://vmsnapshot.io/restored/1}restored"
-"""Tells that a restore was done, so that nobody does it again: it belongs to the VM from then on."""
+_STAY = ("{https://vmsnapshot.io/restored/1}", "{https://vmsnapshot.io/went-back/1}")
+"""Tell that a restore was done, so that nobody does it again, or that it went back: they belong to the VM from then on."""
 _STATES = {
     libvirt.VIR_DOMAIN_RUNNING: "running",
     libvirt.VIR_DOMAIN_BLOCKED: "running",
@@ -64,7 +64,10 @@ def _domain(domain: Any) -> Domain | None:
             state=state,
             disks=tuple(d for place, root in roots.items() for d in _disks(place, root)),
             journals=tuple(
-                p for p, root in roots.items() for e in root.findall("metadata/*") if _OURS in e.tag and e.tag != _STAYS
+                p
+                for p, root in roots.items()
+                for e in root.findall("metadata/*")
+                if _OURS in e.tag and not e.tag.startswith(_STAY)
             ),
             snapshots=tuple(str(s.getName()) for s in domain.listAllSnapshots()),
             opened=_opened(domain) if alive else (),
