@@ -17,7 +17,8 @@ WRITER_MICROSECONDS = 50_000
 """Pause of the writer between two rounds: an emulated guest that writes faster takes much of a processor from all others."""
 
 _QBOOT = "<loader readonly='yes' type='rom'>/usr/share/qemu/qboot.rom</loader>"
-"""Starts the kernel at once. libvirt's default, SeaBIOS, at times runs into nowhere when it is emulated on a busy machine."""
+"""Starts the kernel at once. libvirt's default, SeaBIOS, at times runs into nowhere when it is emulated on a busy machine.
+It does not know generation ids (`<genid>`): who needs one gives a `firmware` of his own."""
 
 _FIELDS = ("console=ttyS0", "quiet", "panic=-1", "mitigations=off", "nokaslr", "no_timer_check")
 
