@@ -1,11 +1,10 @@
 """What some faults need in addition: a second host, six more guests, a guest with two images, another installation.
 
-Each is started when it is first asked for and ends with the run. Not what is done with them (`faults`).
+Each is started when it is first asked for and ends with the injection. Not what is done with them (`faults`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -84,10 +83,6 @@ class Annex:
         for guest in self._guests.values():
             guest.remove()
         self._guests.clear()
-
-    def guests(self) -> Iterable[Guest]:
-        """Those of its guests that run."""
-        return tuple(self._guests.values())
 
     def _guest(self, name: str, disks: dict[str, GuestDisk], *, writer: bool) -> Guest:
         if name not in self._guests:

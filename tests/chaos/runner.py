@@ -83,6 +83,7 @@ class Suite:
         findings += frozen_too_long(guest.name, longest, _permitted(case.fault, scene, self.injector.stood - stood))
         try:
             case.fault.leave(scene)
+            self.annex.close()  # what only some faults need takes its part of the processors from all others
         except _trouble() as error:
             findings.append(Finding("stuck", scene.name, _said(error)))
         result = Result(
