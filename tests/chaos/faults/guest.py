@@ -225,6 +225,12 @@ def _hurt_new_vm(act: Callable[[libvirt.virDomain], object]) -> Callable[[Scene]
     return strike
 
 
+def _start_new_vm_again(scene: Scene) -> None:
+    """A VM that a restore has started, and that does not run, is waited for: somebody starts it."""
+    with contextlib.suppress(NoEffectError):  # it runs
+        _hurt_new_vm(_start_domain)(scene)
+
+
 def _two_hosts(scene: Scene) -> None:
     scene.annex.second_host()
 
@@ -375,7 +381,14 @@ FAULTS = (
         leave=_one_host,
     ),
     Fault(name="disk-hotplugged", strike=_hotplug, heal=_unplug, hold=2.0, only=TAKING | IN_PLACE),
-    Fault(name="new-vm-destroyed", strike=_hurt_new_vm(_destroy_domain), only=_STARTED, sure=(Step.START, At.AFTER)),
+    Fault(
+        name="new-vm-destroyed",
+        strike=_hurt_new_vm(_destroy_domain),
+        heal=_start_new_vm_again,
+        hold=3.0,
+        only=_STARTED,
+        sure=(Step.START, At.AFTER),
+    ),
     Fault(
         name="new-vm-started",
         strike=_hurt_new_vm(_start_domain),
