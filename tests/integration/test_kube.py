@@ -100,12 +100,14 @@ def _content_body() -> dict[str, Any]:
 
 SPECS: dict[str, dict[str, Any]] = {
     "SNAPSHOTS": {"source": {"hypervisorName": "lab", "domain": "demo"}},
+    "RESTORES": {"snapshotName": "before", "mode": "InPlace"},
     "CONTENTS": _content_body()["spec"],
     "CLASSES": {"driver": "libvirt-volume", "match": [{"type": "file"}]},
     "HYPERVISORS": {"libvirt": {"endpoints": [{"driver": "test"}]}},
 }
 WRITERS = {
     "SNAPSHOTS": Cluster.write_snapshot_status,
+    "RESTORES": Cluster.write_restore_status,
     "CONTENTS": Cluster.write_content_status,
     "CLASSES": Cluster.write_class_status,
     "HYPERVISORS": Cluster.write_hypervisor_status,
