@@ -10,7 +10,7 @@ import json
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 NAMESPACE = "https://vmsnapshot.io/journal/1"
@@ -62,6 +62,21 @@ class Journal:
     def holds(self) -> bool:
         """Whether the VM itself may be held, which is what a guardian is for."""
         return self.phase is Phase.HOLDING
+
+
+def merged(journal: Journal, there: Journal) -> Journal:
+    """Return what `journal` says, and all that `there`, which is the same one as another wrote it, says beyond it.
+
+    Several may bring a VM back at once: none forgets what the others did, and no phase goes back.
+    """
+    phases = list(Phase)
+    return replace(
+        journal,
+        phase=max(journal.phase, there.phase, key=phases.index),
+        bases={**there.bases, **journal.bases},
+        begun=tuple(dict.fromkeys((*there.begun, *journal.begun))),
+        pivoted=tuple(dict.fromkeys((*there.pivoted, *journal.pivoted))),
+    )
 
 
 def to_xml(journal: Journal) -> str:

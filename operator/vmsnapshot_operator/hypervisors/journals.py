@@ -58,8 +58,8 @@ def write(domain: Any, journal: Journal, permit: Callable[[], str]) -> None:
 def update(domain: Any, journal: Journal, *, held: bool = False) -> bool:
     """Have the journal with this nonce say something else now, wherever it stands; False if it stands nowhere any more.
 
-    `held`: only where it still says that the VM is held. Several may free a VM at once, and what was written down since then
-    (what the bases were like, which commits began) must not be lost by the slowest of them.
+    Several may free a VM at once, and what was written down since then (what the bases were like, which commits began) must not
+    be lost by the slowest of them: what stands there is added to. `held`: only where it still says that the VM is held.
     """
     found = False
     for place in _places(domain):
@@ -68,7 +68,8 @@ def update(domain: Any, journal: Journal, *, held: bool = False) -> bool:
         if there is not None and there.nonce == journal.nonce:
             found = True
             if there.holds or not held:
-                domain.setMetadata(_ELEMENT, journals.to_xml(journal), journals.PREFIX, journals.NAMESPACE, place)
+                text = journals.to_xml(journals.merged(journal, there))
+                domain.setMetadata(_ELEMENT, text, journals.PREFIX, journals.NAMESPACE, place)
     return found
 
 

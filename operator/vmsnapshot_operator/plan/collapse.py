@@ -29,12 +29,12 @@ def actionable(rulings: Sequence[Ruling]) -> bool:
 
 
 def may_go_on(seen: Overlaid, rulings: Sequence[Ruling]) -> bool:
-    """Whether the VM stands still by an I/O error at a disk that had an overlay, and nothing more will be committed.
+    """Whether the VM stands still by an I/O error at a disk that had an overlay, and is on none of them any more.
 
-    One that cannot write all the same is paused again, and nothing is lost.
+    One that cannot write all the same is paused again, and nothing is lost. One that stays on an overlay that is kept would be, too,
+    until somebody makes room there.
     """
-    left = {r.move for r in rulings} - {Move.REMOVE, Move.GONE, Move.KEEP}
-    return seen.chains is not None and seen.chains.stalled and not left
+    return seen.chains is not None and seen.chains.stalled and not any(r.target for r in rulings)
 
 
 def told(rulings: Sequence[Ruling]) -> str:

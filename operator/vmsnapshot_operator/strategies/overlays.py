@@ -1,7 +1,8 @@
 """The overlays of one snapshot: made before the window, looked at, and committed back into the disks afterwards.
 
 What is done about each overlay is decided by `plan.collapse`; here it is looked, and done. Nothing here needs the lease: a
-commit that is done twice is done once, and none begins before the journal in the VM says so.
+commit that is done twice is done once, and none begins before the journal in the VM says so. Several may be at one VM, the workflow
+and the sweeps of all instances: so the journal is read anew after each look.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import replace
 
 from vmsnapshot_operator.core import names
 from vmsnapshot_operator.core.chains import Move, Overlaid, Ruling
-from vmsnapshot_operator.core.journal import Journal, Phase
+from vmsnapshot_operator.core.journal import Journal, Phase, merged
 from vmsnapshot_operator.core.planning import OverlayRoom, OverlaySettings, Plan
 from vmsnapshot_operator.core.steps import Step, step
 from vmsnapshot_operator.core.volumes import VolumeId
@@ -83,13 +84,22 @@ async def collapse(
     """Bring the VM back onto its own disks, as far as that can be done now; return what was ruled last.
 
     The journal is removed once nothing is left to do. A VM that stood still because its overlays found no room goes on.
-    `told` is called with what is under way. Raises HypervisorError.
+    `told` is called with what is under way. Nothing is returned if another one has ended it: the journal is gone. Raises HypervisorError.
     """
     overlays, uid, pause = client.overlays(ref), journal.owner_uid, FIRST_PAUSE
     bandwidth = settings.bandwidth if settings is not None else 0
     commits: Counter[str] = Counter()
+    unlimited: set[str] = set()
     while True:
         seen = await look(client, ref, journal)
+        # Read after the look: by then whoever began what was seen, which may be another one, has written it down.
+        there = await client.read_journal(ref)
+        if there is None or there.nonce != journal.nonce:
+            log.info(
+                "domain %s bears the journal of its overlays no more: another one has ended it, or removed it", ref.name
+            )
+            return ()
+        journal = merged(journal, there)
         rulings = plans.judge(journal, seen)
         told(rulings)
         if plans.may_go_on(seen, rulings):
@@ -100,12 +110,13 @@ async def collapse(
         moves = {m: [r for r in rulings if r.move is m] for m in Move}
         if fresh := [r.volume for r in moves[Move.COMMIT] if r.volume not in journal.begun]:
             async with step(Step.COLLAPSE_BEGIN, uid):
-                begun = replace(journal, phase=Phase.COLLAPSING, begun=(*journal.begun, *fresh))
-                journal = await _note(client, ref, begun)
-        if seen.chains is not None and seen.chains.io_error and bandwidth:
-            bandwidth = 0  # the VM stands still until all is committed
-            for ruling in moves[Move.WATCH]:
-                await overlays.unlimit(ruling.target)
+                journal = replace(journal, phase=Phase.COLLAPSING, begun=(*journal.begun, *fresh))
+                await _note(client, ref, journal)
+        if seen.chains is not None and seen.chains.io_error:
+            bandwidth = 0  # the VM stands still until all is committed, whoever began that
+            for target in {r.target for r in moves[Move.WATCH]} - unlimited:
+                await overlays.unlimit(target)
+                unlimited.add(target)
         for ruling in moves[Move.COMMIT]:
             commits[ruling.target] += 1
             if commits[ruling.target] > MOST_COMMITS:
@@ -121,7 +132,8 @@ async def collapse(
             async with step(Step.COLLAPSE_PIVOT, uid, ruling.target):
                 await overlays.pivot(ruling.target)
             async with step(Step.COLLAPSE_NOTE, uid, ruling.target):
-                journal = await _note(client, ref, replace(journal, pivoted=(*journal.pivoted, ruling.volume)))
+                journal = replace(journal, pivoted=(*journal.pivoted, ruling.volume))
+                await client.update_journal(ref, journal)  # if it is gone, the next look tells
         for ruling in moves[Move.REMOVE]:
             async with step(Step.COLLAPSE_REMOVE, uid, ruling.overlay):
                 await overlays.remove_path(ruling.overlay)
@@ -134,11 +146,10 @@ async def collapse(
             pause = min(LONGEST_PAUSE, pause * 1.5)
 
 
-async def _note(client: Hypervisor, ref: Ref, journal: Journal) -> Journal:
+async def _note(client: Hypervisor, ref: Ref, journal: Journal) -> None:
     if not await client.update_journal(ref, journal):
         raise HypervisorError(
             f"domain {ref.name} bears the journal of its overlays no more: somebody removed it, and nothing is committed",
             reason="JournalLost",
             retryable=True,
         )
-    return journal

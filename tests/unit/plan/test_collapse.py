@@ -106,7 +106,7 @@ def test_a_vm_that_an_io_error_has_paused_is_brought_back_as_one_that_runs() -> 
     [
         (seen(OFF, power=STILL, stalled=True), True),
         (replace(seen(OFF, power=STILL, stalled=True), missing=frozenset({"v"})), True),
-        (replace(seen(power=STILL, stalled=True), fingerprints={"v": "now"}), True),
+        (replace(seen(power=STILL, stalled=True), fingerprints={"v": "now"}), False),
         (seen(power=STILL, stalled=True), False),
         (seen(power=STILL, stalled=True, job=BlockJob(commit=True, ready=True)), False),
         (seen(("/other", *ON), power=STILL, stalled=True), False),

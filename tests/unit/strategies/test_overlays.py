@@ -50,15 +50,18 @@ class Client:
     async def remove_path(self, _path: str) -> None:
         self.done.append("remove")
 
+    async def read_journal(self, _ref: Ref) -> Journal | None:
+        return BEGUN
+
     async def update_journal(self, _ref: Ref, _journal: Journal) -> bool:
         return True
 
     async def clear_journal(self, _ref: Ref, _nonce: str) -> None:
         self.done.append("clear")
 
-    async def collapse(self) -> Sequence[Move]:
+    async def collapse(self, settings: OverlaySettings | None = LIMITED) -> Sequence[Move]:
         client = cast("Hypervisor", self)
-        rulings = await overlays.collapse(client, REF, BEGUN, LIMITED, lambda _: None)
+        rulings = await overlays.collapse(client, REF, BEGUN, settings, lambda _: None)
         return [r.move for r in rulings]
 
 
@@ -86,6 +89,14 @@ async def test_a_commit_that_begins_while_the_vm_stands_still_has_no_limit() -> 
     client = Client(still(), still(job=BlockJob(commit=True, ready=True)), seen(OFF), GONE)
     await client.collapse()
     assert client.done[0] == ("commit", "vda", 0)
+
+
+async def test_a_sweep_lifts_the_limit_of_what_another_one_began() -> None:
+    """It knows of no limit itself."""
+    committing = still(job=BlockJob(commit=True))
+    client = Client(committing, committing, still(job=BlockJob(commit=True, ready=True)), still(chain=OFF), GONE)
+    await client.collapse(None)
+    assert client.done == [("unlimit", "vda"), ("pivot", "vda"), "resume", "remove", "clear"]
 
 
 async def test_a_vm_that_a_person_has_paused_meanwhile_stays_so() -> None:
