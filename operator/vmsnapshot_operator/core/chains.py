@@ -78,7 +78,7 @@ class OverlayFile:
 
     `domain`: the VM that has it among its disks, running or saved; empty if none has. `pristine`: nobody ever wrote to it.
     `genuine`: its content is what this program writes into a new overlay, byte for byte; looked at only where it is pristine.
-    `stalled`: that VM stands still by an I/O error at it.
+    `stalled`: that VM writes to it, and stands still by an I/O error, maybe at it.
     """
 
     path: str

@@ -119,8 +119,6 @@ class Hypervisors:
             about = {**await client.about(), "guardianLayers": guardians}
             world.metrics.hypervisor_answers(answers=not client.problems, hypervisor=name)
             found = self._kept.look(body, client, spec.overlay.pool if spec.overlay is not None else "", world)
-            stalled = {*swept.stalled, *(k.file.domain for k in found or () if k.file.stalled)}
-            world.metrics.stalled(len(stalled), hypervisor=name)
             about["keptOverlays"] = kept.status(body.get("status") or {}, found, world, now())
             left = await self._gates.look(body, client, world)
             about["leftGates"] = gates.status(body.get("status") or {}, left, now())
@@ -136,7 +134,8 @@ class Hypervisors:
             )
             await _report(body, world, None, swept, error, {})
             return RETRY_EVERY
-        return RETRY_EVERY if swept.held or not world.leadership.is_leader() else LOOK_EVERY
+        hurry = swept.held or swept.stalled or not world.leadership.is_leader()
+        return RETRY_EVERY if hurry else LOOK_EVERY
 
     async def _sweep_all_the_same(self, body: Mapping[str, Any], client: Hypervisor | None, world: World) -> Swept:
         """Sweep by the connection that stands: a Secret that was deleted must leave no VM held."""
@@ -196,7 +195,7 @@ class Hypervisors:
         rulings = [(s, self._judge(name, s, world)) for s in sightings]
         for sighting, ruling in rulings:
             if ruling.action in (Action.FREE, Action.COLLAPSE) and sighting.journal is not None:
-                self._free(body, client, sighting.ref, sighting.journal, ruling.why, world)
+                self._free(body, client, sighting, sighting.journal, ruling.why, world)
         if tasks := [t for (hypervisor, _, _), t in self._freeing.items() if hypervisor == name]:
             await asyncio.wait(tasks, timeout=PATIENCE)
         held = [s.ref.name for s, r in rulings if r.action is Action.FREE and not self._is_free(name, s)]
@@ -206,6 +205,8 @@ class Hypervisors:
         world.metrics.strange_journals(len(left), hypervisor=name)
         ours = [s for s in sightings if s.journal is not None and s.journal.installation == world.installation]
         world.metrics.journals(len(ours), overlays=len(overlaid), hypervisor=name)
+        stalled = tuple(s.ref.name for s in ours if s.stalled and not self._is_free(name, s))
+        world.metrics.stalled(len({*stalled, *self._kept.stalled(name)}), hypervisor=name)
         for domain, why in sorted(left.items()):
             if self._told.get((name, domain)) != why:
                 log.warning("hypervisor %s: domain %s: %s", name, domain, why)
@@ -214,7 +215,7 @@ class Hypervisors:
         return Swept(
             held=tuple(sorted(held)),
             overlays=tuple(sorted(overlaid)),
-            stalled=tuple(s.ref.name for s in ours if s.stalled and not self._is_free(name, s)),
+            stalled=stalled,
             left=left,
         )
 
@@ -248,10 +249,10 @@ class Hypervisors:
         return bool(journal.overlays) and journal.installation == world.installation
 
     def _free(
-        self, body: Mapping[str, Any], client: Hypervisor, ref: Ref, journal: Journal, why: str, world: World
+        self, body: Mapping[str, Any], client: Hypervisor, seen: Sighting, journal: Journal, why: str, world: World
     ) -> None:
         """Begin to free one VM, unless it is being freed already."""
-        name = str(body["metadata"]["name"])
+        name, ref = str(body["metadata"]["name"]), seen.ref
         key = (name, ref.uuid, journal.nonce)
         if key in self._freeing:
             return
@@ -268,8 +269,14 @@ class Hypervisors:
                     await client.clear_left(ref, journal.nonce)
                     self._freed.add(key)
                     return
+                # The sweep asks no QEMU at which disk the error occurred: one that hangs would delay all others.
+                stalled = seen.stalled and await client.overlays(ref).stalled(there.overlays)
+                runs = replace(seen, stalled=False)
+                if seen.stalled and not stalled and self._judge(name, runs, world).action is not Action.COLLAPSE:
+                    self._freed.add(key)  # another disk has paused it: nothing of ours holds it
+                    return
                 async with step(Step.RECOVER_SWEEP, journal.owner_uid, ref.name):
-                    await self._release(client, ref, there, world)
+                    await self._release(client, ref, there, world, stalled=stalled)
             except SnapshotError as error:
                 reason, still = ("VMStillHeld", "held") if journal.holds else ("OverlayInUse", "on overlays")
                 log.error("hypervisor %s: domain %s is still %s: %s", name, ref.name, still, error.message)  # noqa: TRY400 - the message says it all
@@ -287,17 +294,15 @@ class Hypervisors:
         self._freeing[key] = task
         task.add_done_callback(lambda _: self._freeing.pop(key, None))
 
-    async def _release(self, client: Hypervisor, ref: Ref, journal: Journal, world: World) -> None:
+    async def _release(
+        self, client: Hypervisor, ref: Ref, journal: Journal, world: World, *, stalled: bool = False
+    ) -> None:
         """Free the VM; one that is on overlays of a snapshot that is gone is brought back onto its own disks."""
         if journal.holds:
             await release(client, ref, journal)
             return
         uid = journal.owner_uid
-        if (
-            uid in world.uids()
-            and not await client.overlays(ref).stalled(journal.overlays)
-            and await world.cluster.content(content_name(uid)) is not None
-        ):
+        if uid in world.uids() and not stalled and await world.cluster.content(content_name(uid)) is not None:
             # A snapshot is not given up for a content that a watch has not shown.
             raise HypervisorError(f"its VMSnapshot {uid} is on record after all", reason="OverlayInUse")
         rulings = await overlays.collapse(client, ref, journal, None, lambda _: None)

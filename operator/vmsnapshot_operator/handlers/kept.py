@@ -53,6 +53,10 @@ class KeptOverlays:
             task.add_done_callback(lambda ended: self._ended(name, ended))
         return self._found.get(name)
 
+    def stalled(self, name: str) -> frozenset[str]:
+        """The VMs that stood still on such overlays when they were looked at last."""
+        return frozenset(k.file.domain for k in self._found.get(name, ()) if k.file.stalled)
+
     async def remove(self, name: str) -> None:
         """Forget a hypervisor."""
         if (task := self._running.get(name)) is not None:

@@ -24,7 +24,7 @@ T = TypeVar("T")
 class Sighting:
     """A domain that bears a journal. `journal` is None if it cannot be read: `problem` then says why.
 
-    `stalled`: an I/O error has paused it at an overlay that the journal names.
+    `stalled`: an I/O error has paused it, as far as its host knows by itself: maybe at an overlay that the journal names.
     """
 
     ref: Ref
@@ -114,5 +114,7 @@ def _sweep(connection: Any, endpoint: str) -> list[Sighting]:
 def _sighting(domain: Any, journal: Journal | None, problem: str, endpoint: str) -> Sighting:
     ref = Ref(uuid=domain.UUIDString(), name=domain.name(), endpoint=endpoint)
     overlaid = journal.overlays if journal is not None and not journal.holds else {}
-    stalled = bool(overlaid) and overlays.seen_stalled(lambda: domain, overlaid)
+    stalled = bool(overlaid) and overlays.seen_stalled(
+        lambda: domain, overlaid
+    )  # one whose QEMU hangs hides none of the others
     return Sighting(ref=ref, journal=journal, problem=problem, stalled=stalled)

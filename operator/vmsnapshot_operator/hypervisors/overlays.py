@@ -319,21 +319,30 @@ def stalled(domain: Any, overlays: Mapping[str, str]) -> bool:
     """
     if not _by_io_error(domain):
         return False
-    failed = frozenset(domain.diskErrors())
-    ours = frozenset(
-        d.target
-        for d in domain_xml.parse(domain.XMLDesc(0))[0]
-        if d.layers and (d.layers[0].source in overlays.values() or str(volume_id(d.layers[0])) in overlays)
-    )
+    failed, ours = frozenset(domain.diskErrors()), _disks_on(domain, overlays)
     return bool(ours & failed) if failed else bool(ours)
 
 
 def seen_stalled(find: Callable[[], Any], overlays: Mapping[str, str]) -> bool:
-    """As `stalled`; no where the domain is gone or cannot say it now, so that it hides none of the others."""
+    """Whether an I/O error has paused a domain that has such a disk, as libvirt knows it without asking QEMU, which may hang.
+
+    At which disk it occurred, QEMU alone knows: `stalled`. No where the domain is gone or cannot say it now, so that it hides none of
+    the others.
+    """
     try:
-        return stalled(find(), overlays)
+        domain = find()
+        return _by_io_error(domain) and bool(_disks_on(domain, overlays))
     except libvirt.libvirtError:
         return False
+
+
+def _disks_on(domain: Any, overlays: Mapping[str, str]) -> frozenset[str]:
+    """The disks that have one of these overlays (path by volume), or are such a volume."""
+    return frozenset(
+        d.target
+        for d in domain_xml.parse(domain.XMLDesc(0))[0]
+        if d.layers and (d.layers[0].source in overlays.values() or str(volume_id(d.layers[0])) in overlays)
+    )
 
 
 def _by_io_error(domain: Any) -> bool:

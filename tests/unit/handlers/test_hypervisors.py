@@ -348,12 +348,53 @@ async def test_vms_that_stand_still_are_counted(lab: Lab, monkeypatch: pytest.Mo
     ]
     kept = OverlayFile(path=f"/pool/{names.overlays_prefix(OURS)}strange", endpoint="host", domain="vm2", stalled=True)
     lab.client.files = (kept,)
-    await lab.look()
+    assert await lab.look() == RETRY_EVERY, "it stands still"
     assert lab.metric("vmsnapshot_stalled_vms") == 1
     assert any("OverlayInUse" in e and "no room" in e for e in lab.events)
     await asyncio.sleep(1)
     await lab.look()
     assert lab.metric("vmsnapshot_stalled_vms") == 2, "one whose overlay no journal tells of, too"
+
+
+async def test_one_that_another_disk_has_paused_is_left_to_its_snapshot(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    committed: list[str] = []
+
+    async def collapse(_client: Any, _ref: Any, journal: Journal, *_: object) -> tuple[()]:
+        committed.append(journal.nonce)
+        return ()
+
+    monkeypatch.setattr(hypervisors.overlays, "collapse", collapse)
+    left = replace(sighting(overlays={"v": "/pool/ovl"}, bases={"v": "then"}, phase=Phase.OVERLAID), stalled=True)
+    lab.client.sightings, lab.client.elsewhere = [left], {left.ref.name}
+    for _ in range(2):
+        assert await lab.look() == LOOK_EVERY
+        assert (committed, lab.events, lab.metric("vmsnapshot_stalled_vms")) == ([], [], 0)
+    lab.client.elsewhere = set()
+    await lab.look()
+    assert len(committed) == 1
+
+
+async def test_vms_that_stand_still_are_counted_also_where_the_look_comes_to_nothing(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def collapse(*_: object) -> tuple[()]:
+        raise HypervisorError("no room", reason="CommitFailed", retryable=True)
+
+    monkeypatch.setattr(hypervisors.overlays, "collapse", collapse)
+    body = {**BODY, "spec": {"libvirt": {**BODY["spec"]["libvirt"], "credentialsSecretName": "key"}}}  # type: ignore[dict-item]
+    await lab.look(body)
+
+    async def secret(_name: str) -> dict[str, str]:
+        raise KubeError("it does not exist", reason="SecretNotFound", retryable=True)
+
+    monkeypatch.setattr(lab.cluster, "secret", secret)
+    still = sighting(overlays={"v": "/over"}, bases={"v": "then"}, phase=Phase.OVERLAID)
+    for count, sightings in ((1, [replace(still, stalled=True)]), (0, [])):
+        lab.client.sightings = sightings
+        await lab.look(body)
+        assert lab.metric("vmsnapshot_stalled_vms") == count
 
 
 @pytest.mark.parametrize(("exists", "on_record"), [(True, True), (True, False), (False, True)])

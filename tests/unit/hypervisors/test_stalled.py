@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import libvirt
 import pytest
 
+from tests.unit.quiesce.fake_libvirt import a_journal
+from vmsnapshot_operator.core.journal import Phase
 from vmsnapshot_operator.core.volumes import Layer, SourceKind, volume_id
-from vmsnapshot_operator.hypervisors import overlays
+from vmsnapshot_operator.hypervisors import domain_journals, overlays
 
 IO_ERROR = (libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_IOERROR)
 BY_HAND = (libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_USER)
@@ -59,6 +63,31 @@ class Domain:
 )
 def test_whether_it_stands_still_by_us(domain: Domain, expected: bool) -> None:
     assert overlays.stalled(domain, OURS) is expected
+
+
+class Hangs(Domain):
+    """One whose QEMU does not answer."""
+
+    def diskErrors(self) -> dict[str, int]:  # noqa: N802 - libvirt's name
+        pytest.fail("QEMU was asked")
+
+    def UUIDString(self) -> str:  # noqa: N802 - libvirt's name
+        return "u"
+
+    def name(self) -> str:
+        return "vm"
+
+
+@pytest.mark.parametrize(
+    ("domain", "expected"),
+    [(Hangs(IO_ERROR, ()), True), (Hangs(IO_ERROR, (), "/elsewhere"), False), (Hangs(RUNS, ()), False)],
+    ids=["on it", "none of ours", "runs"],
+)
+def test_who_looks_at_all_vms_of_a_host_asks_no_qemu(domain: Hangs, expected: bool) -> None:
+    """One that hangs, as QEMU may where its storage does, would hide all others for as long."""
+    journal = replace(a_journal(), phase=Phase.OVERLAID, overlays=OURS)
+    assert domain_journals._sighting(domain, journal, "", "host").stalled is expected
+    assert overlays.seen_stalled(lambda: domain, {"": "/over"}) is expected
 
 
 @pytest.mark.parametrize(("state", "expected"), [(IO_ERROR, True), (BY_HAND, False), (RUNS, False)])
