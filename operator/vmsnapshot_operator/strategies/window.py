@@ -424,7 +424,9 @@ async def _tell(effect: TakeWindow, progress: _Progress, ref: Ref, client: Hyper
             and _committed(after, effect.attempt)
         ):
             text = "the overlays were being committed before all was cut, because the VM could not write to them and stood still"
-            progress.fail("OverlayFull", text, interrupted=True)
+            progress.fail(
+                "OverlayFull", text
+            )  # as while it settles: each further attempt might have the VM stand still again
         by_job = [c for c, g in progress.groups.items() if g.result is not None and g.result.hold is Hold.JOB]
         planned = {v.label: v.id for c in by_job for v in effect.requests[c].volumes}
         if after is not None and (wrong := not_at(planned, after.disks)):
