@@ -34,9 +34,10 @@ class Found:
     """One domain that bears a journal, as this process sees it.
 
     `journal` is None if it cannot be read, for the reason in `problem`. `owner`: the VMSnapshot that this process works on
-    this VM for, or empty. `leader`: whether this instance holds the lease. `seen_for`: how long this process has seen this
-    very journal (its nonce), by a clock that is never set. `known`: its VMSnapshot and its content exist, as far as this process knows.
-    `stalled`: the VM stands still, because it cannot write to its overlays.
+    this VM for until its point in time is taken, or empty: somebody of this process may commit its overlays all the same. `leader`: whether
+    this instance holds the lease. `seen_for`: how long this process has seen this very journal (its nonce), by a clock that is never set.
+    `known`: its VMSnapshot and its content exist, as far as this process knows. `stalled`: the VM stands still, as far as its host
+    knows because it cannot write to its overlays.
     """
 
     journal: Journal | None

@@ -12,6 +12,7 @@ from typing import Any
 
 from vmsnapshot_operator.core.driver import Hold, Progress
 from vmsnapshot_operator.core.effects import Record, RecordedGroup
+from vmsnapshot_operator.core.journal import Journal, Phase
 from vmsnapshot_operator.core.machine import Machine, PowerState
 from vmsnapshot_operator.core.planning import Request
 from vmsnapshot_operator.core.steps import Step, step
@@ -114,11 +115,14 @@ async def _watch_room(world: World, record: Record, request: Request) -> None:
         try:
             client, ref = await locate(world, request, record)
             free = await client.overlays(ref).free_bytes(pool)
-            journal = await client.read_journal(ref) if free >= least else None
-            stalled = journal is not None and await client.overlays(ref).stalled(journal.overlays)
+            journal = await client.read_journal(ref)
+            over = _committed(journal, request.uid)
+            stalled = journal is not None and not over and await client.overlays(ref).stalled(journal.overlays)
         except SnapshotError as error:
             log.info("room for the overlays of snapshot %s is not known: %s", request.uid, error.message)
             continue
+        if over:
+            raise DriverError(f"the copy was given up: {over}", reason="OverlayFull")
         if stalled:
             text = f"the copy was given up: the VM stands still, because it cannot write to its overlays in the pool {pool}"
             raise DriverError(text, reason="OverlayFull")
@@ -130,15 +134,24 @@ async def _watch_room(world: World, record: Record, request: Request) -> None:
             raise DriverError(text, reason="OverlayFull")
 
 
+def _committed(journal: Journal | None, uid: str) -> str:
+    """Why nothing stands still any more; empty if it may. A sweep brings a VM back that cannot write to its overlays, and asks nobody."""
+    if journal is None or journal.owner_uid != uid:
+        return "the VM's metadata says no more that it is on overlays, as where they were committed because it could not write to them and stood still"
+    if journal.phase is Phase.COLLAPSING:
+        return "the overlays are being committed already, as where the VM cannot write to them and stands still"
+    return ""
+
+
 async def _stood_still(world: World, record: Record, request: Request) -> None:
-    """Raise DriverError unless what was copied has stood still until now: `SnapshotLost` if it has not."""
+    """Raise DriverError unless what was copied has stood still until now: `SnapshotLost` or `OverlayFull` if it has not."""
     client, ref = await locate(world, request, record)
     if record.overlaid:
         journal = await client.read_journal(ref)
-        if journal is None or journal.owner_uid != request.uid:
-            why = "the VM's metadata says no more that it is on overlays"
-        else:
-            why = collapse.stands(journal, await overlays.look(client, ref, journal))
+        if over := _committed(journal, request.uid):
+            raise DriverError(f"the disks did not stand still while they were copied: {over}", reason="OverlayFull")
+        assert journal is not None, "else it is over"  # noqa: S101 - for the type checker
+        why = collapse.stands(journal, await overlays.look(client, ref, journal))
     else:
         why = _stayed_off(record, await client.describe(ref, ask_agent=False))
     if why:

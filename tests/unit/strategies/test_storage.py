@@ -16,7 +16,7 @@ from tests.unit.plan.test_collapse import JOURNAL
 from vmsnapshot_operator.core.driver import Hold, Progress, SnapshotRequest
 from vmsnapshot_operator.core.effects import Fail, Failure, Observation, Prepare, Record, Recover, Settle
 from vmsnapshot_operator.core.evidence import Evidence, WindowOutcome
-from vmsnapshot_operator.core.journal import Journal
+from vmsnapshot_operator.core.journal import Journal, Phase
 from vmsnapshot_operator.core.machine import Disk, Machine, PowerState
 from vmsnapshot_operator.core.markers import Gate, Marker
 from vmsnapshot_operator.core.planning import Method, OverlaySettings
@@ -122,6 +122,9 @@ async def test_how_far_a_copy_is_can_be_told_while_it_runs() -> None:
     assert memory.copied == {}
 
 
+OVERLAID = replace(JOURNAL, owner_uid=records.REQUEST.uid)
+
+
 @pytest.mark.parametrize("stalled", [False, True])
 async def test_a_copy_is_given_up_before_the_overlays_have_no_room_or_at_once_after(
     monkeypatch: pytest.MonkeyPatch, stalled: bool
@@ -138,7 +141,7 @@ async def test_a_copy_is_given_up_before_the_overlays_have_no_room_or_at_once_af
             return next(free)
 
         async def stalled(self, overlays: Mapping[str, str]) -> bool:
-            assert overlays == JOURNAL.overlays
+            assert overlays == OVERLAID.overlays
             return stalled and next(free) == 50 << 20
 
     class Client:
@@ -146,7 +149,7 @@ async def test_a_copy_is_given_up_before_the_overlays_have_no_room_or_at_once_af
             return Overlays()
 
         async def read_journal(self, _ref: object) -> Journal:
-            return JOURNAL
+            return OVERLAID
 
     async def locate(*_: object) -> tuple[Client, None]:
         return Client(), None
@@ -159,6 +162,50 @@ async def test_a_copy_is_given_up_before_the_overlays_have_no_room_or_at_once_af
         await lab.strategy.apply(Settle(lab.seen.record.groups), lab.seen, {})
     assert (caught.value.reason, next(free, None)) == ("OverlayFull", None)
     assert lab.hosts["slow"].log == ["wait_ready", "over"], "the copy has ended"
+    assert not lab.written
+
+
+@pytest.mark.parametrize("lasts", [0.5, 200.0], ids=["the copy was made already", "the copy goes on"])
+@pytest.mark.parametrize(
+    "after",
+    [None, replace(OVERLAID, phase=Phase.COLLAPSING), replace(OVERLAID, owner_uid="another")],
+    ids=["ended", "under way", "another snapshot has begun since"],
+)
+async def test_a_copy_whose_overlays_a_sweep_commits_meanwhile_had_no_room(
+    monkeypatch: pytest.MonkeyPatch, after: Journal | None, lasts: float
+) -> None:
+    record = records.example()
+    quiesce = replace(record.plan.quiesce, method=Method.HYPERVISOR_SNAPSHOT, overlay_pool="over")
+    group = record.groups["slow"]
+    assert group.result is not None
+    held = replace(group, result=replace(group.result, hold=Hold.BASE))
+    groups = {**record.groups, "slow": held}
+    lab = Lab(replace(record, plan=replace(record.plan, quiesce=quiesce), groups=groups))
+    lab.hosts["slow"].hangs = lasts
+
+    class Client:
+        def overlays(self, _ref: object) -> Client:
+            return self
+
+        async def free_bytes(self, _pool: str) -> int:
+            return 100 << 20
+
+        async def stalled(self, _overlays: Mapping[str, str]) -> bool:
+            return False
+
+        async def read_journal(self, _ref: object) -> Journal | None:
+            return after
+
+    async def locate(*_: object) -> tuple[Client, None]:
+        return Client(), None
+
+    monkeypatch.setattr(settling, "locate", locate)
+    lab.world.hypervisors = cast("Any", {})
+    with pytest.raises(DriverError, match=r"as where .* (stands|stood) still") as caught:
+        await lab.strategy.apply(Settle(groups), lab.seen, {})
+    assert caught.value.reason == "OverlayFull"
+    assert lab.hosts["slow"].log == ["wait_ready", "over"]
+    assert asyncio.get_running_loop().time() < 10, "it was not copied to its end"
     assert not lab.written
 
 
