@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol, runtime_checkable
 
 from vmsnapshot_operator.core.volumes import Handle, Layer, Seconds, Volume, VolumeId
+
+_REASON = re.compile(r"[A-Za-z][A-Za-z0-9]{0,63}")
+
+
+def is_reason(text: str) -> bool:
+    """Whether this can be a condition's reason, as a driver may give it: one CamelCase word."""
+    return _REASON.fullmatch(text) is not None
 
 
 class CutKind(StrEnum):

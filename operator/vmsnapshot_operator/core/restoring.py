@@ -82,11 +82,13 @@ class RestoreSeen:
 
     `ended`: what status says of an end that was told before: nothing is begun anew then, whatever else is seen. `begun`: status says
     that the first change was about to be made, which is told before it is made; `told_half_done`: that the gate was seen closed, which is
-    told before a disk is touched, and neither of its two ends. `plan`, `refusal`: what planning says now.
+    told before a disk is touched, and neither of its two ends; `since`: when `begun` was said, or, where that is not told, when the
+    object was created. `plan`, `refusal`: what planning says now.
     `record`: None also where it cannot be trusted, or is of another snapshot than the one that this restore began with. `marker`:
     what this restore writes into the VM, as it stands there if it does. `gate`, `done`: what stands in the VM that is set back
     (or in the new one, of which only `done` matters); of several done-markers the one that is this restore's; `went_back`: for what reason this
-    restore brought all disks to the safety snapshot, as stands there. `power` is None where the VM does not exist. `held`: request names of
+    restore brought all disks to the safety snapshot, as stands there; `overtaken_by`: which other VMRestore's gate stands there, or ended there after
+    `since`. `power` is None where the VM does not exist, or may not be looked at any more. `held`: request names of
     clones that storage holds; None if it was not asked, or did not answer. `broken`: no retry can bring the disks to the snapshot.
     `stopped`: this process has shut the VM down for it.
     `agent_answers` is None if it has no agent's channel. `problem`: why nobody can look where the VM is, or may be, or why nothing can be done there, and its
@@ -99,6 +101,7 @@ class RestoreSeen:
     ended: tuple[Condition, ...] = ()
     begun: bool = False
     told_half_done: bool = False
+    since: datetime | None = None
     refusal: Refusal | None = None
     plan: RestorePlan | None = None
     record: Record | None = None
@@ -106,6 +109,7 @@ class RestoreSeen:
     gate: Gate | None = None
     done: Marker | None = None
     went_back: str = ""
+    overtaken_by: str = ""
     power: PowerState | None = None
     agent_answers: bool | None = None
     vm_name: str = ""

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vmsnapshot_operator.core.driver import Progress
+from vmsnapshot_operator.core.driver import Progress, is_reason
 from vmsnapshot_operator.drivers import wire
 from vmsnapshot_operator.drivers.redaction import printable, redactor
 from vmsnapshot_operator.errors import DriverCrashedError, DriverError, DriverTimeoutError, DriverUnavailableError
@@ -25,7 +25,6 @@ _log = logging.getLogger(__name__)
 _GRACE = 5.0  # seconds that a process gets to close its connections before it is killed
 _LONGEST_LINE = 64 * 1024
 _LINES, _PER_SECONDS = 200, 10.0
-_WORD = re.compile(r"[A-Za-z][A-Za-z0-9]{0,63}")
 
 # The operator's environment is not the driver's business (and may hold what is not for it): only what a program needs
 # to find its files and speak the user's language.
@@ -34,7 +33,7 @@ _ENVIRONMENT = re.compile(r"PATH|HOME|TMPDIR|TZ|LANG|LC_\w+|LD_LIBRARY_PATH|PYTH
 
 def word(text: str, otherwise: str) -> str:
     """Return a driver's reason if it is one CamelCase word, as conditions need it."""
-    return text if _WORD.fullmatch(text) else otherwise
+    return text if is_reason(text) else otherwise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,10 +9,11 @@ the host can put them back, also when all else is lost.
 
 from __future__ import annotations
 
-import re
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping
+from datetime import UTC, datetime
 
+from vmsnapshot_operator.core.driver import is_reason
 from vmsnapshot_operator.core.markers import (
     GATE_NAMESPACE,
     PREFIX,
@@ -32,17 +33,19 @@ GATE_FOLDER = "/dev/null/VMRestore"
 DONE_KEPT = 16
 """So many restores of a VM are remembered: each of them may be created anew by a tool that applies manifests again."""
 
-_REASON = re.compile(r"^[A-Z][A-Za-z]{0,63}$")
+_ENDED = "ended"
 _OF_THE_SOURCE = ("driver", "source", "auth", "encryption", "backingStore", "mirror", "transient")
 
 
-def gated(text: str, gate: Gate) -> str:
+def gated(text: str, gate: Gate, *, again_since: datetime | None = None) -> str:
     """Return the definition without the disks `gate.targets`: it can be defined, and not be started.
 
     `text` is the definition of the inactive domain with its secrets (VIR_DOMAIN_XML_SECURE): libvirt leaves a display's
-    password out without a trace otherwise, and defined so the VM would have none. Twice equals once. Raises RefusedError for a
-    definition that cannot be worked with or does not have these disks, or if this restore is done or went back already;
-    ForeignJournalError if another VMRestore's gate is there.
+    password out without a trace otherwise, and defined so the VM would have none. The mark of one that went back stays: its
+    VMRestore may not have said so yet. `again_since`: when this restore began, whose gate somebody defined away. Twice equals
+    once. Raises RefusedError for a definition that cannot be worked with or does not have these disks, or if this restore is
+    done or went back already, or (`again_since`) another one came to its end since; ForeignJournalError if another VMRestore's
+    gate is there.
     """
     root = tree.parse(text)
     there = _gate(root)
@@ -54,6 +57,8 @@ def gated(text: str, gate: Gate) -> str:
         raise refusal(f"VMRestore {gate.marker.restore} is done already: the gate is not closed again")
     if (back := went_back(text)) is not None and back[0] == gate.marker:
         raise refusal(f"VMRestore {gate.marker.restore} went back already: the gate is not closed again")
+    if again_since is not None and (later := later_restore(text, gate.marker.restore_uid, again_since)) is not None:
+        raise refusal(f"VMRestore {later.restore} had the VM's disks since: the gate is not closed again")
     if not gate.targets:
         raise refusal("a gate that takes no disk away keeps nobody from starting the VM")
     found = tree.disks(root)
@@ -68,17 +73,17 @@ def gated(text: str, gate: Gate) -> str:
             raise refusal(f"disk {target} is addressed with cookies: they could not be kept while it is being restored")
         element.append(tree.copy_of(disk))
         tree.replace(tree.devices(root), disk, _missing(disk, gate_path(gate.marker, target)))
-    tree.drop_own(root, WENT_BACK_NAMESPACE)
     tree.add_own(root, element)
     return tree.text_of(root)
 
 
-def restored(text: str, marker: Marker, *, genid: str) -> str:
+def restored(text: str, marker: Marker, *, genid: str, now: datetime | None = None) -> str:
     """Return the definition with its true disks, a done-marker before the older ones instead of the gate, and a new generation id.
 
     `text` is the definition as `gated` made it, as it is now, with its secrets; what an administrator changed in it
     meanwhile stays, but for the disks. A guest that has a generation id (as a domain controller, which counts on it) learns
-    by `genid` that it went back in time. Twice equals once. Raises RefusedError, ForeignJournalError as `gated`.
+    by `genid` that it went back in time. `now` stands with the marker, for `later_restore`. Twice equals once. Raises
+    RefusedError, ForeignJournalError as `gated`.
     """
     root = tree.parse(text)
     there = _gate(root)
@@ -95,17 +100,18 @@ def restored(text: str, marker: Marker, *, genid: str) -> str:
     # One that is created anew takes the place of its predecessor.
     before = [m for m in done(text) if not m.same_order(marker)]
     tree.drop_own(root, GATE_NAMESPACE, RESTORED_NAMESPACE)
-    add_done(root, marker)
+    add_done(root, marker, now=now)
     # libvirt keeps one element of a namespace; and who knows of one marker alone reads the last.
     tree.own(root, RESTORED_NAMESPACE)[0].extend(ET.Element("before", m.attributes()) for m in before[: DONE_KEPT - 1])
     return tree.text_of(root)
 
 
-def reopened(text: str, marker: Marker, *, why: str = "") -> str:
+def reopened(text: str, marker: Marker, *, why: str = "", now: datetime | None = None) -> str:
     """Return the definition as it was before `gated`: for a restore that came to nothing, whose disks are as they were.
 
-    With `why`, the reason of its end, a mark says so: else nobody could tell it later from one whose gate somebody defined
-    away. Raises RefusedError, ForeignJournalError as `gated`. A definition without a gate is returned as it is.
+    With `why`, the reason of its end, a mark says so in place of an earlier one's: else nobody could tell it later from one whose
+    gate somebody defined away. For a reason that could not be read again `WentBack` is written. `now` as in `restored`. Raises
+    RefusedError, ForeignJournalError as `gated`. A definition without a gate is returned as it is.
     """
     root = tree.parse(text)
     there = _gate(root)
@@ -116,8 +122,9 @@ def reopened(text: str, marker: Marker, *, why: str = "") -> str:
     _put_back(root, gate, kept)
     tree.drop_own(root, GATE_NAMESPACE)
     if why:
-        mark = _element("went-back", WENT_BACK_NAMESPACE, marker)
-        mark.set("reason", why)
+        mark = _element("went-back", WENT_BACK_NAMESPACE, marker, now)
+        mark.set("reason", why if is_reason(why) else "WentBack")
+        tree.drop_own(root, WENT_BACK_NAMESPACE)
         tree.add_own(root, mark)
     return tree.text_of(root)
 
@@ -139,9 +146,38 @@ def went_back(text: str) -> tuple[Marker, str] | None:
     element = _one(tree.parse(text), WENT_BACK_NAMESPACE)
     if element is None:
         return None
-    if not _REASON.match(reason := element.get("reason", "")):
+    if not is_reason(reason := element.get("reason", "")):
         raise _unreadable("a restore went back for no reason")
     return _marker(element), reason
+
+
+def later_restore(text: str, own_uid: str, since: datetime) -> Marker | None:
+    """Return the other restore that has the VM's disks now, or had them since then; of several the one that is there, or ended last.
+
+    While a gate is closed nobody else closes one, so such a one began after somebody had defined the gate of `own_uid` away.
+    A mark without a time is of a new VM, which was made before anybody could set it back; a time that cannot be read counts as
+    later. Raises as `gate_of`, `went_back`.
+    """
+    root = tree.parse(text)
+    found = _gate(root)
+    if found is not None and found[0].marker.restore_uid != own_uid:
+        return found[0].marker
+    for namespace in (RESTORED_NAMESPACE, WENT_BACK_NAMESPACE):
+        element = _one(root, namespace)
+        if element is not None and _is_since(element.get(_ENDED), since):
+            marker = _marker(element)
+            if marker.restore_uid != own_uid:
+                return marker
+    return None
+
+
+def _is_since(ended: str | None, since: datetime) -> bool:
+    if ended is None:
+        return False
+    try:
+        return datetime.fromisoformat(ended).astimezone(UTC) >= since
+    except ValueError:
+        return True
 
 
 def true_disks(text: str) -> Mapping[str, str]:
@@ -155,9 +191,9 @@ def gate_path(marker: Marker, target: str) -> str:
     return f"{GATE_FOLDER}/{marker.restore}/{target}"
 
 
-def add_done(root: ET.Element, marker: Marker) -> None:
+def add_done(root: ET.Element, marker: Marker, *, now: datetime | None = None) -> None:
     """Put the done-marker into a definition that has none."""
-    tree.add_own(root, _element("restored", RESTORED_NAMESPACE, marker))
+    tree.add_own(root, _element("restored", RESTORED_NAMESPACE, marker, now))
 
 
 def _put_back(root: ET.Element, gate: Gate, kept: Mapping[str, ET.Element]) -> None:
@@ -183,8 +219,11 @@ def _missing(disk: ET.Element, path: str) -> ET.Element:
     return made
 
 
-def _element(name: str, namespace: str, marker: Marker) -> ET.Element:
-    return ET.Element(f"{PREFIX}:{name}", {f"xmlns:{PREFIX}": namespace, **marker.attributes()})
+def _element(name: str, namespace: str, marker: Marker, ended: datetime | None = None) -> ET.Element:
+    made = ET.Element(f"{PREFIX}:{name}", {f"xmlns:{PREFIX}": namespace, **marker.attributes()})
+    if ended is not None:
+        made.set(_ENDED, ended.astimezone(UTC).isoformat())
+    return made
 
 
 def _one(root: ET.Element, namespace: str) -> ET.Element | None:

@@ -204,28 +204,48 @@ def _through_the_gate(seen: RestoreSeen, now: datetime) -> RestoreDecision:
 
 
 def _without_its_gate(seen: RestoreSeen, now: datetime) -> RestoreDecision:
-    """Somebody defined the VM anew while its disks were set back. Off, it is gated again and goes on; one that runs is not stopped."""
+    """Somebody defined the VM anew while its disks were set back. Off, it is gated again and goes on; one that runs is not stopped.
+
+    Nor is it gated again once another VMRestore's gate is there, or its end since this one began: all that was done would be undone,
+    and so would what the VM wrote after it. Before it is let go, what may pass is waited for, also where the object is deleted.
+    """
     off = seen.power is PowerState.SHUT_OFF
+    if seen.overtaken_by:
+        return _delete(seen) if seen.deleting else _fail(seen, _overtaken(seen))
     if off and seen.plan is not None:
         if not seen.finalizer and not seen.deleting:
             return _say(seen, Claim(), "Restoring", "somebody took the finalizer away; it is put on again")
         # Nothing is saved of what is half done: the safety snapshot, if one was asked for, is from before.
         return _say(seen, CloseGate(seen.plan.gate), "ClosingGate", "somebody defined the VM anew meanwhile")
+    settling = seen.known_for < SETTLE_SECONDS
+    # On record, and not to be seen: perhaps it is being defined anew at this moment, or its namespace gets access again.
+    missing = seen.power is None and seen.record is not None
+    passing = missing or settling or seen.refusal is None or seen.refusal.patience is Patience.WAIT
+    if (off or missing) and passing and (settling or now <= deadline(seen)):
+        if seen.refusal is None:
+            return _begin(seen)
+        return RestoreDecision(effect=Rest(_SOON), conditions=told.waiting(seen, seen.refusal))
     if seen.deleting:
         return _delete(seen)
-    passing = seen.refusal is None or seen.refusal.patience is Patience.WAIT or seen.known_for < SETTLE_SECONDS
-    if off and passing and now <= deadline(seen):
-        return _begin(seen)
     return _fail(seen, Failure(reason="HalfDone", message=_told_without_its_gate(seen)))
+
+
+def _overtaken(seen: RestoreSeen) -> Failure:
+    message = (
+        f"somebody defined the VM anew while its disks were being set back, and VMRestore {seen.overtaken_by} has had them since: see"
+        " that one for what they are; those that it leaves out may be neither old nor new"
+    )
+    return Failure(reason="HalfDone", message=message)
 
 
 def _told_without_its_gate(seen: RestoreSeen) -> str:
     name = seen.safety_name if seen.safety is Safety.READY else seen.request.snapshot
     state = f" (it is {seen.power})" if seen.power is not None else ""
     why = f"; {seen.refusal.message}" if seen.refusal is not None else ""
+    off = "leave it off" if seen.power is PowerState.SHUT_OFF else "shut it down"
     return (
-        f"somebody defined the VM anew{state} while its disks were being set back, so that they may be neither old nor new: shut it"
-        f' down, and create a VMRestore of VMSnapshot "{name}" with spec.safetySnapshot: false{why}'
+        f"somebody defined the VM anew{state} while its disks were being set back, so that they may be neither old nor new: {off},"
+        f' and create a VMRestore of VMSnapshot "{name}" with spec.safetySnapshot: false{why}'
     )
 
 

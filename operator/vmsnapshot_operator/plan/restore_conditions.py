@@ -15,7 +15,6 @@ READY = "Ready"
 RECONCILING = "Reconciling"
 STALLED = "Stalled"
 
-_REDEFINED = "somebody defined the VM anew meanwhile, so that it can be started"
 _NOT_YET = "NotYet"
 
 
@@ -47,6 +46,12 @@ def _safety(seen: RestoreSeen) -> Condition:
     return _unknown(SAFETY_SNAPSHOT_TAKEN, message=seen.safety_message)
 
 
+def _redefined(seen: RestoreSeen) -> str:
+    if seen.overtaken_by:
+        return f"somebody defined the VM anew meanwhile, and VMRestore {seen.overtaken_by} has had its disks since"
+    return "somebody defined the VM anew meanwhile, so that it can be started"
+
+
 def _volumes(seen: RestoreSeen) -> Condition:
     if seen.is_done:
         reason = "Restored" if seen.request.in_place else "Cloned"
@@ -56,7 +61,7 @@ def _volumes(seen: RestoreSeen) -> Condition:
         return Condition(type=VOLUMES_RESTORED, status=False, reason="HalfDone", message=message)
     if seen.half_done:
         # Also where nobody can look: what was told once is not forgotten for that.
-        message = "disks may be neither old nor new" + (f"; {_REDEFINED}" if seen.power is not None else "")
+        message = "disks may be neither old nor new" + (f"; {_redefined(seen)}" if seen.power is not None else "")
         return Condition(type=VOLUMES_RESTORED, status=False, reason="HalfDone", message=message)
     if seen.went_back:
         message = f'all disks are what they were at the safety snapshot "{seen.safety_name}"'
@@ -70,7 +75,7 @@ def _defined(seen: RestoreSeen) -> Condition:
     if seen.gated:
         return Condition(type=VM_DEFINED, status=False, reason="Gated", message="its disks are taken from it meanwhile")
     if seen.half_done and seen.power is not None:
-        return Condition(type=VM_DEFINED, status=False, reason="HalfDone", message=_REDEFINED)
+        return Condition(type=VM_DEFINED, status=False, reason="HalfDone", message=_redefined(seen))
     return _unknown(VM_DEFINED)
 
 

@@ -27,7 +27,7 @@ def status(seen: RestoreSeen, decision: RestoreDecision, old: dict[str, Any], no
         "phase": _phase(seen, by_type, stalled),
         "hypervisorName": seen.hypervisor or old.get("hypervisorName"),
         "vm": {"name": seen.vm_name, "uuid": seen.vm_uuid} if seen.vm_uuid else old.get("vm"),
-        "volumes": _volumes(seen, old.get("volumes") or []) or None,
+        "volumes": _volumes(seen, old.get("volumes") or [], failed=stalled is not None) or None,
         "safetySnapshotName": seen.safety_name if seen.safety is not Safety.NONE else old.get("safetySnapshotName"),
         "startTime": old.get("startTime") or (stamp(now) if begun else None),
         "completionTime": old.get("completionTime") or (stamp(now) if ended else None),
@@ -46,19 +46,21 @@ def _phase(seen: RestoreSeen, by_type: dict[str, Condition], stalled: Condition 
     return by_type[RECONCILING].reason
 
 
-def _volumes(seen: RestoreSeen, old: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _volumes(seen: RestoreSeen, old: list[dict[str, Any]], *, failed: bool) -> list[dict[str, Any]]:
     if seen.problem:
         return old
     named = {v.volume.id: v.target for v in seen.record.plan.volumes} if seen.record is not None else {}
-    result = "Pending"
+    result, more = "Pending", {}
     if seen.is_done:
         result = "Restored" if seen.request.in_place else "Cloned"
-    elif seen.gated:
+    elif seen.half_done and failed:
+        result, more = "Failed", {"message": "it may be neither old nor new"}
+    elif seen.gated or seen.half_done:
         result = "Restoring"
     if seen.plan is None:  # it ended, or its snapshot is gone: the disks are those that were told before
-        return [{**volume, "result": result} for volume in old]
+        return [{**volume, "result": result, **more} for volume in old]
     return [
-        {"target": named.get(v.id, v.label), "className": g.class_name, "result": result}
+        {"target": named.get(v.id, v.label), "className": g.class_name, "result": result, **more}
         for g in seen.plan.groups
         for v in g.onto
     ]

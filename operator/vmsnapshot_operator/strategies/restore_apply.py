@@ -142,11 +142,12 @@ async def _close_gate(world: World, seen: RestoreSeen, found: Found) -> None:
     try:
         targets = restore_plan.targets_now(seen.plan, seen.record)
         gate = Gate(marker=seen.marker, targets=targets, autostart=found.defined.autostart)
+        again_since = seen.since if seen.half_done else None
         async with step(Step.GATE_CLOSE, seen.request.uid):
             await definitions.redefine(
                 found.client,
                 ref,
-                lambda text: definition.gated(text, gate),
+                lambda text: definition.gated(text, gate, again_since=again_since),
                 take_back=True,
                 permit=lambda: _permit(world),
             )
@@ -225,8 +226,8 @@ async def _open(world: World, seen: RestoreSeen, found: Found, why: str = "") ->
 
     def change(text: str) -> str:
         if why:
-            return definition.reopened(text, marker, why=why)
-        return definition.restored(text, marker, genid=genid)
+            return definition.reopened(text, marker, why=why, now=world.now())
+        return definition.restored(text, marker, genid=genid, now=world.now())
 
     async with step(Step.GATE_OPEN, seen.request.uid):
         if gate is not None and gate.autostart:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from typing import Any
 
 from vmsnapshot_operator.api.meta import FINALIZER
@@ -79,6 +80,7 @@ async def gather(world: World, body: Mapping[str, Any], memory: Memory) -> Resto
         ended=_ended(body),
         begun=bool(told.get("startTime")),
         told_half_done=_told_half_done(told),
+        since=_since(request, told),
         hypervisor=str(told.get("hypervisorName") or ""),
         broken=memory.broken,
         stopped=memory.stopped,
@@ -126,6 +128,14 @@ def _began_elsewhere(told: Mapping[str, Any], record: Record) -> bool:
 def _began_with(told: Mapping[str, Any]) -> str:
     """The UUID of the VM that status names. Whoever writes into it shows another VM, which does not bear this restore's marker."""
     return str((told.get("vm") or {}).get("uuid") or "")
+
+
+def _since(request: RestoreRequest, told: Mapping[str, Any]) -> datetime:
+    """When it said that the first change was about to be made; earlier is safe, so else when it was created."""
+    try:
+        return distill.moment(str(told.get("startTime") or ""))
+    except ValueError:
+        return request.created
 
 
 def _told_half_done(told: Mapping[str, Any]) -> bool:

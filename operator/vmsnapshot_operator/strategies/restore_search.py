@@ -119,10 +119,14 @@ def show(world: World, seen: RestoreSeen, defined: definitions.Defined) -> Resto
     back, why = definition.went_back(defined.xml) or (None, "")
     there = (gate.marker if gate is not None else None, *done, back)
     own = next((m for m in there if m is not None and _is_of(world, seen.request, m)), None)
+    later = None
+    if seen.half_done and seen.since is not None:
+        later = definition.later_restore(defined.xml, seen.request.uid, seen.since)
     seen = replace(
         seen,
         gate=gate,
         went_back=why if back is not None and back == own else "",
+        overtaken_by=later.restore if later is not None else "",
         marker=own or seen.marker,
         power=defined.power,
         vm_name=defined.ref.name,

@@ -6,6 +6,7 @@ import contextlib
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vmsnapshot_operator.core.markers import Gate, Marker
+from vmsnapshot_operator.drivers.process import word
 from vmsnapshot_operator.errors import ForeignJournalError, RefusedError
 from vmsnapshot_operator.plan import definition
 from vmsnapshot_operator.plan import domain_tree as tree
@@ -110,7 +112,8 @@ def test_a_gate_that_is_opened_again_leaves_nothing(sample: str) -> None:
 
 
 @pytest.mark.parametrize("sample", SAMPLES)
-def test_one_that_went_back_says_so_until_another_begins(sample: str) -> None:
+def test_one_that_went_back_says_so_until_another_one_does(sample: str) -> None:
+    """Not until another one begins: it may not have said so yet, and would begin again, and undo what the other one does."""
     back = definition.reopened(definition.gated(SAMPLES[sample], gate(sample)), MARKER, why="SnapshotLost")
     assert without(back, "metadata") == without(SAMPLES[sample], "metadata")
     assert definition.went_back(back) == (MARKER, "SnapshotLost")
@@ -118,10 +121,57 @@ def test_one_that_went_back_says_so_until_another_begins(sample: str) -> None:
     with pytest.raises(RefusedError, match="went back already"):
         definition.gated(back, gate(sample))
     other = definition.gated(back, gate(sample, marker=OTHER))
-    assert definition.went_back(other) is None
+    assert definition.went_back(other) == (MARKER, "SnapshotLost")
+    done = definition.restored(other, OTHER, genid=GENID)
+    assert definition.went_back(done) == (MARKER, "SnapshotLost")
+    with pytest.raises(RefusedError, match="went back already"):
+        definition.gated(done, gate(sample))
+    again = definition.reopened(other, OTHER, why="StorageUnavailable")
+    assert definition.went_back(again) == (OTHER, "StorageUnavailable")
     assert definition.went_back(SAMPLES[sample]) is None
     with pytest.raises(RefusedError, match="cannot be read"):
         definition.went_back(back.replace('reason="SnapshotLost"', 'reason="&lt;"'))
+
+
+@pytest.mark.parametrize(("why", "told"), [("Errno28", "Errno28"), ("noSpace", "noSpace"), ("no word", "WentBack")])
+def test_whatever_a_driver_says_the_mark_of_one_that_went_back_can_be_read(why: str, told: str) -> None:
+    """Else nobody could set this VM back any more."""
+    assert word(why, "WentBack") == told, "what a driver may say"
+    back = definition.reopened(definition.gated(SAMPLES["rbd"], gate("rbd")), MARKER, why=why)
+    assert definition.went_back(back) == (MARKER, told)
+
+
+BEGAN = datetime(2026, 1, 2, 3, 5, tzinfo=UTC)
+
+
+@pytest.mark.parametrize("went_back", [False, True])
+@pytest.mark.parametrize(("seconds", "later"), [(-1.0, False), (0.0, True), (60.0, True)])
+def test_who_had_the_disks_since_is_known_and_the_gate_is_not_closed_again_over_that(
+    went_back: bool, seconds: float, later: bool
+) -> None:
+    theirs = definition.gated(SAMPLES["rbd"], gate("rbd", marker=OTHER))
+    assert definition.later_restore(theirs, MARKER.restore_uid, BEGAN) == OTHER
+    assert definition.later_restore(theirs, OTHER.restore_uid, BEGAN) is None
+    ended = BEGAN + timedelta(seconds=seconds)
+    if went_back:
+        text = definition.reopened(theirs, OTHER, why="SnapshotLost", now=ended)
+    else:
+        text = definition.restored(theirs, OTHER, genid=GENID, now=ended)
+    assert definition.later_restore(text, MARKER.restore_uid, BEGAN) == (OTHER if later else None)
+    assert definition.later_restore(text, OTHER.restore_uid, BEGAN) is None
+    assert definition.later_restore(text.replace('ended="2', 'ended="x'), MARKER.restore_uid, BEGAN) == OTHER
+    assert definition.gate_of(definition.gated(text, gate("rbd"))) is not None, "one that begins"
+    if later:
+        with pytest.raises(RefusedError, match="team-a/another had the VM's disks since"):
+            definition.gated(text, gate("rbd"), again_since=BEGAN)
+    else:
+        assert definition.gate_of(definition.gated(text, gate("rbd"), again_since=BEGAN)) is not None
+
+
+def test_a_new_vm_was_made_before_anybody_set_it_back() -> None:
+    root = tree.parse(SAMPLES["rbd"])
+    definition.add_done(root, OTHER)
+    assert definition.later_restore(tree.text_of(root), MARKER.restore_uid, BEGAN) is None
 
 
 @pytest.mark.parametrize("sample", SAMPLES)

@@ -638,6 +638,7 @@ def test_a_vm_that_is_to_stay_off_asks_no_agent() -> None:
         (GATED, "Restoring"),
         (replace(GATED, gate=None), "Pending"),
         (replace(GATED, gate=None, problem="it does not answer"), "Restoring"),
+        (replace(GATED, gate=None, told_half_done=True, known_for=Seconds(1.0)), "Restoring"),
     ],
 )
 def test_what_became_of_each_disk_is_told_also_when_there_is_no_plan_any_more(seen: RestoreSeen, result: str) -> None:
@@ -645,6 +646,74 @@ def test_what_became_of_each_disk_is_told_also_when_there_is_no_plan_any_more(se
     old = {"volumes": [{"target": "vda", "className": "files", "result": "Restoring"}]}
     told = restore_report.status(seen, next_restore.decide(seen, b.CREATED), old, b.CREATED)
     assert told["volumes"] == [{"target": "vda", "className": "files", "result": result}]
+
+
+HALF_DONE = replace(GATED, gate=None, told_half_done=True, record=records.example(), safety_name="back-safety")
+BUSY = Refusal(reason="StorageUnavailable", message="its driver is not up yet", patience=Patience.WAIT)
+NO_VM = Refusal(reason="DomainNotFound", message="no such domain")
+
+
+def test_disks_that_are_left_half_done_are_not_called_pending() -> None:
+    seen = replace(HALF_DONE, power=PowerState.RUNNING, plan=PLAN, refusal=None)
+    old = {"volumes": [{"target": "vda", "className": "files", "result": "Restoring"}]}
+    told = restore_report.status(replace(seen, plan=None), next_restore.decide(seen, b.CREATED), old, b.CREATED)
+    (volume,) = told["volumes"]
+    assert (volume["result"], "neither old nor new" in volume["message"]) == ("Failed", True)
+
+
+@pytest.mark.parametrize("deleting", [False, True])
+@pytest.mark.parametrize("power", [PowerState.SHUT_OFF, PowerState.RUNNING])
+@pytest.mark.parametrize("plan", [PLAN, None])
+def test_no_gate_is_closed_again_once_another_restore_had_the_disks(
+    deleting: bool, power: PowerState, plan: RestorePlan | None
+) -> None:
+    """What that one has set back, and what the VM wrote after it, would be lost."""
+    in_use_by = "" if plan is not None else "VMRestore team-a/b has begun"
+    seen = replace(HALF_DONE, deleting=deleting, power=power, plan=plan, refusal=None, in_use_by=in_use_by)
+    if power is PowerState.SHUT_OFF:
+        assert isinstance(told_of(seen)[0], CloseGate if plan is not None else Rest)
+    effect, told = told_of(replace(seen, overtaken_by="team-a/b"))
+    assert isinstance(effect, LetGo)
+    assert told["VolumesRestored"].reason == "HalfDone"
+    if not deleting:
+        assert (told["Stalled"].status, told["Stalled"].reason) == (True, "HalfDone")
+        assert "VMRestore team-a/b has had them since" in told["Stalled"].message
+        assert "can be started" not in told["VMDefined"].message
+
+
+@pytest.mark.parametrize("deleting", [False, True])
+@pytest.mark.parametrize(
+    ("changes", "seconds"),
+    [
+        ({"refusal": BUSY}, 0.0),
+        ({"refusal": None}, 0.0),
+        ({"refusal": NO_VM, "power": None}, 0.0),
+        ({"refusal": NO_VM, "power": None, "known_for": Seconds(0.1)}, 7200.0),
+        ({"refusal": BUSY, "known_for": Seconds(0.1)}, 7200.0),
+    ],
+    ids=["driver", "nothing", "missing", "missing when it starts", "driver when it starts"],
+)
+def test_what_is_half_done_is_not_let_go_for_what_may_pass(
+    changes: dict[str, Any], seconds: float, deleting: bool
+) -> None:
+    """Whoever likes can start it, and by the next moment it could be gated again."""
+    seen = replace(HALF_DONE, deleting=deleting, **changes)
+    effect, told = told_of(seen, seconds)
+    assert effect == Rest(Seconds(1.0))
+    assert (told["VolumesRestored"].reason, told["Reconciling"].status) == ("HalfDone", True)
+    effect, told = told_of(replace(seen, known_for=Seconds(60.0)), 7200.0)
+    assert isinstance(effect, LetGo), "not for ever"
+    assert deleting or told["Stalled"].reason == "HalfDone"
+
+
+def test_one_that_is_off_is_not_to_be_shut_down() -> None:
+    effect, told = told_of(HALF_DONE)
+    assert isinstance(effect, LetGo)
+    assert "leave it off, and create a VMRestore" in told["Stalled"].message
+    assert "shut it down" not in told["Stalled"].message
+    message = told_of(replace(HALF_DONE, power=PowerState.RUNNING))[1]["Stalled"].message
+    assert "shut it down, and create a VMRestore" in message
+    assert "is off" not in message
 
 
 @pytest.mark.parametrize("changes", [{"plan": PLAN, "refusal": None}, {}], ids=["forwards", "back"])

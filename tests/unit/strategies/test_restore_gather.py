@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
 from typing import Any, cast
 
 import pytest
@@ -39,8 +40,10 @@ from vmsnapshot_operator.errors import (
     ConflictError,
     DomainGoneError,
     DriverError,
+    ForeignJournalError,
     HypervisorError,
     HypervisorUnreachableError,
+    RefusedError,
 )
 from vmsnapshot_operator.hypervisors import definitions
 from vmsnapshot_operator.hypervisors.definitions import Defined
@@ -213,6 +216,10 @@ class Client(fakes.FakeClient):
         return (ref, replace(ref, endpoint=self.elsewhere)) if self.elsewhere else (ref,)
 
 
+NOW = datetime(2026, 1, 2, 3, 6, tzinfo=UTC)
+"""After the scene's restore has begun."""
+
+
 @dataclass
 class Scene:
     """One VMRestore whose gate is closed, a snapshot, a safety snapshot, and hypervisors; tests take parts of it away."""
@@ -286,6 +293,8 @@ class Scene:
 def scene(monkeypatch: pytest.MonkeyPatch) -> Scene:
     made = Scene(world=fakes.world(installation=records.INSTALLATION, classes=fakes.FakeClasses()))
     made.world.hypervisors = made
+    clock = type("Clock", (), {"now": staticmethod(lambda: NOW)})
+    cast("Any", made.cluster).client = type("Client", (), {"clock": clock})
     for asked in (records.REQUEST, SAFETY):
         made.cluster.snapshots["team-a", asked.name] = snapshot_body(asked)
         made.cluster.contents_by_name[contents.name_for(asked.uid)] = content_of(asked)
@@ -799,6 +808,58 @@ async def test_one_whose_gate_is_nowhere_is_not_called_one_that_was_not_begun(
     told = {c.type: c for c in (await scene.decided()).conditions}
     assert (told["VolumesRestored"].reason, told["Stalled"].reason) == ("HalfDone", "HalfDone")
     assert SAFETY.name in told["Stalled"].message
+
+
+@pytest.mark.parametrize("at", ["gate", "done", "went back", "before"])
+async def test_one_whose_gate_was_defined_away_undoes_nothing_that_another_restore_did_since(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    other = replace(MARKER, restore="team-a/other", restore_uid="other")
+    moment = NOW - timedelta(minutes=2) if at == "before" else NOW
+    theirs = gated(marker=other)
+    if at == "went back":
+        theirs = definition.reopened(theirs, other, why="SnapshotLost", now=moment)
+    elif at != "gate":
+        theirs = definition.restored(theirs, other, genid="", now=moment)
+    scene.status["conditions"] = [HALF_DONE]
+    plan = restore_plan.make(records.example(), (v := records.example().plan.volumes), {t.target: t.volume for t in v})
+    scene.add("lab", demo=theirs)
+    seen = replace(await scene.seen(), plan=plan, refusal=None)
+    assert seen.overtaken_by == ("" if at == "before" else "team-a/other")
+    effect = next_restore.decide(seen, b.CREATED).effect
+    assert isinstance(effect, CloseGate if at == "before" else LetGo)
+
+    async def redefine(_client: Any, _ref: Ref, change: Callable[[str], str], **_: Any) -> None:
+        change(theirs)
+
+    async def set_autostart(*_: Any, **__: Any) -> None:
+        return
+
+    monkeypatch.setattr(definitions, "redefine", redefine)
+    monkeypatch.setattr(definitions, "set_autostart", set_autostart)
+    closing = restore_apply.apply(scene.world, CloseGate(plan.gate), seen, scene.body, scene.memory)
+    if at == "before":
+        await closing
+    else:
+        with pytest.raises((RefusedError, ForeignJournalError)):  # it was decided upon before that
+            await closing
+
+
+async def test_marks_say_when(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+
+    async def redefine(_client: Any, _ref: Ref, change: Callable[[str], str], **_: Any) -> None:
+        opened.append(change(gated()))
+
+    monkeypatch.setattr(definitions, "redefine", redefine)
+    scene.classes.by_name = {"fast": Reverting(), "slow": Reverting()}
+    scene.add("lab", demo=gated())
+    seen = await scene.seen()
+    assert seen.plan is not None
+    why = Failure(reason="SnapshotLost", message="it is gone")
+    for effect in (Revert(seen.plan.groups), GoBack(why)):
+        await restore_apply.apply(scene.world, effect, seen, scene.body, scene.memory)
+    assert [definition.later_restore(text, "other", NOW) for text in opened] == [MARKER, MARKER]
 
 
 async def test_what_was_told_of_half_done_disks_is_not_forgotten_while_nobody_can_look(scene: Scene) -> None:
