@@ -262,7 +262,6 @@ def test_what_a_vm_that_is_off_keeps_is_removed_when_it_runs(
         (Step.PREPARE_INHERIT, Moment.AFTER),
         (Step.PREPARE_CHECKPOINT, Moment.AFTER),
         (Step.WINDOW_BEGIN, Moment.AFTER),
-        (Step.SETTLE_CHECKPOINT, Moment.BEFORE),
         (Step.SETTLE_CHECKPOINT, Moment.AFTER),
     ],
 )
