@@ -211,12 +211,13 @@ def _placed(connection: Any, layer: Layer, *, fingerprint: bool) -> Layer:
 
 
 def _fingerprint(connection: Any, layer: Layer) -> str:
-    """What betrays a later change; empty if the pool does not know the layer: then nothing can be verified by it."""
+    """What betrays a later change; empty if the pool does not know the layer, or no time of a write: nothing can be verified then."""
     volume = volume_of(connection, layer)
     if volume is None:
         return ""
     root = domain_xml.element(volume.XMLDesc())
-    return f"{root.findtext('allocation')}/{root.findtext('target/timestamps/mtime')}"
+    mtime = root.findtext("target/timestamps/mtime")
+    return f"{root.findtext('allocation')}/{mtime}" if mtime else ""
 
 
 def volume_of(connection: Any, layer: Layer) -> Any | None:

@@ -21,13 +21,22 @@ def planned(fingerprint: str) -> PlannedVolume:
 
 
 @pytest.mark.parametrize(
-    ("then", "now", "told"), [("1", "1", False), ("1", "2", True), ("", "2", False), ("1", "", False)]
+    ("then", "now", "told"),
+    [
+        ("4096/1", "4096/1", False),
+        ("4096/1", "4096/2", True),
+        ("8192/1", "4096/1", False),  # the file system took back what it had set aside
+        ("", "4096/2", False),
+        ("4096/1", "", False),
+    ],
 )
 def test_a_disk_of_a_vm_that_is_off(then: str, now: str, *, told: bool) -> None:
     disk = Disk(target="vdz", layers=(planned(now).volume.writable,))
     assert fingerprints.written_to([planned(then)], [disk]) == (["vda"] if told else [])
     assert fingerprints.written_to([planned(then)], []) == [], "a disk that is not there is told elsewhere"
     assert fingerprints.unseen([planned(then)], [disk]) == (["vda"] if then and not now else [])
+    certain = bool(then and now) and not told
+    assert fingerprints.unwritten([planned(then)], [disk]) == ({planned(then).volume.id} if certain else set())
 
 
 def test_a_disk_is_missing_unless_it_is_plugged_in_anywhere() -> None:
