@@ -50,6 +50,8 @@ from vmsnapshot_operator.hypervisors.domains import Hypervisor, Ref
 ROOT = Path(__file__).resolve().parents[2]
 CONTRIB = ROOT / "contrib"
 GRACE = 2.0
+CLOCKS = 0.1
+"""So much the clock that a guardian waits by, and the one that it writes down, may differ in some seconds."""
 pytestmark = pytest.mark.usefixtures("alone")
 
 BACK_SECONDS = 5.0
@@ -244,7 +246,7 @@ async def test_remote_survives_the_loss_of_the_operators_node(
     assert await is_state(hypervisor, ref, HELD[method])
     await eventually("it is free", lambda: is_state(hypervisor, ref, FREE[method]))
     assert time.monotonic() - begin >= held.budget + GRACE, "never before its budget and the grace are over"
-    assert held.budget + GRACE <= remote.waited(held) < held.budget + GRACE + 1.5
+    assert held.budget + GRACE - CLOCKS <= remote.waited(held) < held.budget + GRACE + 1.5
     assert await hypervisor.read_journal(ref) == held, "the operator must see what happened"
 
 
@@ -376,7 +378,7 @@ async def test_on_host_survives_the_loss_of_everything_but_libvirtd(
     assert await is_state(hypervisor, ref, AgentState.FROZEN)
     await eventually("it is free", lambda: is_state(hypervisor, ref, AgentState.THAWED))
     assert time.monotonic() - begin >= held.budget + GRACE
-    assert held.budget + GRACE <= guardian.waited(held) < held.budget + GRACE + 1.5
+    assert held.budget + GRACE - CLOCKS <= guardian.waited(held) < held.budget + GRACE + 1.5
 
 
 async def test_on_host_waits_for_a_killed_libvirtd(
@@ -408,7 +410,7 @@ async def test_on_host_started_after_all_was_lost(
     assert await is_state(hypervisor, ref, AgentState.FROZEN)
     guardian.start()
     await eventually("it is free", lambda: is_state(hypervisor, ref, AgentState.THAWED))
-    assert held.budget + GRACE <= guardian.waited(held)
+    assert held.budget + GRACE - CLOCKS <= guardian.waited(held)
 
 
 async def test_on_host_cannot_help_with_a_dead_agent(

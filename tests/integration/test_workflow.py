@@ -128,7 +128,10 @@ def test_a_plain_snapshot_is_taken_with_few_writes(lab: Lab, stack: Stack, vmsna
     name = vmsnapshot("few")
     stack.wait(name)
     time.sleep(1)
-    asked = audit.of_snapshots(log, start=mark)
+    # What was asked of an earlier one may be written down late.
+    asked = [
+        r for r in audit.of_snapshots(log, start=mark) if not r.resource.startswith("vmsnapshots") or r.name == name
+    ]
     writes = [f"{r.verb} {r.resource}" for r in asked if r.is_write]
     assert len(writes) <= 8 - 1, writes
 
